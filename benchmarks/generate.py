@@ -115,7 +115,7 @@ def random_adapters(engine: Any, model_dir: str) -> list[Any]:
 
     sizes: dict[str, list[int]] = {}  # of parameters: outputs, inputs
     for part in Base.of(model_dir).linear:
-        turned = part.dims[::-1] if part.turned == "transposed" else part.dims
+        turned = part.dims[::-1] if part.layout == "transposed" else part.dims
         sizes.setdefault(part.parameter, [0, turned[1]])[0] += part.rows
     return [
         engine.pack(

@@ -3,8 +3,8 @@
 >>> from gptray import LLM
 >>> LLM("book").generate(["Once upon a time"], temperature=0.8)
 
-`train`, `tune` and `evaluate` take a `Config`, as `load_config` gives it, and return what the jobs
-of these names print as their JSON line. A mistake raises UserError, a run that fails RunFailed.
+`train`, `tune` and `evaluate` take a `Config`, such as `load_config` returns, and return what the
+jobs of the same name print as JSON. A mistake raises UserError, a failed run RunFailed.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ __all__ = [
     "tune",
 ]
 
-# Where each name lives: loaded at its first use, since torch takes seconds.
+# The module of each name, imported on first use because torch takes seconds to load.
 _HOMES = {
     "Config": "gptray.config",
     "LLM": "gptray.jobs.generate.llm",

@@ -1,7 +1,7 @@
-"""The command line that every job shares: arguments in, exit code and one JSON line out.
+"""The command line that all jobs share: arguments in, exit code and one JSON line out.
 
-Imports neither torch nor Ray, so that a wrong key is refused at once. What a job does is its
-`gptray.jobs.base.Job`, and which keys there are is `gptray.config`'s.
+Imports neither torch nor Ray, so that a wrong key is refused at once. `gptray.jobs.base.Job` says
+what a job does, `gptray.config` which keys there are.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gptray.files import cannot_write, is_storage, is_uri
 from gptray.jobs.base import Job, Plan, find_job
 from gptray.node_cache import copied
 from gptray.signals import STOP_S, interrupting
-from gptray.standard_output import Unread, give_up, json_line, write_out
+from gptray.standard_output import Unread, json_line, redirect_to_null, write_out
 from gptray.visible import visible
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -47,7 +47,7 @@ FLAGS = ("--config", "--dry-run", "--verbose", "--help")
 
 @dataclass
 class Arguments:
-    """What was typed; `problems` are about flags; values are not checked yet."""
+    """The parsed command line; `problems` are about flags, and values are not checked yet."""
 
     config: str | None = None
     overrides: list[str] = field(default_factory=list)
@@ -65,8 +65,8 @@ def run_job(
     UserError means exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
 
     doc: the text above the keys in --help.
-    argv: None means the process's own arguments, and the process ends with the job.
-    job: None means the one of that name, see `find_job`.
+    argv: None means the process's own arguments; the process then ends with the job.
+    job: None means the job of that name, see `find_job`.
     """
     if argv is None:
         _open_closed_streams()
@@ -75,13 +75,13 @@ def run_job(
     if argv is None:
         if code in (FAILED, INTERRUPTED):
             _end_process(code)  # threads may still be waiting for a Ray that is gone
-        gc.freeze()  # Python looks through all objects as it ends: half a second with torch's
+        gc.freeze()  # spares a collection at exit: half a second with torch's objects
     return code
 
 
 def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) -> int:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    _print_what_can_be()
+    _escape_unencodable()
     try:
         if arguments.help:
             write_out(help_text(Config, command=job_command(name), doc=doc) + "\n")
@@ -108,7 +108,7 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         _say(f"{name}: {error}")
         return FAILED
     except (KeyboardInterrupt, SystemExit):
-        # Ray puts its own SIGTERM handler in place, which exits; a job itself never does.
+        # SystemExit comes from Ray's own SIGTERM handler; a job never raises it.
         _say(f"{name}: interrupted")
         return INTERRUPTED
     except Unread:
@@ -126,7 +126,7 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
 
 
 def _open_closed_streams() -> None:
-    """Print to nowhere where stdout or stderr is closed: a file would later get its place."""
+    """Open /dev/null for a closed stdin, stdout or stderr, lest a file gets its descriptor."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -135,10 +135,10 @@ def _open_closed_streams() -> None:
 
 
 def _use_utf8() -> None:
-    """Where the locale is not UTF-8, start again in Python's UTF-8 mode.
+    """If the locale is not UTF-8, start again in Python's UTF-8 mode.
 
-    Libraries take every path for UTF-8 whatever the locale says, so that Python has to as well.
-    What is printed stays in the terminal's encoding.
+    Libraries treat all paths as UTF-8 whatever the locale, so Python must as well. Output keeps the
+    terminal's encoding.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
         return
@@ -146,20 +146,20 @@ def _use_utf8() -> None:
     os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
     words: list[str | bytes] = [*sys.orig_argv]
     with suppress(OSError):
-        # As they were typed: not every locale's decoding can be undone.
+        # The raw bytes: not every locale's decoding can be reversed.
         words = [*Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]]
     os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
-def _print_what_can_be() -> None:
-    """Have a terminal or log that is not UTF-8 show \\uXXXX for a character that it lacks."""
+def _escape_unencodable() -> None:
+    """Print characters that the output's encoding lacks as \\uXXXX."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Sort the words of a command line into flags and section.field=value."""
+    """Split a command line into flags and section.field=value overrides."""
     arguments = Arguments()
     words = list(argv)
     while words:
@@ -196,7 +196,7 @@ def _take_config(arguments: Arguments, path: str) -> None:
 
 
 def _unknown_flag(flag: str, value: str) -> str:
-    """Say what to write instead of a flag that does not exist."""
+    """The message about an unknown flag, with what to write instead."""
     keys = nearest_keys(flag.lstrip("-"), list(field_specs(Config)))
     close = nearest(flag, FLAGS, cutoff=0.75)
     if close:
@@ -208,11 +208,11 @@ def _unknown_flag(flag: str, value: str) -> str:
 
 
 def _config(arguments: Arguments) -> Config:
-    """Load the config; raise every mistake of flags, file and values together."""
+    """Load the config. Raises ConfigError with all mistakes in flags, file and values."""
     problems = arguments.problems
     try:
         file = arguments.config
-        # Of one that a URI names there is a copy on this node.
+        # A file that a URI names is copied to this node.
         file = str(copied(file)) if file and is_uri(file) else file
         config = load_config(file, arguments.overrides)
     except ConfigError as error:
@@ -223,7 +223,7 @@ def _config(arguments: Arguments) -> Config:
 
 
 def _plan_text(config: Config, rows: Plan) -> str:
-    """Return the plan as YAML comments, the keys that differ from the defaults, and the JSON line.
+    """The plan as YAML comments, the keys that differ from the defaults, and the JSON line.
 
     All but the last line form a config file.
     """
@@ -235,7 +235,7 @@ def _plan_text(config: Config, rows: Plan) -> str:
 
 
 def _comments(rows: Plan) -> Iterator[str]:
-    """Yield label and value of each fact, wrapped to the terminal's width; paths stay whole."""
+    """Yield each fact's label and value, wrapped to the terminal's width; paths stay whole."""
     label_width = max((len(label) for label, _ in rows), default=0)
     width = shutil.get_terminal_size((100, 24)).columns
     for label, value in rows:
@@ -250,17 +250,17 @@ def _comments(rows: Plan) -> Iterator[str]:
 
 
 def _say(message: str) -> None:
-    """Print to stderr; where that fails, the exit code has to say it."""
+    """Print to stderr; if that fails, the exit code must do."""
     try:
         print(visible(message), file=sys.stderr, flush=True)
     except OSError:
-        give_up(sys.stderr)
+        redirect_to_null(sys.stderr)
 
 
 class _Lines(logging.Handler):
-    """Plain lines on whatever stderr is at that moment, so that a live bar can stand below.
+    """Logs plain lines to the current sys.stderr, so that a live bar can stay below them.
 
-    A line is the message; its level is in front only from warnings on.
+    A line is the message, with the level in front for warnings and errors.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -283,7 +283,7 @@ def _log_to_stderr(*, verbose: bool) -> None:
 
 
 def _end_at_once(name: str, failure: str | None, is_again: bool) -> NoReturn:
-    """End a job that does not stop by itself; its own Ray ends with the process."""
+    """End a job that does not stop by itself; its own Ray dies with the process."""
     late = "" if is_again else f"; killed, because it had not stopped after {STOP_S:.0f} s"
     _say(f"{name}: {failure or 'interrupted'}{late}")
     _end_process(FAILED if failure else INTERRUPTED)

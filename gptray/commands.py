@@ -1,4 +1,4 @@
-"""Commands for a user to type, quoted for a shell."""
+"""Commands for users to type, quoted for the shell."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Literal
 
 
 def job_command(job: str, *words: str) -> str:
-    """The command of a job for another terminal: in the repository's root, or where gptray is
-    installed if this process was started so.
+    """A job's command for any terminal: run in the repository's root, or anywhere if gptray is
+    installed and this process was started as such.
     """
     first = {"console": ["gptray", job], "module": ["python", "-m", "gptray", job]}
     return shlex.join([*first.get(_started_as(), ["python", f"jobs/{job}.py"]), *words])
 
 
 def typed(job: str, *words: str) -> str:
-    """The command of a job, started just as this process was: same Python, same path.
+    """A job's command in the form in which this process was started: same Python, same path.
 
-    Outside a job, in a test or a notebook, as `job_command`.
+    Outside a job, such as in a notebook, the same as `job_command`.
     """
     script = Path(sys.argv[0])
     match _started_as():
@@ -38,12 +38,12 @@ def typed(job: str, *words: str) -> str:
 
 
 def retyped(job: str) -> str | None:
-    """The command of a job with the arguments of the running one; None outside a job."""
+    """A job's command with the running job's arguments; None outside a job."""
     return typed(job, *sys.argv[1:]) if _started_as() else None
 
 
 def _started_as() -> Literal["console", "module", "script", ""]:
-    """Whether this is the installed `gptray JOB`, `python -m gptray JOB`, or a script in jobs/."""
+    """How this job was started: as `gptray JOB`, `python -m gptray JOB` or a script in jobs/."""
     script = Path(sys.argv[0])
     if script.name == "gptray" and script.is_file():
         return "console"

@@ -1,4 +1,4 @@
-"""The jobs by name, for each way to start one: `gptray JOB`, `python -m gptray JOB`, jobs/JOB.py.
+"""Runs jobs by name, for all entry points: `gptray JOB`, `python -m gptray JOB` and jobs/JOB.py.
 
 Loads neither torch nor Ray: a job's own modules are imported when it runs.
 """
@@ -15,7 +15,7 @@ from gptray.commands import job_command
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.standard_output import Unread, write_out
 
-# What --help says of each job; the first line names it.
+# Each job's text for --help; the first line is its summary.
 DOCS = {
     "prepare": """\
 Prepare text for training: a tokenizer, token shards and a manifest, built on Ray Data.
@@ -84,7 +84,7 @@ RAY_ADDRESS=10.0.0.1:6379 python jobs/doctor.py storage_path=/mnt/runs
 
 
 def run(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a job by name and return its exit code; argv: its words, by default this process's."""
+    """Run a job by name and return its exit code; argv: by default this process's arguments."""
     doc = re.sub(r"python jobs/(\w+)\.py", lambda script: job_command(script[1]), DOCS[name])
     return run_job(name, doc=doc, argv=argv)
 
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0] if words else ""
     if name in DOCS:
         if argv is None:
-            del sys.argv[1]  # so that a job finds its own words there, as behind jobs/JOB.py
+            del sys.argv[1]  # leaves the job's own arguments, as for jobs/JOB.py
         return run(name, None if argv is None else words[1:])
     if name in ("--help", "-h"):
         with suppress(Unread):

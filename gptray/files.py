@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what is said where there is no room, and digests."""
+"""Atomic writes, messages for full disks and lost mounts, safe opening, and digests."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from safetensors import SafetensorError
 
 from gptray.config import RunFailed, UserError
 
-# Where more room helps: a full disk, a quota, a limit on the size of a file.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors that more space would solve: a full disk, a quota, a limit on a file's size.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LINK = "it is a link, and links are not followed"
 _LOCAL = "file://"
-# Of a path within a run.
+# The longest path within a run.
 _LONGEST_BELOW = 256
-# What else says that storage is not what it was: read-only, broken, a mount that went away.
+# Other errors of failing storage: read-only, broken, a lost mount.
 _LOST = (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENXIO, errno.EHOSTDOWN)
 
 
 class CannotWrite(RunFailed):
-    """Storage that takes no more: it may pass, and the same command then resumes."""
+    """Storage that cannot be written; it may recover, and the same command then resumes."""
 
 
 def absolute(path: str | Path, *, key: str | None = None) -> Path:
-    """As `expanded`, from the root on and without `..`; links stay. Raises UserError."""
+    """As `expanded`, but absolute and without `..`; keeps links. Raises UserError."""
     return Path(os.path.abspath(expanded(path, key=key)))
 
 
 def is_uri(text: object) -> bool:
-    """Whether it names a place in a file system other than this machine's."""
+    """Whether it is a URI of a file system other than this machine's."""
     return isinstance(text, str) and "://" in text and not text.startswith(_LOCAL)
 
 
 def expanded(path: str | Path, *, key: str | None = None) -> Path:
-    """A path whose ~ or ~user is the home folder; that of a file:// URI as it is.
+    """A path with ~ or ~user expanded to the home folder, or the path of a file:// URI.
 
-    key: the config's name for it, for the message.
+    key: the config's key for it, for the message.
 
-    Raises UserError where no home folder is known.
+    Raises UserError if no home folder is known.
     """
     text = os.path.expanduser(path)
     if text.startswith(_LOCAL):
@@ -63,35 +63,35 @@ def expanded(path: str | Path, *, key: str | None = None) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's copies of what can be made or fetched again."""
+    """This user's cache, for what can be made or fetched again."""
     given = expanded(os.environ.get("XDG_CACHE_HOME", ""))
-    # The standard has a relative one ignored: each working directory would have a cache of its own.
+    # The XDG standard ignores a relative path, which would be another cache in each directory.
     return (given if given.is_absolute() else expanded("~/.cache")) / "gptray"
 
 
 def cached_as(kind: str, text: str) -> Path:
-    """Where this user's cache has, among the things of a kind, what a text identifies."""
+    """The cache's folder for an entry of a kind that `text` identifies."""
     return cache_folder() / kind / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Guard whatever writes to `path`: a full disk, a lost mount, a quota.
+    """Turn errors of writing to `path` (a full disk, a lost mount, a quota) into CannotWrite.
 
-    Raises RunFailed, which names the path, the reason and the bytes that are free there.
+    The message names the path, the reason and the bytes that are free there.
     """
     try:
         yield
     except Exception as error:
-        if not is_of_files(error):
+        if not is_file_error(error):
             raise
         raise cannot_write(path, error) from error
 
 
-def is_of_files(error: Exception) -> bool:
-    """Whether an error is of files: the system's, or a library's that writes them.
+def is_file_error(error: Exception) -> bool:
+    """Whether an error is about files: from the system, or from a library that writes them.
 
-    Timeouts and lost connections are OSErrors too; those of Ray's calls have no system's number.
+    Timeouts and lost connections are OSErrors too; those from Ray's calls have no errno.
     """
     if isinstance(error, (TimeoutError, ConnectionError)):
         return error.errno is not None
@@ -99,43 +99,44 @@ def is_of_files(error: Exception) -> bool:
 
 
 def cannot_write(path: Path, error: Exception) -> CannotWrite:
-    """What to raise where writing to `path` met `error`; names the very file where it is known."""
+    """The error for a failure to write to `path`; names the actual file if it is known."""
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
     if isinstance(named, (str, bytes)):
         named = Path(os.fsdecode(named))
         path = path if _is_hidden_below(named, path) else named
     number = getattr(error, "errno", None)
-    is_full = number in _NO_ROOM or any(os.strerror(one) in str(error) for one in _NO_ROOM)
+    is_full = number in _FULL or any(os.strerror(one) in str(error) for one in _FULL)
     remedy = "once there is room" if is_full else "once it can be written"
     return CannotWrite(
-        f"cannot write {path}: {_reason(error)} ({_room(path)}); the same command resumes {remedy}"
+        f"cannot write {path}: {_reason(error)} ({_free_space(path)}); the same command resumes "
+        f"{remedy}"
     )
 
 
 def is_storage(error: OSError) -> bool:
-    """Whether an error is the storage's own, not that of a path that is wrong."""
-    return error.errno in (*_NO_ROOM, *_LOST)
+    """Whether an error is the storage's, not that of a wrong path."""
+    return error.errno in (*_FULL, *_LOST)
 
 
 def _is_hidden_below(named: Path, path: Path) -> bool:
-    """Whether a name is that of a draft, which nobody knows, of `path` or in its folder."""
+    """Whether `named` is a hidden draft in `path`'s folder, whose name means nothing to users."""
     if path.parent not in named.parents:
         return False
     return any(part.startswith(".") for part in named.relative_to(path.parent).parts)
 
 
 def _reason(error: Exception) -> str:
-    """Why, in a few words: shutil.Error lists a (source, target, reason) for each file."""
+    """The reason in a few words; shutil.Error lists (source, target, reason) for each file."""
     text = str(error)
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         text = str(error.args[0][0][-1])
-    # safetensors and pyarrow tell the system's reason in words of their own.
-    known = [os.strerror(one) for one in (*_NO_ROOM, *_LOST)]
+    # safetensors and pyarrow wrap the system's reason in their own words.
+    known = [os.strerror(one) for one in (*_FULL, *_LOST)]
     words = next((one for one in known if one in text), None)
     return words or getattr(error, "strerror", None) or text
 
 
-def _room(path: Path) -> str:
+def _free_space(path: Path) -> str:
     try:
         there = next((one for one in (path, *path.parents) if one.exists()), None)
         return f"{shutil.disk_usage(there or '/').free:,} bytes free"
@@ -144,9 +145,9 @@ def _room(path: Path) -> str:
 
 
 def check_writable(folder: Path, *, key: str) -> None:
-    """Refuse a folder to be written to that cannot be; leaves nothing behind.
+    """Check that a folder can be written or created; leaves nothing behind.
 
-    key: what says where it is, as the user wrote it.
+    key: the key or variable that names the folder.
 
     Raises:
         UserError: names the key, the folder and the reason.
@@ -157,36 +158,36 @@ def check_writable(folder: Path, *, key: str) -> None:
             raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder")
         for part in folder.relative_to(there).parts:
             if part.startswith("$"):
-                raise UserError(f"{key}: {part} is not replaced here; write ~ or the whole path")
+                raise UserError(f"{key}: {part} is not expanded here; write ~ or the whole path")
             if part.endswith(":"):
-                raise UserError(f"{key}: {part} begins no URI; write {part}//bucket/folder")
+                raise UserError(f"{key}: {part} does not begin a URI; write {part}//bucket/folder")
             if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
                 raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
         if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:
             raise OSError(errno.ENAMETOOLONG, "the path is too long")
         Path(tempfile.mkdtemp(prefix=".gptray-", suffix=".probe", dir=there)).rmdir()
     except OSError as error:
-        if error.errno in _NO_ROOM:
-            return  # room may come before it is needed
+        if error.errno in _FULL:
+            return  # space may be freed before it is needed
         raise UserError(f"{key}: {folder} cannot be written: {_reason(error)}") from None
 
 
 @contextmanager
 def no_empty_folders(folder: Path) -> Iterator[None]:
-    """At the end, remove the folder and its parents if the block made them and left them empty."""
+    """After the block, remove the folder and those parents that it created and left empty."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
     finally:
-        with suppress(OSError):  # the first that is not empty, or a lost mount, reported already
+        with suppress(OSError):  # the first that is not empty; a lost mount was reported already
             for one in made:
                 one.rmdir()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path next to `path` to write to, moved to `path` if all went well."""
-    # Containers that share a folder may share process ids too.
+    """Yield a temporary path next to `path`; rename it to `path` if the block succeeds."""
+    # A uuid, because containers that share a folder may share process ids too.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         partial.touch()
@@ -195,15 +196,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(mode)  # safetensors makes its files private
         os.replace(partial, path)
     finally:
-        with suppress(OSError):  # a lost mount has told already why
+        with suppress(OSError):  # a lost mount was reported already
             partial.unlink(missing_ok=True)
 
 
 def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = False) -> None:
-    """Add `data` to a file: all of it or, where there is no room, nothing. One writer at a time.
+    """Append `data` to a file: all of it or, if the disk is full, nothing. Locks out other writers.
 
-    cut_torn: drop a last line without its end first, which a crash of the machine may leave.
-    sync: have it on disk.
+    cut_torn: first drop an incomplete last line, which a crash of the machine may leave.
+    sync: flush to disk.
 
     Raises OSError.
     """
@@ -225,21 +226,21 @@ def append(path: Path, data: bytes, *, cut_torn: bool = False, sync: bool = Fals
 
 
 def open_lock(path: Path) -> FileIO:
-    """Open an empty file to lock, creating it if needed; links are refused. Raises OSError."""
+    """Open a lock file, creating it if needed; refuses links. Raises OSError."""
     return open_regular(path, os.O_RDWR | os.O_CREAT)
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> FileIO:
-    """Open a regular file; for writing no link, since that would write another file.
+    """Open a regular file; for writing, refuse a link, which would write another file.
 
     Raises:
-        OSError: it is a folder, a pipe or a device, which may block or have no end; or it cannot
-            be opened.
+        OSError: it cannot be opened, or is a folder, or a pipe or device that may block or never
+            end.
     """
     reads = flags & os.O_ACCMODE == os.O_RDONLY
     flags |= 0 if reads else os.O_NOFOLLOW
     try:
-        # Without O_NONBLOCK this would wait for the other end of a pipe.
+        # O_NONBLOCK, or this would wait for the other end of a pipe.
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and not reads:
@@ -267,9 +268,9 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:
-    """Refuse a folder if one of `names`, to which a job writes, is a link out of it.
+    """Raise UserError if one of `names` in a folder, to which a job writes, is a link.
 
-    what: the owner of the folder, for the message. Raises UserError.
+    what: who would write, for the message.
     """
     for name in names:
         path = folder / name
@@ -281,7 +282,7 @@ def refuse_links(folder: Path, names: Iterable[str], *, what: str) -> None:
 
 
 def _whole_lines(path: Path, size: int) -> int:
-    """The bytes of a file up to the end of its last whole line."""
+    """The size of a file up to the end of its last complete line."""
     with path.open("rb") as file:
         if size:
             file.seek(-1, os.SEEK_END)

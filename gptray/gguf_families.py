@@ -1,4 +1,4 @@
-"""What GGUF calls the weights and numbers of networks: a table for each family, read both ways.
+"""GGUF's names for the weights and numbers of each model family, for reading and writing.
 
 The names are those of llama.cpp. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -9,23 +9,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-# Of all heads; real networks have some ten thousand.
-_MOST_ROWS = 1 << 20
+# The most rows of all heads together; real networks have some ten thousand.
+_MAX_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of networks: Hugging Face's names to GGUF's; weights without .weight and .bias.
+    """A model family: maps Hugging Face's names to GGUF's, without .weight and .bias.
 
-    model_type, architecture: Hugging Face's and llama.cpp's name of it. numbers: of config.json, to
-    what follows the architecture in GGUF's keys. layers: what stands before a block's number.
-    names: what is outside of blocks; in_block: what is in one. biased: of in_block, linear layers
-    that may have a bias there. transposed: linear layers that Hugging Face stores (in, out), and
-    GGUF (out, in). rotated: rows of heads that GGUF has pair by pair, first half and second half
-    in turns, to config.json's number of the heads. by_head: rows of queries, keys and values that
-    Hugging Face has head by head, GGUF kind by kind. whole: of names, tables that llama.cpp keeps
-    in fp32. is_rotary: its positions have the numbers of `gptray.gguf_network`. is_strict:
-    llama.cpp asks for every bias, and for a head even if it is the embedding.
+    model_type, architecture: its names in Hugging Face and llama.cpp. numbers: keys of config.json
+    to GGUF's keys after the architecture. layers: the prefix of a block's number. names, in_block:
+    modules outside of blocks, and in one. biased: modules of in_block that may have a bias in
+    llama.cpp. transposed: linear layers that Hugging Face stores (in, out) and GGUF (out, in).
+    rotated: weights whose rows GGUF interleaves within a head (0, half, 1, half + 1, ...), and
+    config.json's key for their number of heads. by_head: weights whose queries, keys and values
+    Hugging Face stores head by head, and GGUF one after the other. whole: tables of names that
+    llama.cpp keeps in fp32. is_rotary: it has the rotary fields of `gptray.gguf_network`.
+    is_strict: llama.cpp needs every bias, and a head even if it is the embedding.
     """
 
     model_type: str
@@ -43,7 +43,7 @@ class Family:
     is_strict: bool = False
 
     def gguf_name(self, name: str) -> tuple[str, str]:
-        """A weight's name in GGUF, and the part of its own that the tables have."""
+        """A weight's name in GGUF, and its key in the tables."""
         stem, _, kind = name.rpartition(".")
         block = re.fullmatch(re.escape(self.layers) + r"(\d+)\.(.+)", stem)
         if block:
@@ -51,7 +51,7 @@ class Family:
         return f"{self.names[stem]}.{kind}", stem
 
     def hf_name(self, name: str) -> tuple[str, str] | None:
-        """A weight's name in Hugging Face's files, as `gguf_name`; None: the family has no such."""
+        """A weight's name in Hugging Face's files, and its key in the tables; None if unknown."""
         stem, _, kind = name.rpartition(".")
         block = re.fullmatch(r"blk\.(\d+)\.(.+)", stem)
         table = self.in_block if block else self.names
@@ -61,16 +61,16 @@ class Family:
         return (f"{self.layers}{block[1]}.{part}" if block else part) + f".{kind}", part
 
     def row_order(self, part: str, rows: int, numbers: Mapping[str, object]) -> list[int] | None:
-        """For each row of a weight in GGUF, its row in Hugging Face's file; None: the same.
+        """For each row of a weight in GGUF, its row in Hugging Face's file; None: the same order.
 
-        numbers: config.json's. Empty where the rows are not those of the heads.
+        numbers: config.json's. Empty if the rows do not match the number of heads.
         """
         name = self.rotated.get(part, "num_attention_heads" if part in self.by_head else None)
         if name is None:
             return None
         heads = numbers[name]
         assert isinstance(heads, int)
-        if not 0 < heads <= rows <= _MOST_ROWS:
+        if not 0 < heads <= rows <= _MAX_ROWS:
             return []
         if part in self.rotated:
             half = rows // heads // 2
@@ -150,7 +150,7 @@ _LLAMA = Family(
 )
 _QWEN2 = replace(_LLAMA, model_type="qwen2", architecture="qwen2", biased=_QKV, rotated={})
 
-# The first of an architecture is what its files are read as.
+# Files of an architecture are read as its first family.
 FAMILIES = (
     _GPT2,
     _LLAMA,

@@ -1,6 +1,6 @@
-"""Reads the head of a GGUF file: its fields, and where its tensors lie.
+"""Reads the header of a GGUF file: its fields, and the places of its tensors.
 
-The file may be damaged or hostile: nothing is read that is longer than what is left of it.
+The file may be damaged or hostile: nothing longer than the rest of the file is read.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "File Structure".
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from gptray.stored import Unreadable, open_stored
 
 _VERSIONS = (2, 3)
-# Of fields, tensors and dimensions; real files have dozens, some thousand, and two.
-_MOST_FIELDS, _MOST_TENSORS, _MOST_DIMENSIONS = 1 << 12, 1 << 16, 4
-# Of all fields together; a vocabulary of 256,000 tokens has some 20 MB.
-_MOST_BYTES = 256 << 20
-# The types of values, by number.
+# Limits; real files have dozens of fields, some thousand tensors and two dimensions.
+_MAX_FIELDS, _MAX_TENSORS, _MAX_DIMENSIONS = 1 << 12, 1 << 16, 4
+# The most bytes of all fields together; a vocabulary of 256,000 tokens takes about 20 MB.
+_MAX_BYTES = 256 << 20
+# The types of values by GGUF's numbers, as formats of `struct`.
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -28,7 +28,7 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: its shape, rows last, GGML's number of its type, its place in bytes."""
+    """A tensor in a file: its shape in NumPy's order, GGML's type number, its offset in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,14 +40,14 @@ def read_header(path: Path) -> tuple[dict[str, object], list[Entry]]:
     """The fields and tensors of a GGUF file. Raises Unreadable, OSError."""
     with open_stored(path) as file:
         size = os.fstat(file.fileno()).st_size
-        head = _Head(file, min(size, _MOST_BYTES))
+        head = _HeaderReader(file, min(size, _MAX_BYTES))
         try:
             return _read(head)
         except (UnicodeDecodeError, struct.error) as error:
             raise Unreadable(str(error)) from None
 
 
-def _read(head: _Head) -> tuple[dict[str, object], list[Entry]]:
+def _read(head: _HeaderReader) -> tuple[dict[str, object], list[Entry]]:
     if head.take(4) != b"GGUF":
         raise Unreadable("it is not a GGUF file")
     version = head.number("I")
@@ -56,7 +56,7 @@ def _read(head: _Head) -> tuple[dict[str, object], list[Entry]]:
             f"its version is {version}; only {' and '.join(map(str, _VERSIONS))} are supported"
         )
     tensors, fields = head.number("Q"), head.number("Q")
-    if tensors > _MOST_TENSORS or fields > _MOST_FIELDS:
+    if tensors > _MAX_TENSORS or fields > _MAX_FIELDS:
         raise Unreadable(f"it claims to have {tensors:,} tensors and {fields:,} fields")
     values = {}
     for _ in range(fields):
@@ -70,17 +70,17 @@ def _read(head: _Head) -> tuple[dict[str, object], list[Entry]]:
     return values, [Entry(one.name, one.shape, one.kind, first + one.start) for one in found]
 
 
-def _entry(head: _Head) -> Entry:
-    """A tensor's entry; `start` counts from the first tensor."""
+def _entry(head: _HeaderReader) -> Entry:
+    """Read a tensor's entry; its `start` is relative to the first tensor."""
     name, dimensions = head.text(), head.number("I")
-    if dimensions > _MOST_DIMENSIONS:
+    if dimensions > _MAX_DIMENSIONS:
         raise Unreadable(f"{name:.60} has {dimensions:,} dimensions")
     shape = tuple(head.number("Q") for _ in range(dimensions))
     return Entry(name, shape[::-1], head.number("I"), head.number("Q"))
 
 
-class _Head:
-    """The beginning of a file, of which at most `left` bytes are taken."""
+class _HeaderReader:
+    """Reads values from the beginning of a file, at most `left` bytes."""
 
     def __init__(self, file: BufferedReader, left: int) -> None:
         self._file, self._left = file, left
@@ -90,7 +90,7 @@ class _Head:
         return self._file.tell()
 
     def take(self, count: int) -> bytes:
-        """The next bytes. Raises Unreadable where there are fewer."""
+        """The next bytes. Raises Unreadable if there are fewer."""
         self._left -= count
         taken = self._file.read(count) if self._left >= 0 else b""
         if len(taken) < count:
@@ -98,7 +98,7 @@ class _Head:
         return taken
 
     def number(self, form: str) -> int:
-        """The next number, by `struct`'s letter of its type."""
+        """The next number, in a format of `struct`."""
         number: int = struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
         return number
 
@@ -106,7 +106,7 @@ class _Head:
         return self.take(self.number("Q")).decode()
 
     def value(self, kind: int) -> object:
-        """The next value, of the type with that number."""
+        """The next value, of a type given by its number."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:

@@ -1,6 +1,6 @@
-"""The network of a GGUF file as config.json says it, and its rotary positions both ways.
+"""Converts a GGUF file's network to config.json, and rotary positions in both directions.
 
-Llama 3's scaling is no field there but a tensor: how many times longer each pair's wavelength is.
+Llama 3's scaling is not a field in GGUF but a tensor: the factor of each pair's wavelength.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from gptray.config import UserError
 from gptray.gguf_families import ARCHITECTURES, EMBEDDING, FAMILIES, Family
 from gptray.gguf_header import Entry
 
-# What follows the architecture in keys that shape nothing, or that are looked at below.
-_SHAPELESS = ("vocab_size", "tensor_data_layout", "attention.value_length")
-# Elsewhere these values change nothing.
-_UNLIKE = (("attention.causal", False), ("attention.scale", 1.0))
+# Keys, after the architecture, that do not affect the network, or that are checked below.
+_IGNORED = ("vocab_size", "tensor_data_layout", "attention.value_length")
+# Keys for which these values are not neutral, as they are for others.
+_NOT_NEUTRAL = (("attention.causal", False), ("attention.scale", 1.0))
 _KV_HEADS, _HEAD_WIDTH = "num_key_value_heads", "head_dim"
-# Of rotary positions: the tensor with Llama 3's scaling, and fields, after the architecture.
+# Rotary positions: the tensor with Llama 3's scaling, and keys after the architecture.
 FACTORS = "rope_freqs.weight"
-_BASE, _TURNED, _KIND = "rope.freq_base", "rope.dimension_count", "rope.scaling.type"
+_BASE, _ROTARY_WIDTH, _KIND = "rope.freq_base", "rope.dimension_count", "rope.scaling.type"
 _FACTOR, _OLD_FACTOR = "rope.scaling.factor", "rope.scale_linear"
 _YARN = {
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
-_ROTARY = (_BASE, _TURNED, _KIND, _FACTOR, _OLD_FACTOR, *_YARN.values())
+_ROTARY = (_BASE, _ROTARY_WIDTH, _KIND, _FACTOR, _OLD_FACTOR, *_YARN.values())
 _CONTEXT = "original_max_position_embeddings"
-# Of every Llama since 3.1; other contexts are in a field.
+# Those of every Llama since 3.1; another context is in a field.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
 
 
 def family_of_file(fields: Mapping[str, object]) -> Family:
-    """The family that a file is read as. Raises UserError for one that is not known."""
+    """The family as which a file is read. Raises UserError for an unknown architecture."""
     architecture = fields.get("general.architecture")
     for family in FAMILIES:
         if family.architecture == architecture:
@@ -50,35 +50,17 @@ def network_json(
     tied: bool,
     factors: Sequence[float] | None,
 ) -> dict[str, object]:
-    """What config.json says of the network.
+    """The network's config.json.
 
-    tied: there is no head besides the embedding. factors: the tensor of
-    Llama 3's scaling. Raises UserError for what is missing or no known network.
+    tied: the embedding is also the head. factors: the tensor with Llama 3's scaling. Raises
+    UserError for a missing field or an unknown network.
     """
     family = family_of_file(fields)
     own = _own_fields(fields, family)
-    numbers = {name: own.get(key) for name, key in family.numbers.items()}
     rows = next((one.shape[0] for one in entries if one.name == EMBEDDING and one.shape), None)
-    heads, width = _heads(numbers, family)
-    if _KV_HEADS in numbers and numbers[_KV_HEADS] is None:
-        numbers[_KV_HEADS] = heads
-    if _HEAD_WIDTH in numbers and numbers[_HEAD_WIDTH] is None:
-        numbers[_HEAD_WIDTH] = width
     if rows is None:
         raise UserError(f"it has no {EMBEDDING}")
-    for name, number in numbers.items():
-        key = family.numbers[name]
-        if number is None:
-            raise UserError(f"it has no {key}")
-        if not isinstance(number, (int, float)) or (isinstance(number, int) and number < 0):
-            raise UserError(f"its {key} is {number!r:.40}, no number of a network")
-    if numbers.get(_KV_HEADS) == 0:
-        raise UserError(f"its {family.numbers[_KV_HEADS]} is 0")
-    head = numbers.get(_HEAD_WIDTH, width)
-    if not isinstance(head, int) or not isinstance(numbers.get(_KV_HEADS, heads), int):
-        raise UserError("its numbers of heads are not whole numbers")
-    if own.get("attention.value_length", head) != head:
-        raise UserError("its heads' values are not as wide as their keys")
+    numbers, head = _numbers(own, family)
     names = {one.name for one in entries}
     if family.rotated:
         numbers["attention_bias"] = "blk.0.attn_q.bias" in names
@@ -93,10 +75,36 @@ def network_json(
     }
 
 
-def _heads(numbers: Mapping[str, object], family: Family) -> tuple[int, int]:
-    """How many heads there are, and how wide one is if together they are as wide as the network.
+def _numbers(own: Mapping[str, object], family: Family) -> tuple[dict[str, object], int]:
+    """The network's numbers by config.json's names, checked, and the width of a head.
 
-    Raises UserError where that is not known.
+    own: the architecture's fields. Raises UserError for a number that is missing or wrong.
+    """
+    numbers = {name: own.get(key) for name, key in family.numbers.items()}
+    heads, width = _heads(numbers, family)
+    for name, default in ((_KV_HEADS, heads), (_HEAD_WIDTH, width)):
+        if name in numbers and numbers[name] is None:
+            numbers[name] = default
+    for name, number in numbers.items():
+        key = family.numbers[name]
+        if number is None:
+            raise UserError(f"it has no {key}")
+        if not isinstance(number, (int, float)) or (isinstance(number, int) and number < 0):
+            raise UserError(f"its {key} is {number!r:.40}, which is not valid")
+    if numbers.get(_KV_HEADS) == 0:
+        raise UserError(f"its {family.numbers[_KV_HEADS]} is 0")
+    head = numbers.get(_HEAD_WIDTH, width)
+    if not isinstance(head, int) or not isinstance(numbers.get(_KV_HEADS, heads), int):
+        raise UserError("its numbers of heads are not whole numbers")
+    if own.get("attention.value_length", head) != head:
+        raise UserError("its heads' values are not as wide as their keys")
+    return numbers, head
+
+
+def _heads(numbers: Mapping[str, object], family: Family) -> tuple[int, int]:
+    """The number of heads, and the width of one if together they are as wide as the network.
+
+    Raises UserError if a field is missing.
     """
     rotary = family.is_rotary
     names = ("num_attention_heads", "hidden_size") if rotary else ("n_head", "n_embd")
@@ -111,27 +119,27 @@ def _heads(numbers: Mapping[str, object], family: Family) -> tuple[int, int]:
 
 
 def _own_fields(fields: Mapping[str, object], family: Family) -> dict[str, object]:
-    """The fields of the architecture, without its name. Raises UserError for what is not known."""
+    """The architecture's fields, without its name. Raises UserError for an unknown field."""
     prefix = f"{family.architecture}."
     own = {
         key.removeprefix(prefix): _shortest(value)
         for key, value in fields.items()
         if key.startswith(prefix)
     }
-    known = {*family.numbers.values(), *_SHAPELESS, *(_ROTARY if family.is_rotary else ())}
+    known = {*family.numbers.values(), *_IGNORED, *(_ROTARY if family.is_rotary else ())}
     for key, value in own.items():
         if key in known and isinstance(value, list):
             raise UserError(
                 f"its {prefix}{key} is a list with a number for each layer, which is not supported"
             )
-        changes_nothing = value in (0, 1.0, "", "none") and (key, value) not in _UNLIKE
+        changes_nothing = value in (0, 1.0, "", "none") and (key, value) not in _NOT_NEUTRAL
         if key not in known and not changes_nothing:
             raise UserError(f"its {prefix}{key} is {value!r:.40}, which is not supported")
     return own
 
 
 def _shortest(value: object) -> object:
-    """A number; one that was stored in 32 bits in as few digits as tell it from others."""
+    """An fp32 number in the fewest digits that identify it; other values unchanged."""
     import numpy as np
 
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -140,23 +148,25 @@ def _shortest(value: object) -> object:
 def rotary_parameters(
     fields: Mapping[str, object], head: int, factors: Sequence[float] | None
 ) -> dict[str, object]:
-    """rope_parameters of config.json.
+    """The rope_parameters of config.json.
 
-    fields: GGUF's, by what follows the architecture. head: the width of a head. factors: the
-    tensor of Llama 3's scaling. Raises UserError for a scaling that is not known.
+    fields: GGUF's, by their keys after the architecture. head: the width of a head. factors: the
+    tensor with Llama 3's scaling. Raises UserError for an unknown scaling.
     """
-    base, turned = fields.get(_BASE, 10000.0), fields.get(_TURNED, head)
+    base, rotary_width = fields.get(_BASE, 10000.0), fields.get(_ROTARY_WIDTH, head)
     if (
         not isinstance(base, float)
-        or not isinstance(turned, int)
-        or not (0 < base < math.inf and 0 < turned <= head)
+        or not isinstance(rotary_width, int)
+        or not (0 < base < math.inf and 0 < rotary_width <= head)
     ):
-        raise UserError(f"its {_BASE} and {_TURNED} do not describe a rotation of {head} numbers")
-    plain = {"rope_theta": base, "partial_rotary_factor": turned / head}
+        raise UserError(
+            f"its {_BASE} and {_ROTARY_WIDTH} do not describe a rotation of {head} numbers"
+        )
+    plain = {"rope_theta": base, "partial_rotary_factor": rotary_width / head}
     kind, factor = fields.get(_KIND), fields.get(_FACTOR, fields.get(_OLD_FACTOR))
     if factors is not None:
         context = fields.get(_YARN[_CONTEXT], _LLAMA3_CONTEXT)
-        return {**plain, **_llama3_of(factors, base, turned, context)}
+        return {**plain, **_llama3_of(factors, base, rotary_width, context)}
     if kind == "none" or (kind is None and factor in (None, 0.0, 1.0)):
         return {**plain, "rope_type": "default"}
     if kind == "yarn":
@@ -168,14 +178,14 @@ def rotary_parameters(
 
 
 def rotary_fields(
-    base: float, turned: int, scaling: Mapping[str, str | bool | int | float] | None
+    base: float, rotary_width: int, scaling: Mapping[str, str | bool | int | float] | None
 ) -> dict[str, object]:
-    """GGUF's fields, by what follows the architecture.
+    """GGUF's rotary fields, by their keys after the architecture.
 
-    turned: how much of a head is rotated. scaling: Hugging Face's rope_scaling. Raises UserError
-    for what llama.cpp does not compute.
+    rotary_width: rotated dimensions of a head. scaling: Hugging Face's rope_scaling. Raises
+    UserError for a scaling that llama.cpp does not compute.
     """
-    fields: dict[str, object] = {_BASE: base, _TURNED: turned}
+    fields: dict[str, object] = {_BASE: base, _ROTARY_WIDTH: rotary_width}
     if not scaling:
         return fields
     kind = scaling["rope_type"]
@@ -195,14 +205,14 @@ def rotary_fields(
 
 
 def llama3_factors(
-    base: float, turned: int, scaling: Mapping[str, str | bool | int | float]
+    base: float, rotary_width: int, scaling: Mapping[str, str | bool | int | float]
 ) -> list[float]:
-    """How many times longer Llama 3's scaling makes each wavelength, (turned / 2,)."""
+    """The factors by which Llama 3's scaling lengthens each wavelength, (rotary_width / 2,)."""
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     context, factor = float(scaling[_CONTEXT]), float(scaling["factor"])
     factors = []
-    for pair in range(turned // 2):
-        turns = context / (2 * math.pi * base ** (2 * pair / turned))
+    for pair in range(rotary_width // 2):
+        turns = context / (2 * math.pi * base ** (2 * pair / rotary_width))
         kept = (turns - low) / (high - low) if high != low else turns - low
         kept = min(max(kept, 0.0), 1.0)
         factors.append(1 / ((1 - kept) / factor + kept))
@@ -210,15 +220,15 @@ def llama3_factors(
 
 
 def _llama3_of(
-    factors: Sequence[float], base: float, turned: int, context: object
+    factors: Sequence[float], base: float, rotary_width: int, context: object
 ) -> dict[str, object]:
-    """The scaling that has these factors. Raises UserError where it is not as Llama 3's."""
-    largest, fits = max(factors, default=1.0), len(factors) == turned // 2
+    """The rope_scaling with these factors. Raises UserError if it is not like Llama 3's."""
+    largest, fits = max(factors, default=1.0), len(factors) == rotary_width // 2
     if fits and all(factor == 1 for factor in factors):
         return {"rope_type": "default"}
     if fits and 1 <= largest < math.inf and isinstance(context, int):
         scaling = {"factor": round(largest, 4), **_LLAMA3, _CONTEXT: context}
-        expected = llama3_factors(base, turned, scaling)
+        expected = llama3_factors(base, rotary_width, scaling)
         pairs = zip(factors, expected, strict=True)
         if all(math.isclose(found, factor, rel_tol=1e-4) for found, factor in pairs):
             return {"rope_type": "llama3", **scaling}

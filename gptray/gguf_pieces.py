@@ -1,4 +1,4 @@
-"""SentencePiece's pieces of a GGUF file as the models of Hugging Face's tokenizer.json."""
+"""Converts SentencePiece's pieces in a GGUF file to models of Hugging Face's tokenizer.json."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from gptray.config import UserError
 
-# U+2581, which SentencePiece writes for a space.
+# SentencePiece's space.
 MARK = "\u2581"
-# Characters of a piece; SentencePiece makes them of 16.
+# The longest piece, in characters; SentencePiece's default is 16.
 _LONGEST = 128
 
 
 def piece_merges(
     tokens: Sequence[str], normal: Sequence[int], scores: Sequence[float]
 ) -> list[list[str]]:
-    """The pairs that are joined, in order; normal: the ids of pieces.
+    """The merges, in order; normal: the ids of pieces.
 
-    SentencePiece joins the two neighbours that make the piece of the highest score. Hugging Face's
-    BPE does the same if all ways to make a piece come before those of the next one. (So does
-    transformers itself read such files.) Raises UserError for pieces of an absurd length.
+    SentencePiece joins the two neighbours that form the piece with the highest score. Hugging
+    Face's BPE does the same if all merges into a piece come before those into the next one, which
+    is also how transformers reads such files. Raises UserError for absurdly long pieces.
     """
     number_of = {tokens[number]: number for number in normal}
     merges: list[list[str]] = []
@@ -34,9 +34,9 @@ def piece_merges(
 
 
 def character_model(tokens: Sequence[str], normal: Sequence[int]) -> dict[str, object]:
-    """The steps of a tokenizer with a token for each character, as export writes it.
+    """The steps of a tokenizer with one token per character, as export writes it.
 
-    Raises UserError for one whose longer pieces have no bytes to fall back to.
+    Raises UserError if there are longer pieces without byte fallback.
     """
     names = [" " if token == MARK else token for token in tokens]
     longer = next((names[number] for number in normal if len(names[number]) != 1), None)

@@ -1,7 +1,7 @@
-"""Opens a GGUF file as a model: a Hugging Face folder of it in this node's cache, made once.
+"""Opens a GGUF file as a model: converts it once to a Hugging Face folder in this node's cache.
 
-A folder is named after the file's path, size and time, and appears by rename. Needs neither torch
-nor Ray, so that a job can check a model before it starts.
+The folder is identified by the file's path, size and time, and appears atomically. Needs neither
+torch nor Ray, so a job can check a model before it starts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _WEIGHTS = "model.safetensors"
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether it is the path of a GGUF file."""
+    """Whether a path is that of a GGUF file."""
     return str(path).endswith(SUFFIX) and os.path.isfile(path)
 
 
 def opened_gguf(path: Path) -> Path:
-    """The folder on this node with the model in a GGUF file.
+    """The folder on this node with a GGUF file's model.
 
-    Raises UserError for a file that is damaged or holds another kind of model or tokenizer,
-    RunFailed where the disk takes no more.
+    Raises UserError for a damaged file and for an unsupported model or tokenizer, RunFailed if the
+    disk is full.
     """
     path = path.resolve()
     status = path.stat()
@@ -54,9 +54,9 @@ def opened_gguf(path: Path) -> Path:
 
 @contextmanager
 def named_as_given(folder: Path, source: str | Path) -> Iterator[None]:
-    """Let what the block raises about a folder that was made of a GGUF file name that file.
+    """Make errors about a folder that was converted from a GGUF file name that file.
 
-    folder: of the model that `source` names, of whatever kind it is. Raises UserError.
+    folder: that of the model `source`, of whatever kind. Raises UserError.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def named_as_given(folder: Path, source: str | Path) -> Iterator[None]:
 
 
 def _fill(draft: Path, path: Path, size: int) -> None:
-    """Write the model in a GGUF file of `size` bytes to a folder. Raises as `opened_gguf`."""
+    """Convert a GGUF file of `size` bytes to a folder. Raises as `opened_gguf` does."""
     log.info("reading %s", path)
     try:
         fields, entries = read_header(path)
@@ -90,7 +90,7 @@ def _fill(draft: Path, path: Path, size: int) -> None:
 
 
 def _files(fields: Mapping[str, object], network: Mapping[str, object]) -> dict[str, object]:
-    """The contents of the folder's files of JSON. Raises UserError."""
+    """The contents of the folder's JSON files. Raises UserError."""
     special, ids = special_tokens(fields), special_ids(fields)
     template = fields.get("tokenizer.chat_template")
     return {

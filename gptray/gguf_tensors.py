@@ -1,6 +1,6 @@
-"""The weights of a GGUF file, written as safetensors a few rows at a time.
+"""Writes the weights of a GGUF file as safetensors, a few rows at a time.
 
-What is in fp32, fp16 or bf16 keeps its type; the rest becomes fp32.
+fp32, fp16 and bf16 keep their type; other types become fp32.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[np.generic]
 
-# GGML's numbers of types that stay as they are: safetensors' name, bytes of a number.
+# Types that are kept, by GGML's number: safetensors' name, and bytes per number.
 _PLAIN = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2)}
 # Numbers that are decoded at a time.
 _AT_ONCE = 1 << 22
-_MOST_FACTORS = 1 << 12
+_MAX_FACTORS = 1 << 12
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as it will be stored. order: for each of its rows, the row in the file."""
+    """A weight to store. order: for each of its rows, the row in the GGUF file."""
 
     entry: Entry
     transposed: bool
@@ -44,20 +44,17 @@ class Weight:
 
     @property
     def dtype(self) -> tuple[str, int]:
-        """safetensors' name, and the bytes of a number."""
+        """safetensors' name of the type, and bytes per number."""
         return _PLAIN.get(self.entry.kind, ("F32", 4))
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return self.dtype[1] * math.prod(self.shape)
 
 
 def check_entries(entries: Sequence[Entry], size: int) -> None:
-    """Refuse tensors of unknown types and those that are not within the file's `size`, in bytes.
-
-    Raises UserError.
-    """
+    """Raise UserError for a tensor of unknown type or outside the file, which has `size` bytes."""
     left = size
     for entry in entries:
         left -= _bytes_of(entry)
@@ -70,7 +67,7 @@ def weights_of(
 ) -> dict[str, Weight]:
     """The weights by Hugging Face's names.
 
-    config: config.json. Raises UserError for one that the family has not, or of another shape.
+    config: config.json. Raises UserError for an unknown weight or a wrong shape.
     """
     family, found = family_of_file(fields), dict[str, Weight]()
     for entry in entries:
@@ -90,7 +87,7 @@ def weights_of(
 
 
 def has_own_head(path: Path, entries: Sequence[Entry]) -> bool:
-    """Whether a file has a head that is not a copy of its embedding."""
+    """Whether a file has a head that differs from its embedding."""
     import numpy as np
 
     named = {entry.name: entry for entry in entries}
@@ -104,17 +101,17 @@ def has_own_head(path: Path, entries: Sequence[Entry]) -> bool:
 
 
 def rotary_factors(path: Path, entries: Sequence[Entry]) -> list[float] | None:
-    """The tensor of Llama 3's scaling. Raises UserError for one of an absurd size."""
+    """The tensor with Llama 3's scaling, if any. Raises UserError for an absurd shape."""
     entry = next((entry for entry in entries if entry.name == FACTORS), None)
     if entry is None:
         return None
-    if len(entry.shape) != 1 or entry.shape[0] > _MOST_FACTORS or entry.kind:
+    if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS or entry.kind:
         raise UserError(f"{FACTORS} has shape {list(entry.shape)}")
     return [float(one) for part in _parts(path, Weight(entry, False, None)) for one in part.flat]
 
 
 def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> None:
-    """Write the weights as safetensors. Raises UserError for a type that is not read."""
+    """Write the weights as safetensors. Raises UserError for an unsupported type."""
     import numpy as np
 
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -134,7 +131,7 @@ def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> No
 
 
 def _bytes_of(entry: Entry) -> int:
-    """The bytes of a tensor. Raises UserError for a type that is not known."""
+    """The size of a tensor in bytes. Raises UserError for an unknown type."""
     import gguf
 
     kinds = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
@@ -147,9 +144,9 @@ def _bytes_of(entry: Entry) -> int:
 
 
 def _parts(source: Path, weight: Weight) -> Iterator[Array]:
-    """A tensor's rows in their new order, a few at a time, in the type that they are stored in.
+    """Yield a tensor's rows in their new order, a few at a time, in the type to store.
 
-    Raises UserError for a type whose numbers are not known.
+    Raises UserError for an unsupported type.
     """
     import gguf
     import numpy as np
@@ -171,13 +168,13 @@ def _parts(source: Path, weight: Weight) -> Iterator[Array]:
 def _raw_rows(
     source: Path, entry: Entry, order: list[int] | None = None
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a tensor's rows, some rows at a time; of a vector each number is a row."""
+    """Yield the bytes of a tensor's rows, some at a time; each number of a vector is a row."""
     import numpy as np
 
     is_plain_vector = len(entry.shape) == 1 and entry.kind in _PLAIN
     rows = math.prod(entry.shape) if is_plain_vector else math.prod(entry.shape[:-1])
     step = max(1, _AT_ONCE // (1 if is_plain_vector else entry.shape[-1]))
     for start in range(0, rows, step):
-        # Opened anew: what was read of a mapped file counts as this process's memory.
+        # Mapped anew each time: pages that were read count as this process's memory.
         data = np.memmap(source, np.uint8, "r", entry.start, (rows, _bytes_of(entry) // rows))
         yield np.array(data[order[start : start + step] if order else slice(start, start + step)])

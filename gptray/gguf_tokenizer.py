@@ -1,7 +1,7 @@
-"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json.
+"""Converts the tokenizer of a GGUF file to Hugging Face's tokenizer.json.
 
-Byte-level BPE ("gpt2") or SentencePiece's ("llama"). How llama.cpp cuts text into words is known by
-name alone; a GGUF file does not say it.
+Supports byte-level BPE ("gpt2") and SentencePiece's BPE ("llama"). A GGUF file only names
+llama.cpp's pre-tokenizer; its regular expression is here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _CASED = rf"{_WORD}{_UPPER}*{_LOWER}+%s|{_WORD}{_UPPER}+{_LOWER}*%s|"
 _CASED_REST = _REST.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-# The regular expression that cuts text into words; None: GPT-2's. Llama.cpp's names for it, the
-# first of them what is written.
+# By the regular expression of a pre-tokenizer (None: GPT-2's), llama.cpp's names for it; export
+# writes the first.
 _LLAMA3 = _LETTERS + r"\p{N}{1,3}" + _REST
-_CUTS: dict[str | None, tuple[str, ...]] = {
+_PRE_TOKENIZERS: dict[str | None, tuple[str, ...]] = {
     None: ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais",
            "trillion", "granite-docling"),
     _LETTERS + r"\p{N}" + _REST: ("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2",
@@ -34,18 +34,18 @@ _CUTS: dict[str | None, tuple[str, ...]] = {
     _CASED % (f"{_ENDINGS}?", f"{_ENDINGS}?") + r"\p{N}{1,3}" + _CASED_REST: (
         "gpt-4o", "llama4", "kanana2"),
 }  # fmt: skip
-# As GPT-2's, after each digit is cut off.
+# GPT-2's, after splitting off each digit.
 _BY_DIGIT = ("smollm", "exaone", "starcoder", "refact", "command-r", "codeshell", "minerva-7b")
-CUTS = {name: pattern for pattern, names in _CUTS.items() for name in names} | dict.fromkeys(
-    _BY_DIGIT
-)
-# Whose words, if they are tokens, are taken whole, whatever the merges say; a text begins with a
-# special token, unless the file says otherwise.
-TAKES_WHOLE = (
+PRE_TOKENIZERS = {
+    name: pattern for pattern, names in _PRE_TOKENIZERS.items() for name in names
+} | dict.fromkeys(_BY_DIGIT)
+# Pre-tokenizers of tokenizers that take a word that is a token whole (ignore_merges), and that
+# begin a text with a special token unless the file says otherwise.
+IGNORES_MERGES = (
     "llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
     "tekken",
 )  # fmt: skip
-# Stands where there are no merges, for llama.cpp asks for some: no text comes to these two symbols.
+# A placeholder if there are no merges, because llama.cpp needs one; no text has these symbols.
 NO_MERGES = ["<|<| |>|>"]
 
 _ROLES = {
@@ -55,12 +55,12 @@ _ROLES = {
     "padding_token_id": "pad_token",
 }
 _SENTENCEPIECE_IDS = {"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# Of whole turns and messages.
+# Tokens that end a turn and a message.
 MORE_ENDS = ("eot_token_id", "eom_token_id")
 
 
 def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
-    """tokenizer.json of a file's fields. Raises UserError for another kind of tokenizer."""
+    """The tokenizer.json for a file's fields. Raises UserError for an unsupported tokenizer."""
     tokens, types = _tokens(fields)
     added = [
         {
@@ -80,7 +80,7 @@ def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "post_processor": _around(fields),
+        "post_processor": _post_processor(fields),
         **(_of_pieces(fields) if _is_pieces(fields) else _of_bytes(fields)),
     }
 
@@ -92,14 +92,14 @@ def special_ids(fields: Mapping[str, object]) -> dict[str, int]:
 
 
 def end_ids(fields: Mapping[str, object]) -> int | list[int] | None:
-    """The ids of all tokens that end a text, as generation_config.json has them."""
+    """The ids of all tokens that end a text, in the format of generation_config.json."""
     found = (_id(fields, key) for key in ("eos_token_id", *MORE_ENDS))
     ids = list(dict.fromkeys(one for one in found if one is not None))
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def special_tokens(fields: Mapping[str, object]) -> dict[str, str]:
-    """The names of special tokens by what they are for, such as eos_token."""
+    """The names of special tokens by role, such as eos_token."""
     tokens, _ = _tokens(fields)
     ids = special_ids(fields)
     return {name.removesuffix("_id"): tokens[number] for name, number in ids.items()}
@@ -123,20 +123,20 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, 
 def _of_bytes(fields: Mapping[str, object]) -> dict[str, object]:
     """The steps of byte-level BPE."""
     model, pre = fields.get(KEY + "model"), fields.get(KEY + "pre")
-    if model != "gpt2" or not isinstance(pre, str) or pre not in CUTS:
+    if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UserError(
             f"its tokenizer ({model}, {pre}) is not supported; llama is, and gpt2 with "
-            f"{', '.join(CUTS)}"
+            f"{', '.join(PRE_TOKENIZERS)}"
         )
     tokens, types = _tokens(fields)
     merges = _texts(fields, "merges")
     return {
         "normalizer": None,
-        "pre_tokenizer": _cut(pre),
+        "pre_tokenizer": _pre_tokenizer(pre),
         "decoder": _BYTES,
         "model": {
             "type": "BPE",
-            "ignore_merges": pre in TAKES_WHOLE,
+            "ignore_merges": pre in IGNORES_MERGES,
             "vocab": {
                 token: number for number, token in enumerate(tokens) if types[number] != UNUSED
             },
@@ -153,7 +153,7 @@ def _pair(merge: str) -> list[str]:
 
 
 def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
-    """The steps of SentencePiece's BPE, or of a tokenizer that has a token for each character."""
+    """The steps of SentencePiece's BPE, or of a tokenizer with one token per character."""
     tokens, types = _tokens(fields)
     kept = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}
     normal = [number for number, kind in enumerate(types) if kind == NORMAL]
@@ -192,44 +192,39 @@ def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _around(fields: Mapping[str, object]) -> dict[str, object] | None:
-    """What puts special tokens around a text, if any are."""
+def _post_processor(fields: Mapping[str, object]) -> dict[str, object] | None:
+    """The post-processor that puts special tokens around a text, if any."""
     pre, names = fields.get(KEY + "pre"), special_tokens(fields)
     is_asked = {
-        "bos_token": fields.get(KEY + "add_bos_token", _is_pieces(fields) or pre in TAKES_WHOLE),
+        "bos_token": fields.get(KEY + "add_bos_token", _is_pieces(fields) or pre in IGNORES_MERGES),
         "eos_token": fields.get(KEY + "add_eos_token", False),
     }
     ids = special_ids(fields)
-    used = {names[role]: ids[f"{role}_id"] for role in names if is_asked.get(role)}
+    used = {role: name for role, name in names.items() if is_asked.get(role)}
     if not used:
         return None
 
-    def single(texts: list[str]) -> list[object]:
-        steps: list[object] = []
-        for number, text in enumerate(texts):
-            one = {"Sequence": {"id": text, "type_id": number}}
-            before, after = (
-                [{"SpecialToken": {"id": names[role], "type_id": number}}]
-                if role in names and is_asked[role]
-                else []
-                for role in ("bos_token", "eos_token")
-            )
-            steps += [*before, one, *after]
-        return steps
+    def special(role: str, number: int) -> list[object]:
+        return [{"SpecialToken": {"id": used[role], "type_id": number}}] if role in used else []
+
+    def around(text: str, number: int) -> list[object]:
+        one = {"Sequence": {"id": text, "type_id": number}}
+        return [*special("bos_token", number), one, *special("eos_token", number)]
 
     return {
         "type": "TemplateProcessing",
-        "single": single(["A"]),
-        "pair": single(["A", "B"]),
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
         "special_tokens": {
-            name: {"id": name, "ids": [number], "tokens": [name]} for name, number in used.items()
+            name: {"id": name, "ids": [ids[f"{role}_id"]], "tokens": [name]}
+            for role, name in used.items()
         },
     }
 
 
-def _cut(pre: str) -> dict[str, object]:
-    """The pre-tokenizer of one of `CUTS`."""
-    pattern = CUTS[pre]
+def _pre_tokenizer(pre: str) -> dict[str, object]:
+    """The pre-tokenizer of one of `PRE_TOKENIZERS`."""
+    pattern = PRE_TOKENIZERS[pre]
     if pattern is not None:
         first: dict[str, object] = {
             "type": "Split",

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, and whether the installed PyTorch is built for any: without torch."""
+"""Counts this machine's GPUs and says what PyTorch is built for, without importing torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-# Where drivers show their GPUs: NVIDIA's on Linux, AMD's (a node without SIMDs is a processor).
+# Where drivers list GPUs: NVIDIA's on Linux, and AMD's, where a node without SIMDs is a CPU.
 NVIDIA, AMD = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes")
-# What hides GPUs from a process: NVIDIA's variable, which AMD's runtime knows too, and AMD's own.
+# Variables that hide GPUs from a process: NVIDIA's, which AMD's runtime also reads, and AMD's own.
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 BUILT_FOR_CPUS = (
     "compute.use_gpu=true, but the installed PyTorch is a CPU build; install one for GPUs: pip "
@@ -19,9 +19,9 @@ BUILT_FOR_CPUS = (
 
 
 def local_gpus() -> int:
-    """GPUs that this process may use, without starting Ray."""
+    """The number of GPUs that this process may use."""
     devices = len(list(NVIDIA.glob("*"))) or sum(map(_computes, AMD.glob("*/properties")))
-    # In WSL2 and in some containers NVIDIA's driver has no folder.
+    # WSL2 and some containers lack the folder of NVIDIA's driver.
     devices = devices or sum(bool(re.match(r"GPU \d+:", line)) for line in nvidia_smi("-L"))
     for name in HIDING:
         if (visible := os.environ.get(name)) is not None:
@@ -38,7 +38,7 @@ def _computes(node: Path) -> bool:
 
 
 def nvidia_smi(*options: str) -> list[str]:
-    """The lines that nvidia-smi prints with these options; none where it does not answer."""
+    """The output lines of nvidia-smi with these options; none if it does not answer."""
     command = ["nvidia-smi", *options]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
@@ -48,18 +48,18 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def is_torch_for_cpus() -> bool:
-    """Whether the installed PyTorch is a build without GPUs."""
+    """Whether the installed PyTorch is a CPU build."""
     kinds = _torch_kinds()
     return bool(kinds) and not any(kinds.values())
 
 
 def torch_cuda() -> str | None:
-    """The CUDA that the installed PyTorch is built for, such as 13.0; None without one."""
+    """The CUDA version of the installed PyTorch, such as 13.0; None if it has none."""
     return _torch_kinds().get("cuda")
 
 
 def _torch_kinds() -> dict[str, str | None]:
-    """The versions of CUDA and HIP that PyTorch is built for, as its version.py says."""
+    """The CUDA and HIP versions of the installed PyTorch, from its version.py."""
     spec = find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return {}

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: downloads models, or says in one sentence why it cannot.
+"""Downloads models from the Hugging Face hub, or says in one sentence why it cannot.
 
-Without a network the hub's client retries for a minute, so this first checks whether the hub
-answers: once a minute, for a few seconds. Needs neither torch nor Ray.
+Without a network, the hub's client retries for a minute. So this first checks, at most once a
+minute and for a few seconds, whether the hub answers. Needs neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 from gptray.config import UserError
 
-# Of one request, and of the whole check: the look-up of the hub's name has no time limit.
+# Timeouts of one request and of the whole check, because the DNS lookup has none of its own.
 REQUEST_S, ASKING_S = 2.0, 3.0
 ANSWER_HOLDS_S = 60.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 class NotOnHub(UserError):
-    """Neither a folder here nor a model from the hub.
+    """Neither a local folder nor a model on the hub.
 
-    `reason` says what the hub or its cache answered, such as "no such model on the hub"; it is
-    empty for what cannot be a name on the hub.
+    reason: the answer of the hub or its cache, such as "no such model on the hub"; empty for a name
+    that cannot be a hub id.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -37,7 +37,7 @@ class NotOnHub(UserError):
 
 
 def why_unreachable() -> str | None:
-    """Why nothing can be downloaded now; None if the hub answers."""
+    """Why the hub cannot be reached now; None if it answers."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -47,7 +47,7 @@ def why_unreachable() -> str | None:
 
 @lru_cache(maxsize=1)
 def _silence(period: int) -> str | None:
-    """Why the hub does not answer. Cached for a period, not for good: a replica lives for days."""
+    """Why the hub does not answer; cached per period, because a replica lives for days."""
     from huggingface_hub import constants
 
     reasons = [f" within {ASKING_S:.0f} s"]
@@ -58,7 +58,7 @@ def _silence(period: int) -> str | None:
 
 
 def _ask(endpoint: str, reasons: list[str]) -> None:
-    """Empty `reasons` if the hub answers, whatever the answer; else add why not."""
+    """Clear `reasons` if the hub answers, whatever it says; else add the reason."""
     from huggingface_hub import get_session
 
     try:
@@ -70,7 +70,7 @@ def _ask(endpoint: str, reasons: list[str]) -> None:
 
 
 def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
-    """The folder with a hub model's files that match these patterns; offline, from the cache.
+    """The folder with a hub model's files that match these patterns; from the cache if offline.
 
     Raises NotOnHub.
     """
@@ -98,7 +98,7 @@ def download_model(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def cached_model(hub_id: str) -> Path | None:
-    """The folder with what the cache has of a hub model; None: nothing. Asks nobody."""
+    """The folder of a hub model in the cache, if any; works offline."""
     from huggingface_hub import snapshot_download
 
     if not _HUB_ID.fullmatch(hub_id):
@@ -110,5 +110,5 @@ def cached_model(hub_id: str) -> Path | None:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, in one line."""
+    """The first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,12 +1,12 @@
-"""The right to write to a folder in an object store, for one process at a time.
+"""A lease on a folder in an object store: the right to write, for one process at a time.
 
-Whoever wants it puts a lease of its own into the folder and then looks for others: only one that
-sees no other may write. Two that come at once see each other, withdraw, and try again; so a store
-needs no more than listings that show what was written before, as S3, GCS and Azure give them.
-The holder renews its lease. One that has not been renewed for `EXPIRES_S`, as watched by whoever
-waits for it, without comparing clocks, was left by a kill and is removed; on the machine of its
-process that is seen at once. A holder that could not renew its lease for that long has lost it, see
-`Lease.check`: what it writes before it asks is not kept out.
+A process puts its own lease into the folder and then lists the others: it may write only if there
+are none. Two that come at once see each other, withdraw, and try again. So a store only needs
+consistent listings, as in S3, GCS and Azure. The holder renews its lease. A waiting process that
+sees no renewal for `EXPIRES_S` (no clocks are compared) removes the lease as left by a killed
+process; on the same machine it sees at once that the process has ended. A holder that could not
+renew its lease for that long has lost it, see `Lease.check`; nothing prevents its writes before it
+checks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gptray.remote_folder import RemoteFolder, StoredFile
 log = logging.getLogger("gptray")
 
 EXPIRES_S, POLL_S = 30.0, 1.0
-# Of several that come at once.
-_TRIES, _MOST_PAUSE_S = 8, 2.0
+# For processes that come at once.
+_TRIES, _MAX_PAUSE_S = 8, 2.0
 PREFIX = "lease-"
 
 
@@ -47,7 +47,7 @@ class Lease:
         self._content = json.dumps(owner, indent=1).encode()
 
     def check(self) -> None:
-        """Raise RunFailed unless the lease is this process's own still."""
+        """Raise RunFailed unless this process still holds the lease."""
         if time.monotonic() - self._renewed > self._expires_s:
             raise RunFailed(
                 f"the lease on {self._place} could not be renewed for {self._expires_s:.0f} s, so "
@@ -55,7 +55,7 @@ class Lease:
             )
 
     def take(self) -> bool:
-        """Put the lease there; False, and withdrawn again, if another one is."""
+        """Write the lease; if there is another one, withdraw it and return False."""
         self._renew()
         if not _leases(self._place).keys() - {self._name}:
             return True
@@ -63,7 +63,7 @@ class Lease:
         return False
 
     def keep(self) -> None:
-        """Renew the lease until `release`; in a thread."""
+        """Renew the lease until `release`; runs in a thread."""
         while not self._ended.wait(self._expires_s / 4):
             try:
                 self._renew()
@@ -73,7 +73,7 @@ class Lease:
     def release(self) -> None:
         """End the lease."""
         self._ended.set()
-        with suppress(CannotWrite):  # it expires
+        with suppress(CannotWrite):  # it will expire
             self._place.remove(self._name)
 
     def _renew(self) -> None:
@@ -84,9 +84,10 @@ class Lease:
 
 @contextmanager
 def leased(place: RemoteFolder, *, busy: str, expires_s: float | None = None) -> Iterator[Lease]:
-    """Hold the right to write to a folder, in which leases are kept. expires_s: or EXPIRES_S.
+    """Hold the lease of a folder in the block. expires_s: by default EXPIRES_S.
 
-    Raises UserError: another process holds it, as `busy` says, or the folder cannot be written.
+    Raises UserError if another process holds it (the message `busy`), or if the folder cannot be
+    written.
     """
     expires_s = expires_s or EXPIRES_S
     lease = Lease(place, expires_s)
@@ -103,7 +104,7 @@ def leased(place: RemoteFolder, *, busy: str, expires_s: float | None = None) ->
 
 
 def is_leased(files: Mapping[str, StoredFile]) -> bool:
-    """Whether a job renews its lease on a run in an object store, as far as clocks agree."""
+    """Whether a job holds a lease among these files, as far as clocks agree."""
     leases = [
         one.modified / 1e9 for name, one in files.items() if Path(name).name.startswith(PREFIX)
     ]
@@ -113,19 +114,19 @@ def is_leased(files: Mapping[str, StoredFile]) -> bool:
 def _take(lease: Lease, place: RemoteFolder, busy: str, expires_s: float) -> None:
     for _ in range(_TRIES):
         if others := _leases(place):
-            _outlive(others, place, busy, expires_s)
+            _wait_for_expiry(others, place, busy, expires_s)
         if lease.take():
             return
-        time.sleep(random.uniform(0, _MOST_PAUSE_S))
+        time.sleep(random.uniform(0, _MAX_PAUSE_S))
     raise UserError(busy)
 
 
-def _outlive(
+def _wait_for_expiry(
     others: dict[str, StoredFile], place: RemoteFolder, busy: str, expires_s: float
 ) -> None:
-    """Wait until none of these leases holds any more, and remove them.
+    """Wait until all of these leases have expired, and remove them.
 
-    Raises UserError as soon as one is renewed, or another one is there.
+    Raises UserError as soon as one is renewed or a new one appears.
     """
     owners = {name: _owner(place, name) for name in others}
     alive = {name: owner for name, owner in owners.items() if not _is_dead(owner)}
@@ -150,7 +151,7 @@ def _leases(place: RemoteFolder) -> dict[str, StoredFile]:
 
 
 def _owner(place: RemoteFolder, name: str) -> dict[str, object]:
-    """What a lease says of its process; nothing if it went away or is not one."""
+    """A lease's description of its process; empty if it is gone or invalid."""
     try:
         owner = json.loads(place.read(name) or b"{}")
     except ValueError:
@@ -159,7 +160,7 @@ def _owner(place: RemoteFolder, name: str) -> dict[str, object]:
 
 
 def _is_dead(owner: dict[str, object]) -> bool:
-    """Whether a lease is of a process of this machine that has ended."""
+    """Whether a lease belongs to a process of this machine that has ended."""
     pid = owner.get("pid")
     if owner.get("machine") != _machine() or not isinstance(pid, int):
         return False
@@ -170,12 +171,12 @@ def _is_dead(owner: dict[str, object]) -> bool:
 
 
 def _machine() -> str:
-    """This boot of this machine, and the space in which its process ids count."""
+    """Identifies this machine's boot, and the namespace of its process ids."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _process(pid: int) -> dict[str, object]:
-    """A process id with its start, by which it is told from a later process of that id."""
+    """A process's id and start time, which tells it from a later process with the same id."""
     status = Path(f"/proc/{pid}/stat").read_text("utf-8")
     return {"pid": pid, "began": status.rpartition(")")[2].split()[19]}

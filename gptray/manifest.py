@@ -28,9 +28,9 @@ def write_manifest(folder: Path) -> None:
 
 
 def files_damage(folder: Path, *, needed: Sequence[str], others: bool = True) -> str | None:
-    """What is wrong with the files of a folder; None if each is intact.
+    """What is wrong with the files of a folder; None if all are intact.
 
-    needed: files that its manifest must list. others: whether all that it lists must be there.
+    needed: files that its manifest must list. others: whether all listed files must exist.
     """
     try:
         manifest = read_object(folder / MANIFEST)
@@ -52,7 +52,7 @@ def files_damage(folder: Path, *, needed: Sequence[str], others: bool = True) ->
 
 
 def _file_damage(folder: Path, name: str, expected: object) -> str | None:
-    """What is wrong with a file that a manifest lists; None if nothing is."""
+    """What is wrong with a file that a manifest lists; None if it is intact."""
     shown = f"{name:.60}"
     match expected:
         case {"size": int(size), "sha256": str(sha256)} if ".." not in Path(name).parts:

@@ -1,10 +1,10 @@
-"""This node's cache: copies of folders that URIs name, and what is made here.
+"""This node's cache: copies of folders that URIs name, and folders made here.
 
-A copy is kept under a hash of what the folder held, so that a changed one is fetched anew. It
-appears by rename, after its files were compared with the folder's own manifest where it has one,
-and it is verified at its first use in each process. Processes of a node share the copies: one
-fetches while the others wait. Where the cache outgrows its share of the disk, what was used least
-recently is removed: nothing that a process uses, and nothing that its store does not have yet.
+A copy is identified by a hash of the folder's listing, so a changed folder is fetched again. It
+appears atomically, after its files were compared with the folder's manifest if it has one, and it
+is verified on first use in each process. A node's processes share copies: one fetches while the
+others wait. If the cache outgrows its share of the disk, the least recently used entries are
+removed, but none that a process uses or that its store does not have yet.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
 
 log = logging.getLogger("gptray")
 
-# The share of a disk that copies take at most.
-_MOST_OF_DISK = 0.25
-# What is removed as a whole.
-_KEPT = (
+# The largest share of the disk that the cache takes.
+_MAX_DISK_SHARE = 0.25
+# Entries that are removed as a whole.
+_ENTRIES = (
     "fetched/*", "records/*", "copied/*", "frozen/*", "engines/*", "outputs/*", "nodes/*",
     "storage/*/*", "storage/*/data/*",
 )  # fmt: skip
 _DRAFT = ".draft"
 _guard = threading.Lock()
-# What this process uses, with descriptors of the locks: they end with the process.
+# Folders that this process uses, and the descriptors of their locks, which end with it.
 _used: dict[Path, int] = {}
 
 
 def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = None) -> Path:
-    """A folder on this node with the files of `place` whose whole names match `wanted`.
+    """A local copy of the files of `place` whose names match `wanted` entirely.
 
-    most: bytes that all copies may take; by default a quarter of the disk.
+    most: bytes that the cache may take; by default a quarter of the disk.
 
     Raises:
-        UserError: the folder cannot be read, or its files are not those of its manifest.
-        RunFailed: there is no room.
+        UserError: the folder cannot be read, or its files do not match its manifest.
+        RunFailed: the disk is full.
     """
     listed = place.files()
     files = [file for name, file in sorted(listed.items()) if wanted.fullmatch(name)]
@@ -72,10 +72,11 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
 
 
 def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
-    """A folder of the cache, whole, and kept for as long as this process lives.
+    """A complete folder of the cache, protected from removal while this process lives.
 
-    make: fills a draft of it where it is not there yet or is damaged; one process of the node does,
-    while the others wait. what: what it is a copy of. Raises RunFailed without room, and as `make`.
+    make: fills a draft of it if it does not exist or is damaged, in one process of the node while
+    the others wait. what: its origin, for messages. Raises RunFailed if the disk is full, and as
+    `make` does.
     """
     with _guard:
         if folder in _used:
@@ -112,7 +113,7 @@ def _make(folder: Path, make: Callable[[Path], None]) -> None:
 
 
 def storage_folder(storage_path: str) -> Path:
-    """The folder on this node of a storage_path: of a URI, the one in which its runs are made.
+    """The local folder of a storage_path; for a URI, the cache's folder in which runs are made.
 
     Raises UserError for the home of an unknown user.
     """
@@ -122,7 +123,7 @@ def storage_folder(storage_path: str) -> Path:
 
 
 def copied(uri: str) -> Path:
-    """A copy on this node of a small file that a URI names. Raises UserError, RunFailed."""
+    """A local copy of a small file that a URI names. Raises UserError, RunFailed."""
     place = RemoteFolder(uri)
     content = place.parent.read(place.name) if place.parent else None
     if content is None:
@@ -138,10 +139,11 @@ def copied(uri: str) -> Path:
 def fetched_holder(
     uri: str, below: Sequence[str], holding: re.Pattern[str], wanted: re.Pattern[str], *, what: str
 ) -> Path:
-    """As `fetched`, of the folder that a URI names, or of the first of its folders `below`.
+    """As `fetched`, for the first folder with a file that matches `holding`: the folder that a URI
+    names, or one of its folders `below`.
 
-    It is the one with a file that matches `holding`; what: what is said where none has one.
-    Raises as `fetched`, and UserError for a folder that is not there, with the nearest name.
+    what: the message if none has such a file. Raises as `fetched` does, and UserError, with the
+    nearest name, if the folder does not exist.
     """
     place = RemoteFolder(uri)
     for one in (place, *(place / name for name in below)):
@@ -155,7 +157,7 @@ def fetched_holder(
 def _fetch(
     place: RemoteFolder, files: Sequence[StoredFile], draft: Path, *, has_manifest: bool
 ) -> None:
-    """Copy files to a folder, and compare them with their own manifest. Raises as `fetched`."""
+    """Copy files to a folder and compare them with their manifest. Raises as `fetched` does."""
     names = [file.name for file in files]
     for name in names + [MANIFEST] * has_manifest:
         try:
@@ -172,18 +174,18 @@ def _fetch(
 
 
 def make_room(size: int = 0, most: int | None = None) -> None:
-    """Remove what was used least recently, until `size` more bytes fit into the cache.
+    """Remove the least recently used entries until `size` more bytes fit into the cache.
 
-    most: bytes that the cache may have; by default a quarter of the disk.
+    most: bytes that the cache may take; by default a quarter of the disk.
     """
     cache = cache_folder()
     if not cache.is_dir():
         return
-    most = int(shutil.disk_usage(cache).total * _MOST_OF_DISK) if most is None else most
-    folders = [one for pattern in _KEPT for one in cache.glob(pattern) if one.is_dir()]
+    most = int(shutil.disk_usage(cache).total * _MAX_DISK_SHARE) if most is None else most
+    folders = [one for pattern in _ENTRIES for one in cache.glob(pattern) if one.is_dir()]
     kept = {folder: _bytes_of(folder) for folder in folders if folder.name != PREPARED}
     total = sum(kept.values())
-    for folder in sorted(filter(_is_elsewhere, kept), key=lambda folder: folder.stat().st_mtime):
+    for folder in sorted(filter(_is_replaceable, kept), key=lambda folder: folder.stat().st_mtime):
         if total + size <= most:
             return
         with open_lock(_beside(folder, "used")) as used:
@@ -191,14 +193,14 @@ def make_room(size: int = 0, most: int | None = None) -> None:
                 fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if _is_elsewhere(folder):
+            if _is_replaceable(folder):
                 log.info("removing %s, the least recently used, to make room", folder)
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= kept[folder]
 
 
 def hold(folder: Path) -> None:
-    """Keep a folder of the cache for as long as this process lives. Raises RunFailed."""
+    """Protect a folder of the cache from removal while this process lives. Raises RunFailed."""
     with _guard:
         if folder in _used:
             return
@@ -219,7 +221,7 @@ def discard(folder: Path) -> None:
 
 
 def set_published(folder: Path, is_published: bool) -> None:
-    """Note whether the store has all of a folder that was made here. Raises RunFailed."""
+    """Record whether the store has all of a folder that was made here. Raises RunFailed."""
     mark = _beside(folder, "published")
     with storing(mark):
         if is_published:
@@ -232,8 +234,8 @@ def _beside(folder: Path, what: str) -> Path:
     return folder.with_name(f"{folder.name.removesuffix(_DRAFT)}.{what}")
 
 
-def _is_elsewhere(folder: Path) -> bool:
-    """Whether all of a folder can be fetched or made again."""
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder can be fetched or made again."""
     kind = folder.relative_to(cache_folder()).parts[0]
     if kind == "outputs":
         return not any(folder.rglob("part-*.parquet"))

@@ -23,7 +23,7 @@ from gptray.stored import Unreadable, parse_json, read_bytes
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
-# Types of a row's fields by name: of every row under "", of an event's rows under its name.
+# The types of a row's fields: under "" those of every row, under an event's name those of its rows.
 RowFields = Mapping[str, Mapping[str, type | tuple[type, ...]]]
 METRIC_FIELDS: RowFields = {"": {"step": int, "train_loss": (int, float)}}
 EVENT_FIELDS: RowFields = {
@@ -47,11 +47,13 @@ class TextScore(TypedDict):
 
 
 class MetricsRow(TypedDict, total=False):
-    """A row of metrics.jsonl. Losses in nats per token; the fields from val_loss on only where
-    the step was evaluated, val_lost only where the tokenizer loses text, also with evaluate.also.
-    Steps count on through a landing, whose epochs are those behind its weights. With train.ema
-    val_loss, val_ppl, val_bpb, gap and also are of the better of the weights (own) and their
-    average (ema)."""
+    """A row of metrics.jsonl; losses are in nats per token.
+
+    Fields from val_loss on are only there for evaluated steps, val_lost only if the tokenizer loses
+    text, `also` only with evaluate.also. In a landing, steps continue to count, while epochs are
+    those behind its weights. With train.ema, val_loss, val_ppl, val_bpb, gap and `also` are those
+    of the better of the weights (own) and their average (ema).
+    """
 
     step: Required[int]
     epoch: float
@@ -77,19 +79,19 @@ class Event(TypedDict, total=False):
     event: Required[str]
     time: Required[float]
     step: int
-    message: str  # of a notice, a build, a landing, a damaged checkpoint, a failure, a wait
-    back_to: int  # of a landing: the step whose weights it begins with
-    until: int  # of a landing, and of a start in it: its last step
-    stopped: Literal["max_steps", "patience", "non_finite"]  # of an end
-    val_loss: float  # of the weights that a run began with, as are the next two
+    message: str  # notice, building, landing, damaged, failure, waiting
+    back_to: int  # landing: the step from whose weights it starts
+    until: int  # landing, and start within one: its last step
+    stopped: Literal["max_steps", "patience", "non_finite"]  # end
+    val_loss: float  # base: of the weights with which a run began, as are the next two
     val_bpb: float
     also: dict[str, TextScore]
-    best: bool  # of an evaluation, as is the next
+    best: bool  # evaluated, as is the next
     samples: list[list[str]]  # pairs of a prompt and its continuation
-    workers: int  # of a start, as are the others
+    workers: int  # start, as are the others
     dtype: str
     backend: str  # native or torch
-    chosen: str  # why that backend, in a sentence; empty where it was asked for
+    chosen: str  # why that backend, in a sentence; empty if the config asked for it
     compiled: bool
     sharded: bool
     deterministic: bool
@@ -106,15 +108,15 @@ class Event(TypedDict, total=False):
     warnings: list[str]
 
 
-# What a result depends on besides gptray itself.
+# Libraries that affect results.
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers")
 
 
 def read_rows(path: Path, fields: RowFields | None = None) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, without a torn last line, which a kill leaves.
+    """The rows of a JSON-lines file, without an incomplete last line, which a kill leaves.
 
-    fields: what each row must have; by default, what a file of that name must have. Blank lines,
-    and the NULs that a crash of the machine leaves, are skipped.
+    fields: the required fields; by default those for a file of that name. Blank lines, and the NULs
+    that a crash of the machine leaves, are skipped.
 
     Raises:
         RunFailed: a row is damaged; names its line.
@@ -150,7 +152,7 @@ def read_events(run_dir: Path) -> list[Event]:
 
 
 def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
-    """The row in a line of JSON. Raises Unreadable if it lacks one of its fields."""
+    """Parse one line. Raises Unreadable if it lacks a field."""
     row = parse_json(line)
     if not isinstance(row, dict):
         raise Unreadable("not a JSON object")
@@ -164,7 +166,7 @@ def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
 
 
 def write_event(run_dir: Path, event: str, **fields: object) -> None:
-    """Append one event to `events.jsonl`, whole or not at all.
+    """Append one event to `events.jsonl` atomically.
 
     Raises:
         RunFailed: the disk is full or cannot be written.
@@ -176,13 +178,13 @@ def write_event(run_dir: Path, event: str, **fields: object) -> None:
 
 
 def try_event(run_dir: Path, event: str, **fields: object) -> None:
-    """Write an event of a failure that is told elsewhere, whether the disk takes it or not."""
+    """Write an event if possible, for a failure that is reported elsewhere anyway."""
     with suppress(RunFailed):
         write_event(run_dir, event, **fields)
 
 
 def versions() -> dict[str, str]:
-    """The versions of gptray, Python and the libraries that are installed, by name."""
+    """The versions of gptray, Python and the installed LIBRARIES, by name."""
     found = {"gptray": __version__, "Python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -193,18 +195,18 @@ def versions() -> dict[str, str]:
 
 
 def base_event(events: Sequence[Event]) -> Event | None:
-    """What was scored before the first step; None if a run began with new weights."""
+    """The score before the first step; None if the run began with new weights."""
     return next((one for one in reversed(events) if one["event"] == "base"), None)
 
 
 def base_val_loss(events: Sequence[Event]) -> float | None:
-    """The validation loss of the weights that a run began with; None if they were new ones."""
+    """The validation loss before the first step; None if the run began with new weights."""
     base = base_event(events)
     return base["val_loss"] if base else None
 
 
 def curves(row: MetricsRow) -> dict[str, float]:
-    """The numbers of a row that are drawn over its step, by name: `also/NAME/bpb` and so on."""
+    """The numbers of a row to plot, by name: `val_loss`, `also/NAME/bpb` and so on."""
     numbers: dict[str, float] = {}
     for key, value in row.items():
         if key == "also":
@@ -217,12 +219,12 @@ def curves(row: MetricsRow) -> dict[str, float]:
 
 
 def teachers_of(events: Sequence[Event]) -> dict[str, str]:
-    """The sha256 of the weights of a run's teachers, by their names; none where it has none."""
+    """The sha256 of the weights of a run's teachers, by name."""
     return next((one["teachers"] for one in reversed(events) if one.get("teachers")), {})
 
 
 def seconds_trained(events: Sequence[Event]) -> float:
-    """Seconds from each start to the last event before the next start, added up."""
+    """The sum of seconds from each start to the last event before the next start."""
     began: float | None = None
     total = latest = 0.0
     for event in events:

@@ -1,4 +1,4 @@
-"""Folders that a URI names, in any file system that pyarrow knows: object stores and others."""
+"""Folders named by URIs, in object stores and other file systems that pyarrow supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.files import CannotWrite, replacing, storing
-from gptray.store_access import file_system, persistently, reason
+from gptray.store_access import file_system, reason, with_retries
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +23,7 @@ _BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as a listing has it. modified: ns, by the store's clock."""
+    """A file in a listing. modified: ns, by the store's clock."""
 
     name: str
     size: int
@@ -32,7 +32,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """The folder that a URI names; it need not be there yet."""
+    """The folder that a URI names; it need not exist yet."""
 
     uri: str
 
@@ -50,7 +50,7 @@ class RemoteFolder:
 
     @property
     def parent(self) -> RemoteFolder | None:
-        """None: this is a bucket or a root."""
+        """The folder above; None for a bucket or a root."""
         head, mark, query = self.uri.partition("?")
         above, _, _ = head.rstrip("/").rpartition("/")
         return RemoteFolder(f"{above}{mark}{query}") if above.partition("://")[2] else None
@@ -61,7 +61,7 @@ class RemoteFolder:
         return filesystem, path.rstrip("/")
 
     def files(self, *, deep: bool = False) -> dict[str, StoredFile]:
-        """The files in it by name; deep: those of its folders too. Raises UserError."""
+        """The files in it by name; deep: also those in its folders. Raises UserError."""
         return {
             name: StoredFile(name, info.size, info.mtime_ns or 0)
             for name, info in self._listed(deep).items()
@@ -78,14 +78,14 @@ class RemoteFolder:
         filesystem, path = self._place
         selector = FileSelector(path, recursive=deep, allow_not_found=True)
         with self._read():
-            infos = persistently(lambda: filesystem.get_file_info(selector))
+            infos = with_retries(lambda: filesystem.get_file_info(selector))
         return {info.path[len(path) :].lstrip("/"): info for info in infos}
 
     def download(self, name: str, target: Path) -> None:
-        """Copy a file from here; it appears whole. Raises UserError; RunFailed without room."""
+        """Copy a file from here, atomically. Raises UserError, or RunFailed if the disk is full."""
         filesystem, path = self._place
         with self._read():
-            source = persistently(lambda: filesystem.open_input_file(f"{path}/{name}"))
+            source = with_retries(lambda: filesystem.open_input_file(f"{path}/{name}"))
         with storing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
         with source, storing(target), replacing(target) as draft, draft.open("wb") as file:
@@ -93,15 +93,15 @@ class RemoteFolder:
                 file.write(block)
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a small file; None if it is not there. Raises UserError."""
+        """The bytes of a small file; None if it does not exist. Raises UserError."""
         filesystem, path = self._place
         with self._read(), suppress(FileNotFoundError):
-            file = persistently(lambda: filesystem.open_input_file(f"{path}/{name}"))
-            return persistently(lambda: bytes(file.read_at(file.size(), 0)))
+            file = with_retries(lambda: filesystem.open_input_file(f"{path}/{name}"))
+            return with_retries(lambda: bytes(file.read_at(file.size(), 0)))
         return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Make a file, or replace it; it appears whole. Raises CannotWrite."""
+        """Create or replace a file, atomically. Raises CannotWrite."""
         filesystem, path = self._place
 
         def put() -> None:
@@ -109,10 +109,10 @@ class RemoteFolder:
                 stream.write(content)
 
         with self._written(name):
-            persistently(put)
+            with_retries(put)
 
     def upload(self, source: Path, name: str) -> None:
-        """Copy a file to here; it appears whole. Raises CannotWrite."""
+        """Copy a file to here, atomically. Raises CannotWrite."""
         filesystem, path = self._place
         target = f"{path}/{name}"
 
@@ -121,25 +121,25 @@ class RemoteFolder:
                 try:
                     while block := file.read(_BLOCK_BYTES):
                         stream.write(block)
-                except OSError:  # closing the stream shows what there is
+                except OSError:  # closing the stream publishes the incomplete file
                     stream.close()
                     filesystem.delete_file(target)
                     raise
 
         with self._written(name):
-            persistently(put)
+            with_retries(put)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there. Raises CannotWrite."""
+        """Remove a file if it exists. Raises CannotWrite."""
         filesystem, path = self._place
         with self._written(name), suppress(FileNotFoundError):
-            persistently(lambda: filesystem.delete_file(f"{path}/{name}"))
+            with_retries(lambda: filesystem.delete_file(f"{path}/{name}"))
 
     def remove_all(self) -> None:
-        """Remove the folder with all that is in it, if it is there. Raises CannotWrite."""
+        """Remove the folder and its contents if it exists. Raises CannotWrite."""
         filesystem, path = self._place
         with self._written(""), suppress(FileNotFoundError):
-            persistently(lambda: filesystem.delete_dir(path))
+            with_retries(lambda: filesystem.delete_dir(path))
 
     @contextmanager
     def _written(self, name: str) -> Iterator[None]:
@@ -153,11 +153,11 @@ class RemoteFolder:
 
     def _block(self, source: pa.NativeFile, offset: int) -> bytes:
         with self._read():
-            return persistently(lambda: bytes(source.read_at(_BLOCK_BYTES, offset)))
+            return with_retries(lambda: bytes(source.read_at(_BLOCK_BYTES, offset)))
 
     @contextmanager
     def _read(self) -> Iterator[None]:
-        """Say which folder failed to be read, and why. A missing file stays FileNotFoundError."""
+        """Turn errors into UserError that names the folder; FileNotFoundError passes."""
         try:
             yield
         except FileNotFoundError:
@@ -167,7 +167,7 @@ class RemoteFolder:
 
 
 def no_such_folder(place: RemoteFolder) -> UserError:
-    """The error for a folder that is not there; names the nearest one next to it."""
+    """The error for a folder that does not exist; suggests the nearest name next to it."""
     near = nearest(place.name, place.parent.folders()) if place.parent else None
     known = str(place.parent / near) if place.parent and near else None
     return UserError(f"{place}: no such folder{did_you_mean(known)}")

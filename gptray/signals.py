@@ -1,6 +1,6 @@
-"""How SIGTERM, SIGINT and the death of Ray end a job: soon, whatever it is waiting for.
+"""Ends a job soon after SIGTERM, SIGINT or the death of Ray, whatever it is waiting for.
 
-The first signal interrupts the job, which then has `STOP_S` to clean up; after that, or at a second
+The first signal interrupts the job, which then has `STOP_S` to clean up; after that, or on a second
 signal, the process ends at once. Run folders and outputs are consistent at any moment, and the
 job's own Ray dies with the process.
 """
@@ -17,12 +17,12 @@ from contextlib import AbstractContextManager, contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_S = 8.0
-# `timeout` signals its child and then the child's group: together they are one stop.
+# `timeout` signals its child and then the child's group: signals this close count as one.
 REPEAT_S = 1.0
 
 
 class _Stop:
-    """Handles the signals of a running job, and knows why and by when it is to stop.
+    """Handles a running job's signals, and knows why and by when the job must stop.
 
     A thread reads the signals' numbers from Python's wakeup descriptor, so they are noticed even
     while the main thread waits in a library, or after a library has installed its own handler.
@@ -35,15 +35,15 @@ class _Stop:
         self._end = end
         self._since: float | None = None
         self._is_raised = False
-        self._insists = False  # whether to interrupt until the main thread has noticed
-        self._own = 0  # signals sent from here and not read yet
+        self._insists = False  # whether to interrupt until the main thread notices
+        self._own = 0  # signals sent by `insist` and not read yet
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="signals", daemon=True).start()
 
     def handle(self, number: int, frame: object) -> None:
-        """Interrupt the job, once: a second time would interrupt its cleanup."""
+        """Interrupt the job, only once: a second time would interrupt its cleanup."""
         if not self._is_raised:
             self._is_raised = True
             raise KeyboardInterrupt
@@ -79,7 +79,7 @@ class _Stop:
                 self.insist()
 
     def _left(self) -> float | None:
-        """Seconds left for a job that is stopping; None if it is not."""
+        """Seconds left for a stopping job; None if it is not stopping."""
         if self._since is None:
             return None
         limit = min(STOP_S, self.limit_s) if self.failure else self.limit_s
@@ -91,7 +91,7 @@ class _Stop:
         elif number in SIGNALS and self._since is None:
             self._since = time.monotonic()
             if number == signal.SIGINT and signal.getsignal(number) != self.handle:
-                self.insist()  # a library's handler would only wait
+                self.insist()  # a library's handler may not interrupt
         elif number in SIGNALS and time.monotonic() - (self._since or 0) > REPEAT_S:
             self._end_at_once(is_again=True)
 
@@ -107,7 +107,7 @@ _stop: _Stop | None = None
 
 @contextmanager
 def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
-    """Have SIGTERM and SIGINT raise KeyboardInterrupt in the block; needs the main thread.
+    """Make SIGTERM and SIGINT raise KeyboardInterrupt in the block; only in the main thread.
 
     end: ends the process at once. Its arguments are the failure that stops the job, if any, and
         whether a second signal asked for it; if not, the job did not stop within `STOP_S`.
@@ -130,12 +130,12 @@ def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
 
 
 def leaving_within(seconds: float) -> AbstractContextManager[None]:
-    """In the block, a job that is stopped has this long to finish what it still answers."""
+    """In the block, a job that is stopped has this long to finish open requests."""
     return _stopping_with(limit_s=seconds)
 
 
 def before_ending_at_once(act: Callable[[], object]) -> AbstractContextManager[None]:
-    """In the block, a process that ends without its cleanup does this first, in another thread."""
+    """In the block, a process that ends without cleanup first does this, in another thread."""
     return _stopping_with(last_act=act)
 
 
@@ -153,7 +153,7 @@ def _stopping_with(**changed: object) -> Iterator[None]:
 
 @contextmanager
 def sigterm_sets() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets in the block, unless the job is interrupted for a failure."""
+    """Yield an event that SIGTERM sets, unless a failure interrupts the job."""
     event = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -170,17 +170,17 @@ def sigterm_sets() -> Iterator[threading.Event]:
 
 
 def fail(message: str) -> None:
-    """Interrupt the job from another thread, for a failure that its main thread does not notice."""
+    """Interrupt the job from another thread for a failure that the main thread does not notice."""
     if _stop is not None:
         _stop.failure = message
         _stop.insist()
 
 
 def is_handling() -> bool:
-    """Whether a job runs whose signals are handled here, so that `fail` interrupts it."""
+    """Whether a job is running that `fail` can interrupt."""
     return _stop is not None
 
 
 def failure() -> str | None:
-    """The failure that interrupted the job; None if a signal did, or nothing has."""
+    """The failure that interrupted the job; None if a signal or nothing did."""
     return _stop.failure if _stop else None

@@ -1,4 +1,4 @@
-"""What jobs print as their results, and what they say where that cannot be written."""
+"""Prints jobs' results, and handles a standard output that cannot be written."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ class Unread(Exception):
 
 
 def write_out(text: str) -> None:
-    """Write a text to standard output at once.
+    """Write a text to standard output and flush it.
 
     Raises:
         Unread: its reader has closed it.
-        RunFailed: it is a file on a disk that is full, or the like.
+        RunFailed: it cannot be written, such as a file on a full disk.
     """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        give_up(sys.stdout)
+        redirect_to_null(sys.stdout)
         raise Unread from None
     except OSError as error:
-        give_up(sys.stdout)
+        redirect_to_null(sys.stdout)
         raise RunFailed(f"cannot write to standard output: {error.strerror}") from None
 
 
 def json_line(result: dict[str, object]) -> str:
-    """A result as one line of JSON, in characters that standard output can show."""
+    """A result as one line of JSON, in characters that standard output can encode."""
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
     return visible_json(json.dumps(result, allow_nan=False, ensure_ascii=ascii_only)) + "\n"
 
 
 def line_printer() -> Callable[[dict[str, object]], None]:
-    """A function that prints a result before the job ends, to the stdout of now: Ray redirects it.
+    """A function that prints a result while the job runs, to the current stdout, which Ray will
+    redirect.
 
-    Where nobody reads the line any more, the job still runs on.
+    The job continues even if nobody reads the line.
     """
     stdout = sys.stdout
 
@@ -55,8 +56,8 @@ def line_printer() -> Callable[[dict[str, object]], None]:
     return print_line
 
 
-def give_up(stream: TextIO) -> None:
-    """Write to nowhere: what is left in the buffer would fail again when the interpreter ends."""
+def redirect_to_null(stream: TextIO) -> None:
+    """Redirect to /dev/null, or flushing the buffer would fail again when Python exits."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

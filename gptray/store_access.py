@@ -1,8 +1,7 @@
-"""The file systems that pyarrow knows, object stores among them, and calls to them.
+"""Access to pyarrow's file systems, including object stores, with retries.
 
-Credentials, region and endpoint are those of the environment, as pyarrow takes them
-(AWS_ENDPOINT_URL, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, ...). Calls that meet a busy or slow
-store are repeated.
+pyarrow takes credentials, region and endpoint from the environment (AWS_ENDPOINT_URL, AWS_PROFILE,
+GOOGLE_APPLICATION_CREDENTIALS, ...). Calls to a busy or slow store are retried.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from urllib.parse import quote
 from gptray.config import UserError
 from gptray.hub import first_line
 
-if TYPE_CHECKING:  # only a command that names a store waits for it to load
+if TYPE_CHECKING:  # imported only by commands that name a store
     import pyarrow as pa
     from pyarrow import fs
 
 log = logging.getLogger("gptray")
 
 SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
-# Stores in which a file is not seen before it is whole.
+# Stores in which files appear atomically.
 WRITABLE = ("s3", "gs", "gcs", "abfs", "abfss")
-# What a URI may hold besides letters and digits; a percent sign quotes already.
+# Characters not to quote in a URI, besides letters and digits; a percent sign already quotes.
 _OF_URIS = "%:/?#[]@!$&'()*+,;=~"
-# What stores say of credentials that are missing, wrong or not enough.
+# Words in stores' errors about missing, wrong or insufficient credentials.
 _DENIED = ("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE")
-# Between the tries of a call, and when the wait is told.
+# Pauses between tries, and the wait after which to log a warning.
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _TELL_S = 3.0
 
@@ -38,12 +37,12 @@ T = TypeVar("T")
 
 
 def scheme_of(uri: str) -> str:
-    """s3 of s3://bucket/key, say."""
+    """The scheme of a URI, such as s3 for s3://bucket/key."""
     return uri.partition("://")[0].lower()
 
 
 def file_system(uri: str) -> tuple[fs.FileSystem, str]:
-    """What opens a URI, and the path in it. Raises UserError for one that cannot be reached."""
+    """The file system of a URI, and the path in it. Raises UserError if it cannot be reached."""
     from pyarrow.fs import FileSystem
 
     scheme = scheme_of(uri)
@@ -53,15 +52,15 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme == "s3" and "allow_delayed_open" not in uri:  # a small file is one call, not three
         opened += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
     try:
-        opened = quote(opened, safe=_OF_URIS)  # pyarrow takes letters of ASCII alone
-        filesystem, path = persistently(lambda: FileSystem.from_uri(opened))
+        opened = quote(opened, safe=_OF_URIS)  # pyarrow accepts only ASCII
+        filesystem, path = with_retries(lambda: FileSystem.from_uri(opened))
     except (OSError, ValueError) as error:
         raise UserError(f"{uri}: cannot be opened: {reason(error)}") from None
     return filesystem, path
 
 
 def _other_scheme(scheme: str) -> str:
-    """What to do instead of naming a place that is not read from."""
+    """What to do about a scheme that cannot be read."""
     if scheme == "hf":
         return (
             "files on Hugging Face's hub cannot be read directly; download them first (hf "
@@ -74,7 +73,7 @@ def _other_scheme(scheme: str) -> str:
 
 
 def why_not_written(uri: str) -> str | None:
-    """Why nothing is written to where a URI leads; None if it can be."""
+    """Why gptray cannot write to a URI; None if it can."""
     scheme = scheme_of(uri)
     if scheme in WRITABLE:
         return None
@@ -85,7 +84,7 @@ def why_not_written(uri: str) -> str | None:
 
 
 def reason(error: Exception) -> str:
-    """What a store says, in one line, and where it takes credentials from if it refuses them."""
+    """A store's error in one line, with the source of credentials if it denied access."""
     line = first_line(error)
     if _is_denied(error):
         return f"{line} (credentials come from the environment, such as AWS_PROFILE)"
@@ -96,11 +95,11 @@ def _is_denied(error: Exception) -> bool:
     return any(word in str(error) for word in _DENIED)
 
 
-def persistently(call: Callable[[], T]) -> T:
-    """What a call of a store returns; one that fails in passing is made again, for some seconds.
+def with_retries(call: Callable[[], T]) -> T:
+    """Make a call to a store; retry it for some seconds if it fails temporarily.
 
-    pyarrow repeats calls too, but not a small read to which a store answers that it is busy: the
-    answer is larger than the read. A long wait is told once. Raises OSError.
+    pyarrow retries too, but not a small read that a busy store answers with an error larger than
+    the read. A long wait is logged once. Raises OSError.
     """
     began, is_told = time.monotonic(), False
     for pause in _PAUSES_S:
@@ -118,20 +117,17 @@ def persistently(call: Callable[[], T]) -> T:
     return call()
 
 
-def open_persistently(uri: str, path: str) -> pa.NativeFile:
-    """Open a file of the file system that a URI names, for reads that are made again if need be.
-
-    Raises OSError.
-    """
+def open_with_retries(uri: str, path: str) -> pa.NativeFile:
+    """Open a file in the file system of a URI; its reads are retried. Raises OSError."""
     import pyarrow as pa
 
-    return pa.PythonFile(_PersistentFile(uri, path), mode="r")
+    return pa.PythonFile(_RetryingFile(uri, path), mode="r")
 
 
-class _PersistentFile(io.RawIOBase):
+class _RetryingFile(io.RawIOBase):
     def __init__(self, uri: str, path: str) -> None:
         filesystem, _ = file_system(uri)
-        self._file = persistently(lambda: filesystem.open_input_file(path))
+        self._file = with_retries(lambda: filesystem.open_input_file(path))
         self._offset, self._size = 0, int(self._file.size())
 
     def readable(self) -> bool:
@@ -150,7 +146,7 @@ class _PersistentFile(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         size = self._size - self._offset if size < 0 else size
-        block = bytes(persistently(lambda: self._file.read_at(size, self._offset)))
+        block = bytes(with_retries(lambda: self._file.read_at(size, self._offset)))
         self._offset += len(block)
         return block
 

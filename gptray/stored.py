@@ -1,7 +1,7 @@
 """Reads small files that may be damaged or come from others.
 
-A pipe or a device instead of a file cannot block the reader. Invalid, endlessly nested or
-non-finite JSON is reported in one clause.
+A pipe or a device in place of a file cannot block the reader. Invalid, deeply nested or non-finite
+JSON is reported in one clause.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NoReturn, TypeGuard
 from gptray.config import UserError
 from gptray.files import is_storage, open_regular
 
-# Of a config or a manifest.
+# The largest config or manifest.
 MAX_BYTES = 64 << 20
 
 
 class Unreadable(ValueError):
-    """A file that does not hold what it should. The message says why; the caller adds the path."""
+    """A file with invalid contents. The message says why; the caller adds the path."""
 
 
 def open_stored(path: Path) -> BufferedReader:
@@ -42,7 +42,7 @@ def open_stored(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
-    """The bytes of a regular file of at most `most`. Raises as `open_stored`."""
+    """The contents of a regular file of at most `most` bytes. Raises as `open_stored` does."""
     with open_stored(path) as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
@@ -51,9 +51,9 @@ def read_bytes(path: Path, *, most: int | None = MAX_BYTES) -> bytes:
 
 
 def parse_json(raw: bytes, *, finite: bool = True) -> object:
-    """The value of a JSON text in UTF-8.
+    """Parse JSON in UTF-8.
 
-    finite: refuse NaN and Infinity, which only foreign files may have. Raises Unreadable.
+    finite: refuse NaN and Infinity, which only other programs' files may have. Raises Unreadable.
     """
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_refuse if finite else None)
@@ -66,7 +66,7 @@ def parse_json(raw: bytes, *, finite: bool = True) -> object:
 def read_object(
     path: Path, *, finite: bool = True, most: int | None = MAX_BYTES
 ) -> dict[str, object]:
-    """The JSON object in a file. Raises as `read_bytes` and `parse_json`."""
+    """The JSON object in a file. Raises as `read_bytes` and `parse_json` do."""
     value = parse_json(read_bytes(path, most=most), finite=finite)
     if not isinstance(value, dict):
         raise Unreadable("not a JSON object")
@@ -74,7 +74,7 @@ def read_object(
 
 
 def read_foreign(path: Path) -> dict[str, object]:
-    """The JSON object in a file of another program's. Raises UserError naming the file."""
+    """The JSON object in another program's file. Raises UserError, naming the file."""
     try:
         return read_object(path, finite=False)
     except (Unreadable, OSError) as error:

@@ -1,14 +1,14 @@
-"""Text for a terminal, with control characters escaped.
+"""Escapes control characters in text for a terminal.
 
-File names, prompts, generated text and tokens may come from anybody; an escape sequence in one
-could clear the screen, write to the clipboard or hide what a line says.
+File names, prompts, generated text and tokens may come from anybody; an escape sequence in them
+could clear the screen, write to the clipboard or hide part of a line.
 """
 
 from __future__ import annotations
 
 import re
 
-# Control characters except newline and tab, and those that change the direction of text.
+# Control characters except newline and tab, and those that change the text's direction.
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -18,7 +18,7 @@ def visible(text: str) -> str:
 
 
 def visible_json(text: str) -> str:
-    r"""JSON with the control characters that its writer leaves escaped, as \u009b; same meaning."""
+    r"""JSON with the control characters that json.dumps leaves, escaped as \u009b; still equal."""
     return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

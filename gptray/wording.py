@@ -1,13 +1,13 @@
-"""Numbers in plain words: counts, times, losses. Sentences are made elsewhere."""
+"""Formats numbers for people: counts, times, perplexities."""
 
 from __future__ import annotations
 
-# From how many seconds on a unit is used, and its size.
+# The seconds from which a unit is used, its size in seconds, and its name.
 _UNITS = ((48 * 3600.0, 24 * 3600.0, "day"), (3550.0, 3600.0, "h"), (100.0, 60.0, "min"))
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things: "1 step", "3,750 steps"."""
+    """A count with its noun: "1 step", "3,750 steps"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -17,7 +17,7 @@ def time_words(seconds: float) -> str:
         ((size, unit) for least, size, unit in _UNITS if seconds >= least), (1.0, "s")
     )
     value = seconds / size
-    # "1.5 h" says more than "2 h"; of seconds and of ten of anything, whole ones are enough.
+    # One decimal below 10 ("1.5 h"), none for seconds.
     text = f"{value:.0f}" if unit == "s" or value >= 9.95 else f"{value:.1f}".removesuffix(".0")
     if text == "0":
         return "less than a second"
@@ -25,7 +25,7 @@ def time_words(seconds: float) -> str:
 
 
 def magnitude(number: int) -> str:
-    """A large number as people say it: "17.7 million", "4,352"."""
+    """A large number as people say it: "17.7 million"; others as "4,352"."""
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= size:
             return f"{number / size:.1f} {name}"
@@ -33,12 +33,12 @@ def magnitude(number: int) -> str:
 
 
 def perplexity(value: float, *, places: int = 1) -> str:
-    """A perplexity; of a loss that is mostly charged for lost text it has no use for its digits."""
+    """A perplexity; a huge one, mostly charged for lost text, is rounded to two digits."""
     return f"{value:,.{places}f}" if value < 1e9 else f"{value:.1e}"
 
 
 def decimals(difference: float) -> int:
-    """How many decimals let a difference be seen: two, and more for a small one."""
+    """The decimals that show a difference: two, or more for a small one."""
     for places in (2, 3, 4):
         if abs(difference) >= 10**-places:
             return places

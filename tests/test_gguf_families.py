@@ -16,7 +16,7 @@ from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.doors import run
 from gptray.gguf_header import read_header
-from gptray.gguf_tokenizer import CUTS, end_ids, tokenizer_json
+from gptray.gguf_tokenizer import PRE_TOKENIZERS, end_ids, tokenizer_json
 from gptray.model.hf import load_pretrained
 from gptray.model.shape import model_folder
 from gptray.model.unread import unread_network
@@ -185,7 +185,7 @@ def opened(given: Mapping[str, object]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(given)))
 
 
-@pytest.mark.parametrize("pre", CUTS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_every_way_to_cut_text_opens_and_loses_nothing(pre: str) -> None:
     backend = opened(fields(pre, add_bos_token=False))
     for text in (*TEXTS, "caf\u00e9 HTTPServer's 12345\r\n\r\n  x\U0001f600"):

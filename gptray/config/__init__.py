@@ -1,4 +1,4 @@
-"""The one typed config tree of every job: schema, reader, and every mistake in words.
+"""The typed config tree that all jobs share: its schema, its reader and its error messages.
 
 Loads neither torch nor Ray.
 """

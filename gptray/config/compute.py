@@ -1,4 +1,4 @@
-"""The section compute: how many workers a job has, what each has, and on which nodes they run."""
+"""The config's `compute` section: a job's workers, their resources and the nodes they run on."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pydantic import Field
 
 from gptray.config.values import NonEmpty, Positive, PositiveInt, Section
 
-# Set by Ray on nodes whose accelerators it knows.
+# The label that Ray sets on nodes whose accelerators it recognises.
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-# A value, several of them, or any others, as Ray's label selectors have them.
+# Ray's label selectors: zone=a, zone=!a, zone=in(a, b), zone=!in(a, b).
 _WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\))")
 
 
@@ -68,7 +68,7 @@ class ComputeConfig(Section):
 
     @property
     def selector(self) -> dict[str, str]:
-        """The labels that a worker's node must have, as Ray takes them."""
+        """The labels that a worker's node must have, in Ray's format."""
         wanted = dict(one.split("=", 1) for one in self.label_selector)
         if self.accelerator_type:
             wanted[ACCELERATOR_LABEL] = self.accelerator_type
@@ -86,12 +86,12 @@ class ComputeConfig(Section):
 
     @property
     def max_workers(self) -> int:
-        """The most workers."""
+        """The most workers that train at a time."""
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
     @property
     def workers_shown(self) -> str:
-        """`num_workers` as it is written: 2, or [1, 4]."""
+        """`num_workers` as written in a config: 2, or [1, 4]."""
         workers = self.num_workers
         return f"[{workers[0]}, {workers[1]}]" if isinstance(workers, tuple) else f"{workers}"
 

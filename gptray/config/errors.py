@@ -1,4 +1,4 @@
-"""What ends a job in words: a mistake of the user's, or a run that fails."""
+"""The errors that end a job with a message: a user's mistake, or a run that fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message names the key or file and what to change; exit 2."""
+    """A user's mistake; the message names the key or file and what to change. Exit code 2."""
 
 
 class ConfigError(UserError):
@@ -21,11 +21,11 @@ class ConfigError(UserError):
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot continue; its message says all that the user needs; exit code 1."""
+    """A run that cannot continue; the message says all that the user needs. Exit code 1."""
 
 
 class WorkerFailed(RuntimeError):
-    """As RunFailed, of one worker of several: the others may wait for it until its process ends.
+    """The failure of one worker among several; the others may wait for it until its process ends.
 
-    So it is no RunFailed, which workers return together.
+    Not a RunFailed, which all workers return together.
     """

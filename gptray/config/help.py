@@ -1,6 +1,6 @@
-"""The text of --help: how a job is called, and every key with its default, type and meaning.
+"""The text of --help: a job's usage, and every key with its default, type and meaning.
 
-Made from the config tree's own descriptions, so that it cannot fall behind.
+Generated from the config tree's own descriptions, so it cannot go out of date.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ The last line of stdout is one JSON object; everything else goes to stderr."""
 
 
 def help_text(root: type[BaseModel], *, command: str, doc: str) -> str:
-    """The help of the job that `command` starts, as wide as the terminal in 80 to 120 columns."""
+    """Return a job's help, wrapped to the terminal's width (80 to 120 columns)."""
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 80), 120)
     usage = f"usage: {command} [--config FILE] [section.field=value ...]"
     return "\n\n".join([usage, doc.strip(), OPTIONS, "\n".join(_keys(root, width))])

@@ -1,6 +1,6 @@
-"""What each key of a config tree takes, in words: for checks, messages and --help.
+"""A spec of every key in a config tree, for checks, error messages and --help.
 
-Read off the tree's annotations once; the tree itself is in `gptray.config`.
+Built once from the tree's annotations; the tree itself is in `gptray.config`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One key: the types it takes (`items`: inside a list of `size`, None for any), its words.
+    """One key: the types that it takes, its default and its description.
 
-    example: a value for who gives none.
+    items, size: if it takes a list, the types of its items and its length (None: any).
+    example: the value that the message about a missing value suggests.
     """
 
     key: str
@@ -64,7 +65,7 @@ class FieldSpec:
         return " | ".join(words)
 
     def complaint(self, value: object, detail: ErrorDetails) -> str:
-        """Say what is wrong with a value, from one error of pydantic's."""
+        """Turn one of pydantic's errors about a value into a message."""
         kind = detail["type"]
         if kind == "value_error":
             return f"{detail['ctx']['error']}, got {shown(value)}"
@@ -79,11 +80,11 @@ class FieldSpec:
             }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
         entry = detail["loc"][-1]
-        if isinstance(value, dict) and entry not in value:  # the error is that of another type
+        if isinstance(value, dict) and entry not in value:  # about another type of the union
             entry = next((name for name, one in value.items() if not isinstance(one, str)), entry)
         if dict in self.kinds and isinstance(value, dict) and entry in value:
             if value[entry] is None:
-                return f"{entry!r} has no value; a space follows the colon, as in {{name: value}}"
+                return f"{entry!r} has no value; put a space after the colon, as in {{name: value}}"
             return f"{entry!r} cannot be {shown(value[entry])}"
         return f"expects {self._expected()}, got {shown(value)}"
 
@@ -99,7 +100,7 @@ class FieldSpec:
 
 
 class EntryProblem(NamedTuple):
-    """What is wrong with one of a key's list of entries; `word` is the key inside the entry."""
+    """A problem with one entry of a key's list; `word` is the key inside the entry."""
 
     entry: int
     word: str | None
@@ -107,7 +108,7 @@ class EntryProblem(NamedTuple):
 
 
 class EntriesError(ValueError):
-    """Everything that is wrong with the entries of a key that takes a list of them."""
+    """All problems with the entries of one key's list."""
 
     def __init__(self, key: str, problems: Sequence[EntryProblem]) -> None:
         lines = [f"{key}, entry {entry + 1}: {message}" for entry, _, message in problems]
@@ -117,7 +118,7 @@ class EntriesError(ValueError):
 
 
 def complaint(root: type[BaseModel], spec: FieldSpec, value: object) -> str | None:
-    """Say what a key has against a value, whatever the other keys are; None if it takes it."""
+    """Say what is wrong with a key's value on its own; None if it is valid."""
     if isinstance(value, list) and tuple in spec.kinds:
         value = tuple(value)
     section, _, name = spec.key.rpartition(".")
@@ -131,14 +132,14 @@ def complaint(root: type[BaseModel], spec: FieldSpec, value: object) -> str | No
 
 
 def shown(value: object) -> str:
-    """Return a value as a config would have it, cut to one short line."""
+    """Format a value as a config would, in one line of at most 60 characters."""
     if isinstance(value, str):
         text = f"'{value}'"
     elif isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, dict):
         text = f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
-        text = text if value else "keys of its own"  # of a key that takes none, they are not read
+        text = text if value else "keys of its own"  # not read for a key that takes none
     elif isinstance(value, (list, tuple)):
         text = f"[{', '.join(shown(item) for item in value)}]"
     else:
@@ -149,7 +150,7 @@ def shown(value: object) -> str:
 
 @cache
 def field_specs(root: type[BaseModel]) -> Mapping[str, FieldSpec]:
-    """Return every key of the tree, dotted, in the tree's order."""
+    """Return the spec of every dotted key, in the tree's order."""
     return {spec.key: spec for spec in _specs(root, "")}
 
 
@@ -177,11 +178,11 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
             kinds.append(bool)
         elif origin in (list, tuple):
             inside = [arg for arg in get_args(member) if arg is not Ellipsis]
-            items = tuple(_plain(kind) for arg in inside[:1] for kind in _members(arg))
+            items = tuple(_runtime_class(kind) for arg in inside[:1] for kind in _members(arg))
             size = len(inside) if origin is tuple and Ellipsis not in get_args(member) else None
             kinds.append(origin)
         else:
-            kinds.append(_plain(member))
+            kinds.append(_runtime_class(member))
     default = info.get_default(call_default_factory=True)
     return FieldSpec(
         key=key,
@@ -195,8 +196,8 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
     )
 
 
-def _plain(form: object) -> type:
-    """The class of values that have an annotation without alternatives: list for list[int]."""
+def _runtime_class(form: object) -> type:
+    """The runtime class of an annotation that is no union: list for list[int]."""
     kind = get_origin(form) or form
     assert isinstance(kind, type), form
     return kind

@@ -1,7 +1,8 @@
-"""Bounds of the numbers that a sequence is sampled with: one table for every door.
+"""Bounds of the sampling settings: one table for every interface.
 
-The config's `sample` section, columns of a batch, HTTP and Python check against the same values.
-Inside them no setting can overflow a float, name what is not there, or slow its neighbours down.
+The config's `sample` section, columns of a batch, HTTP and Python all check against it. Within
+these bounds no setting can overflow a float, refer to something that does not exist, or slow down
+other sequences in the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 
 class Bounds(NamedTuple):
-    """What a number may be: at least `low` (`is_open`: more than `low`), at most `high`."""
+    """A range from `low` (excluded if `is_open`) to `high`."""
 
     low: float
     high: float
@@ -22,7 +23,7 @@ class Bounds(NamedTuple):
 
 _WHOLE = 2**31 - 1
 SEEDS = 2**63
-# Dividing logits by less leaves the range of floats: such a temperature is greedy.
+# Dividing logits by a lower temperature could overflow a float, so a lower one means greedy.
 GREEDY_BELOW = 1e-5
 MAX_BIASES = 1024
 
@@ -43,7 +44,7 @@ SAMPLING = {
 
 
 def within(name: str, *, low: float | None = None) -> FieldInfo:
-    """The bounds of a setting as pydantic checks them; `low` in place of the table's."""
+    """A setting's bounds for pydantic; `low` replaces the table's lower bound."""
     bounds = SAMPLING[name]
     least = bounds.low if low is None else low
     found: FieldInfo = (

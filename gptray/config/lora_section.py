@@ -1,4 +1,4 @@
-"""The config's `lora` section: a low-rank adapter of a model that stays as it is."""
+"""The config's `lora` section: a low-rank adapter for a frozen model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import Field, field_validator
 
 from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section
 
-# Full tuning's best learning rate times this is about an adapter's.
+# An adapter's best learning rate is about this many times that of full fine-tuning.
 LEARNING_RATE_FACTOR = 10
 
 
 class LoraConfig(Section):
-    """Names and meaning are those of PEFT's LoraConfig: r, lora_alpha, lora_dropout and so on."""
+    """The fields follow PEFT's LoraConfig: r, lora_alpha, lora_dropout and so on."""
 
     rank: PositiveInt | None = Field(
         None,
@@ -39,7 +39,7 @@ class LoraConfig(Section):
 
     @property
     def scale(self) -> float:
-        """What the adapter's product is multiplied by (Kalajdzievski 2023, rsLoRA)."""
+        """The factor of the adapter's product (rsLoRA: Kalajdzievski 2023)."""
         assert self.rank
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 

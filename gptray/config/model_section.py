@@ -1,6 +1,6 @@
-"""The config's `model` section: the network, a choice in each field, and where weights come from.
+"""The config's `model` section: the network's architecture and the source of its weights.
 
-GPT-2 by default; `gptray.model.families` says which choices other families make.
+The defaults are GPT-2's; `gptray.model.families` has those of other families.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptray.config.values import Positive, PositiveInt, Probability, Section
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
-# By rope_type: the other keys that a scaling needs, and those that it may have.
+# By rope_type: the other keys that a scaling requires, and those that it allows.
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (
@@ -27,7 +27,7 @@ RopeScaling = dict[str, str | bool | int | float]
 
 
 def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
-    """Check a scaling of rotary positions, written as in Hugging Face's rope_scaling."""
+    """Check a scaling of rotary positions in the format of Hugging Face's rope_scaling."""
     if scaling is None:
         return None
     kind = scaling.get("rope_type")
@@ -51,7 +51,7 @@ def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
 
 
 def known_layers(layers: list[str] | None) -> list[str] | None:
-    """Check the kinds of attention of all layers."""
+    """Check each layer's kind of attention."""
     if layers is not None and not {*layers} <= {FULL, SLIDING}:
         raise ValueError(f"each layer must be {FULL} or {SLIDING}")
     return layers
@@ -145,7 +145,7 @@ class ModelConfig(Section):
 
     @property
     def rows(self) -> int:
-        """Rows of the embedding, where they are known, as those of a network in a file."""
+        """Rows of the embedding, once they are known: always for a network in a file."""
         assert self.vocab_size
         return self.vocab_size
 
@@ -163,7 +163,7 @@ class ModelConfig(Section):
 
     @property
     def rotary_width(self) -> int:
-        """How much of a head is rotated."""
+        """Dimensions of a head that are rotated."""
         is_rotary = self.positions == "rotary"
         return int(self.head_width * self.partial_rotary_factor) if is_rotary else 0
 

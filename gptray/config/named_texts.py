@@ -1,4 +1,4 @@
-"""Texts by name, as evaluate.also takes them: one, a list of them, or names with a text each."""
+"""The forms of evaluate.also: one text, a list of texts, or a mapping of names to texts."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from gptray.config.names import checked_name, label_of
+from gptray.config.names import checked_name, slug
 from gptray.config.values import NonEmpty
 
-# Characters of a name that is made of a glob.
-_MOST = 40
+# The longest name that is made from a glob, in characters.
+_MAX_NAME = 40
 
 
 def named_texts(given: str | list[str] | dict[str, str] | None) -> dict[str, str]:
-    """The texts by name; those without one are called by their file or folder.
+    """Return the texts by name; one without a name is called after its file or folder.
 
-    Raises ValueError for a name that cannot be one, and for two texts of one name.
+    Raises ValueError for an invalid name, and for two texts of one name.
     """
     if given is None:
         return {}
@@ -42,12 +42,12 @@ def _checked(name: str) -> str:
 
 
 def _name_of(source: str) -> str:
-    """The last part of a path; of a glob, the words in it."""
+    """The last part of a path, or the words in a glob."""
     last = source.rstrip("/").rpartition("/")[2]
     try:
         return checked_name(last)
     except ValueError:
-        return label_of(source, _MOST) or "text"
+        return slug(source, _MAX_NAME) or "text"
 
 
 NamedTexts = Annotated[

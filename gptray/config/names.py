@@ -1,22 +1,22 @@
-"""Names of folders: letters and digits of any script."""
+"""Folder names: letters and digits of any script."""
 
 from __future__ import annotations
 
 import unicodedata
 
 # File systems allow 255 bytes in a name; draft files and Ray append to it.
-MOST_BYTES = 200
+MAX_BYTES = 200
 # The folder in storage_path that holds prepared text.
 PREPARED = "data"
 
 
 def checked_name(name: str) -> str:
-    """A folder's name as stored: composed (NFC), so that one name is one folder everywhere.
+    """Return a valid folder name in NFC, so that one name is one folder everywhere.
 
     Raises ValueError for an invalid name.
     """
     name = unicodedata.normalize("NFC", name)
-    if not name or name[0] in ".-_" or not all(c in ".-_" or _is_letter(c) for c in name):
+    if not name or name[0] in ".-_" or not all(c in ".-_" or _is_word_character(c) for c in name):
         raise ValueError(
             "must consist of letters and digits of any script and . _ -, and begin with a letter "
             "or digit"
@@ -24,19 +24,19 @@ def checked_name(name: str) -> str:
     if name == PREPARED:
         raise ValueError(f"must not be {PREPARED}, the folder of prepared text in storage_path")
     size = len(name.encode())
-    if size > MOST_BYTES:
-        raise ValueError(f"has {size} bytes, more than {MOST_BYTES}")
+    if size > MAX_BYTES:
+        raise ValueError(f"has {size} bytes, more than {MAX_BYTES}")
     return name
 
 
-def label_of(text: str, most: int) -> str:
-    """The letters and digits of a text as part of a name, `most` characters or fewer, even none."""
+def slug(text: str, most: int) -> str:
+    """A slug of the text for use in a name: at most `most` characters, possibly none."""
     text = unicodedata.normalize("NFC", text.lower())
-    words = "".join(c if _is_letter(c) else " " for c in text).split()
+    words = "".join(c if _is_word_character(c) else " " for c in text).split()
     return "-".join(words)[:most].strip("-")
 
 
-def _is_letter(character: str) -> bool:
-    """Letters, the marks that complete them, and digits."""
+def _is_word_character(character: str) -> bool:
+    """Whether it is a letter, a combining mark or a digit."""
     category = unicodedata.category(character)
     return category[0] in "LM" or category == "Nd"

@@ -1,4 +1,4 @@
-"""YAML nodes as values for keys: what a word, a scalar or a list means for a key's types."""
+"""Converts YAML nodes to Python values, by the types that a key takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gptray.config.yaml_text import Plain, YamlError, parse_node, scalar_value
 
 
 def argument_node(text: str, spec: FieldSpec) -> yaml.Node:
-    """Return the node of a value typed on the command line.
+    """Parse a value given on the command line.
 
-    For a key that takes text the shell's word is the text, so that *.txt, a: b or # c mean
-    themselves; only null, a quoted text, a list and a map in braces are read as YAML there.
+    If the key takes text, the argument is the text, so that *.txt, a: b and # c need no quotes;
+    only null, quoted text, a list in brackets and a map in braces are then parsed as YAML.
     """
     literal = yaml.ScalarNode("tag:yaml.org,2002:str", text)
     takes_text = _takes_text(spec.kinds)
@@ -59,7 +59,7 @@ def node_value(node: yaml.Node, kinds: Sequence[type], items: Sequence[type]) ->
 
 
 def _takes_text(kinds: Sequence[type]) -> bool:
-    """Whether a value of these kinds is text whatever it looks like; not in auto, true or false."""
+    """Whether values are text whatever they look like; not so for auto|true|false."""
     return str in kinds and bool not in kinds
 
 
@@ -68,5 +68,5 @@ def is_null(node: yaml.Node) -> bool:
 
 
 def line_of(node: yaml.Node) -> int:
-    """Return the line of a node, from 1."""
+    """Return a node's line, counted from 1."""
     return int(node.start_mark.line) + 1

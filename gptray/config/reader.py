@@ -1,7 +1,7 @@
-"""Values from YAML and the command line into a validated config, or every mistake in words.
+"""Reads YAML and the command line into a validated config, or reports every mistake.
 
-Works on any tree of pydantic sections, so that it needs no knowledge of single keys; the tree
-and its rules are in `gptray.config`, spelling in `gptray.config.suggest`.
+Works on any tree of pydantic sections and knows no key by name. The tree and its rules are in
+`gptray.config.schema`, spelling suggestions in `gptray.config.suggest`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Root = TypeVar("Root", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Given:
-    """One value that was set: its valid key, where, and the Python value."""
+    """A value that was set: its valid key, where it was set, and the Python value."""
 
     key: str
     where: str
@@ -39,7 +39,7 @@ class Given:
 
 
 class Reader:
-    """Collects values for the keys of one tree, and what was wrong with the others."""
+    """Collects values for the keys of one tree, and the mistakes in them."""
 
     def __init__(self, root: type[BaseModel]) -> None:
         self.specs = field_specs(root)
@@ -49,11 +49,11 @@ class Reader:
 
     @property
     def problems(self) -> list[str]:
-        """All mistakes so far, those of the file first and in its order."""
+        """All mistakes so far, first those in the file, by line."""
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def read_file(self, path: str) -> None:
-        """Take every key of a YAML file; a shell leaves the ~ of --config=~/my.yaml as it is."""
+        """Read every key of a YAML file. Expands ~, which shells leave in --config=~/my.yaml."""
         file = os.path.expanduser(path)
         try:
             node = read_node(Path(file))
@@ -77,16 +77,16 @@ class Reader:
                     self._take(key, place, inner)
 
     def read_argument(self, argument: str) -> None:
-        """Take one section.field=value of the command line."""
+        """Read one section.field=value of the command line."""
         key, equals, text = argument.partition("=")
         key = key.strip()
         spec = self.specs.get(key)
         if equals and not key:
-            self._problem(COMMAND_LINE, f"{argument}: no key before =; no blanks go around it")
+            self._problem(COMMAND_LINE, f"{argument}: no key before =; put no spaces around it")
         elif spec is None:
             self._unknown(key, COMMAND_LINE, argument)
         elif not equals or not text:
-            # The shell takes a pair of quotes away.
+            # The shell removes one pair of quotes.
             example = "'\"\"'" if spec.example == "" else shown(spec.example)
             self._problem(COMMAND_LINE, f"{key} has no value, such as {key}={example}")
         elif any("\ud800" <= character <= "\udfff" for character in text):
@@ -100,7 +100,7 @@ class Reader:
                 self._take(key, COMMAND_LINE, node)
 
     def read_value(self, key: str, value: object) -> None:
-        """Take one value that is a Python object already."""
+        """Take a value that is already a Python object."""
         if key not in self.specs:
             self._unknown(key, "")
         else:
@@ -109,7 +109,7 @@ class Reader:
             self.given[key] = Given(key, "", value)
 
     def _section(self, name: str, where: str, value: yaml.Node) -> str | None:
-        """Return the section meant by a key of the root, None if it is not one."""
+        """Return the section that a top-level key means, None if it is not a section."""
         if name in self.sections:
             if not isinstance(value, yaml.MappingNode) and not is_null(value):
                 inside = next(key for key in self.specs if key.startswith(f"{name}."))
@@ -121,13 +121,13 @@ class Reader:
         if name in self.specs or not isinstance(value, yaml.MappingNode):
             return None
         self._problem(where, f"unknown section {name}{did_you_mean(close)}")
-        # The keys below are checked as the section's that was probably meant.
+        # Its keys are checked against the section that was probably meant.
         return close or name
 
     def _pairs(
         self, node: yaml.MappingNode, path: str, prefix: str
     ) -> Iterator[tuple[str, str, yaml.Node]]:
-        """Yield dotted key, place and value of each entry of a mapping, each key once."""
+        """Yield the dotted key, place and value of each entry of a mapping, each key once."""
         first_lines: dict[str, int] = {}
         for key_node, value in node.value:
             where = f"{path}:{line_of(key_node)}"
@@ -155,7 +155,7 @@ class Reader:
         self.given[key] = Given(key, where, value or node_value(node, spec.kinds, spec.items), node)
 
     def _plain(self, node: yaml.Node, where: str) -> Plain:
-        """Return what a node says by itself: lists, mappings with each key once, scalars."""
+        """Return a node's value whatever its key: lists, mappings with each key once, scalars."""
         path = where if where == COMMAND_LINE else where.rpartition(":")[0]
         if isinstance(node, yaml.MappingNode):
             pairs = self._pairs(node, path, "")
@@ -182,10 +182,10 @@ class Reader:
         self._problems.append((rank, f"{where}: {message}" if where else message))
 
     def build(self, root: type[Root]) -> Root:
-        """Return the tree with what was given. Raises ConfigError with all mistakes.
+        """Return the validated tree. Raises ConfigError with all mistakes.
 
-        A wrong value is left out and the rest is validated again, so that rules that join
-        several keys are tried on the valid ones and all mistakes show at once.
+        Leaves out a wrong value and validates the rest again, so that rules across keys are
+        checked on the valid ones and all mistakes are reported at once.
         """
         left_out: set[str] = set()
         while True:
@@ -202,7 +202,7 @@ class Reader:
             return tree
 
     def _explain(self, error: ValidationError, left_out: set[str]) -> set[str]:
-        """Add a problem for each wrong key or broken rule; return the given keys in question."""
+        """Add a problem for each wrong key or broken rule; return the given keys involved."""
         keys: set[str] = set()
         for detail in error.errors(include_url=False):
             key = self._key_of(detail["loc"])
@@ -219,7 +219,7 @@ class Reader:
         return keys
 
     def _explain_rule(self, message: str, left_out: set[str]) -> set[str]:
-        """Add the problem of a rule that joins keys, unless one of them is wrong anyway."""
+        """Add the problem of a rule across keys, unless one of them is already wrong."""
         named = [name for name in re.findall(r"[a-z_]+\.[a-z0-9_]+", message) if name in self.specs]
         given = [self.given[name] for name in named if name in self.given]
         if not left_out.intersection(named):
@@ -228,7 +228,7 @@ class Reader:
         return {one.key for one in given}
 
     def _explain_entries(self, error: EntriesError) -> set[str]:
-        """Add each problem in a key's list of entries, at its own line; return the key."""
+        """Add each problem of a key's list of entries, with its own line; return the key."""
         given = self.given[error.key]
         for entry, word, message in error.problems:
             item = given.node.value[entry] if given.node else None
@@ -241,7 +241,7 @@ class Reader:
         return {error.key}
 
     def _key_of(self, loc: tuple[int | str, ...]) -> str | None:
-        """Return the key that a place in the tree belongs to; None for a whole section."""
+        """Return the key that a location in the tree belongs to; None for a whole section."""
         for length in range(1, len(loc) + 1):
             key = ".".join(str(part) for part in loc[:length])
             if key in self.specs:
@@ -261,7 +261,7 @@ def nested(values: Mapping[str, object]) -> dict[str, object]:
 
 
 def _unreadable(path: str, error: OSError) -> str:
-    """Say why a file cannot be read; for a missing one, what it may have been."""
+    """Say why a file cannot be read; if it is missing, suggest others."""
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error.strerror}"
     folder = Path(path).parent

@@ -1,8 +1,7 @@
-"""The one typed config tree of every job: how its sections join, and the rules across them.
+"""The typed config tree that all jobs share, and the rules across its sections.
 
-The sections are in `sections`, `use_sections` and `serve_section`; `reader` reads YAML and the
-command line. Rules that need the world (files, GPUs, a tokenizer) stand where that world is used. A
-field has the name of the API that finally receives it (HF, torch, Ray).
+`reader` reads YAML and the command line. Rules that need files, GPUs or a tokenizer are checked
+where those are used. A field is named as in the API that finally receives it (HF, torch, Ray).
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ class Config(Section):
 
     @property
     def grad_accum_steps(self) -> int:
-        """Forward passes of one worker per optimizer step, where all workers are there."""
+        """Forward passes of one worker per optimizer step, if no worker is missing."""
         return math.ceil(self.micro_batches / self.compute.max_workers)
 
     @property
@@ -90,8 +89,10 @@ class Config(Section):
 
     @property
     def stable_steps(self) -> int:
-        """The most steps before a landing, whose cool-down then ends within train.max_steps; all
-        steps where none comes."""
+        """The most steps before a landing, so that its cool-down ends within train.max_steps.
+
+        Without a landing, all steps.
+        """
         most = self.train.max_steps
         if not self.optim.lands:
             return most
@@ -138,7 +139,7 @@ class Config(Section):
             yield (
                 "train.async_validation=true needs a fixed number of workers, such as "
                 f"compute.num_workers={compute.max_workers}, not {compute.workers_shown}: "
-                "training would grow into the scoring worker's room"
+                "training would grow into the scoring worker's resources"
             )
         yield from self._uneven_batch()
 
@@ -172,7 +173,7 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def load_saved(path: Path) -> Config:
-    """The config that a run saved; as `load_config`, in a fifth of the time. Raises ConfigError."""
+    """Load the config that a run saved, five times as fast as `load_config` and with its errors."""
     try:
         return Config.model_validate(read_written(path))
     except (OSError, ValueError, TypeError, YAMLError):  # load_config says what is wrong
@@ -195,7 +196,7 @@ def dump(config: Config) -> str:
 def differences(config: Config) -> dict[str, object]:
     """The dotted keys that differ from the defaults, with their values.
 
-    An adapter's learning rate has another default, so that one that is given is among them.
+    With lora.rank the learning rates have other defaults, so they count whenever they were given.
     """
     defaults, given = flatten(Config()), flatten(config, given=True)
     rates = () if config.lora.rank is None else ("optim.lr", "optim.min_lr")
@@ -213,7 +214,7 @@ def dump_differences(config: Config) -> str:
 
 
 def flatten(config: Config, *, given: bool = False) -> dict[str, object]:
-    """Return every key of the config, dotted, with its value; with `given` only those once set."""
+    """Return every dotted key of the config with its value; with `given`, only those given."""
     flat: dict[str, object] = {}
     for name, value in config.model_dump(exclude_unset=given).items():
         if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""The search space of a sweep as a config says it: entries, and every mistake in them in words.
+"""The search space of a sweep: reads its entries and reports every mistake in them.
 
-An entry is a mapping: `path` (or `paths`, which get one value, or with lists one each), one of
-KINDS and its values, and `when`, a condition on a path of an entry before. Which keys there are
-and what they take is the tree's to say; drawing values is left to `gptray.tuning.draws`.
+An entry is a mapping: `path` (or `paths`, which share each value, or get one each from a list),
+one of KINDS with its values, and `when`, a condition on a path of an earlier entry. The config
+tree says which keys there are and what they take; `gptray.tuning.draws` draws the values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from gptray.config.keys import EntryProblem, FieldSpec, complaint, field_specs, shown
 from gptray.config.suggest import did_you_mean, nearest, nearest_keys
 
-# Named as in Ray Tune: a randint's upper end is not drawn.
+# Named as in Ray Tune; randint excludes its upper bound.
 RANGES = ("uniform", "loguniform", "randint")
 KINDS = ("choice", "grid", *RANGES)
 WORDS = ("path", "paths", *KINDS, "when")
@@ -53,10 +53,11 @@ NOT_TUNED = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One dimension of the space. `options`: of a choice or grid, each with a value per path.
+    """One dimension of the space.
 
-    low, high: the ends of a range; a randint never gives `high`.
-    when: by path, the values with which this entry counts.
+    options: those of a choice or grid, each with a value per path.
+    low, high: the bounds of a range; randint excludes `high`.
+    when: by path, the values for which this entry is active.
     """
 
     paths: tuple[str, ...]
@@ -66,27 +67,27 @@ class Entry:
     high: float = 0.0
     when: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
-    def counts(self, values: Mapping[str, object]) -> bool:
-        """Whether the condition holds where the entries before have given these values."""
+    def is_active(self, values: Mapping[str, object]) -> bool:
+        """Whether `when` holds for these values of the earlier entries."""
         return all(path in values and values[path] in any_of for path, any_of in self.when.items())
 
-    def at(self, place: float) -> dict[str, object]:
-        """The values by path at a place in [0, 1) of the distribution, to four digits."""
+    def at(self, quantile: float) -> dict[str, object]:
+        """The value of each path at a quantile in [0, 1) of the distribution, to four digits."""
         if self.options:
-            option = self.options[min(int(place * len(self.options)), len(self.options) - 1)]
+            option = self.options[min(int(quantile * len(self.options)), len(self.options) - 1)]
             return dict(zip(self.paths, option, strict=True))
         if self.kind == "randint":
-            number = int(self.low + place * (self.high - self.low))
+            number = int(self.low + quantile * (self.high - self.low))
             return dict.fromkeys(self.paths, min(number, int(self.high) - 1))
         if self.kind == "loguniform":
             low, high = math.log(self.low), math.log(self.high)
-            value = math.exp(low + place * (high - low))
+            value = math.exp(low + quantile * (high - low))
         else:
-            value = self.low + place * (self.high - self.low)
+            value = self.low + quantile * (self.high - self.low)
         return dict.fromkeys(self.paths, min(self.high, max(self.low, float(f"{value:.4g}"))))
 
     def can_be(self, path: str, value: object) -> bool:
-        """Whether the entry gives a path this value."""
+        """Whether the entry can give a path this value."""
         if self.options:
             place = self.paths.index(path)
             return value in [option[place] for option in self.options]
@@ -94,8 +95,8 @@ class Entry:
 
 
 def read_space(space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> list[Entry]:
-    """The entries of a space that has no problems, as its config's validation saw to."""
-    reading = _Reading(root)
+    """The entries of a valid space: the config's validation has checked it."""
+    reading = _SpaceReader(root)
     entries = [reading.entry(number, raw) for number, raw in enumerate(space)]
     assert not reading.problems, reading.problems
     return [entry for entry in entries if entry]
@@ -104,14 +105,14 @@ def read_space(space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> 
 def space_problems(
     space: Sequence[Mapping[str, object]], root: type[BaseModel]
 ) -> list[EntryProblem]:
-    """Everything that is wrong with a space whose paths are keys of a config tree."""
-    reading = _Reading(root)
+    """All problems of a space whose paths are keys of a config tree."""
+    reading = _SpaceReader(root)
     for number, raw in enumerate(space):
         reading.entry(number, raw)
     return reading.problems
 
 
-class _Reading:
+class _SpaceReader:
     """Reads the entries of one space in order."""
 
     def __init__(self, root: type[BaseModel]) -> None:
@@ -142,7 +143,7 @@ class _Reading:
         self.problems.append(EntryProblem(self._number, word, message))
 
     def _paths(self, raw: Mapping[str, object]) -> tuple[str, ...]:
-        """The entry's paths; empty if there is something wrong with one."""
+        """The entry's paths; empty if one of them is wrong."""
         if ("path" in raw) == ("paths" in raw):
             self._problem(None, "needs either path or paths, such as path: model.dropout")
             return ()
@@ -222,7 +223,7 @@ class _Reading:
                     "each, or one for all",
                 )
                 return tuple(value)
-        values = [_as_taken(one, self._specs[p]) for p, one in zip(paths, values, strict=True)]
+        values = [_as_whole(one, self._specs[p]) for p, one in zip(paths, values, strict=True)]
         for path, one in zip(paths, values, strict=True):
             self._check(path, word, one)
         return tuple(values)
@@ -241,7 +242,7 @@ class _Reading:
         }
 
     def _condition(self, path: str, value: object, *, is_grid: bool) -> Sequence[object]:
-        """The values of another entry's path with which this entry counts."""
+        """The values of an earlier entry's path for which this entry is active."""
         if path not in self._seen:
             names = did_you_mean(nearest(path, self._seen))
             self._problem("when", f"when: no entry before this one varies {path}{names}")
@@ -254,7 +255,7 @@ class _Reading:
         listed = [value]
         if isinstance(value, list) and not entry.can_be(path, value):
             listed = value
-        any_of = [_as_taken(one, self._specs[path]) for one in listed]
+        any_of = [_as_whole(one, self._specs[path]) for one in listed]
         for one in any_of:
             if not entry.can_be(path, one):
                 place = entry.paths.index(path)
@@ -264,8 +265,8 @@ class _Reading:
         return any_of
 
 
-def _as_taken(value: object, spec: FieldSpec) -> object:
-    """1e3 for a key that takes whole numbers is 1000."""
+def _as_whole(value: object, spec: FieldSpec) -> object:
+    """Turn 1e3 into 1000 for a key that takes whole numbers."""
     is_whole = int in spec.kinds and float not in spec.kinds
     if is_whole and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -273,5 +274,5 @@ def _as_taken(value: object, spec: FieldSpec) -> object:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a finite number, and no truth value."""
+    """Whether it is a finite number, not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

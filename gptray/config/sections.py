@@ -1,6 +1,6 @@
-"""The config's sections of what makes a model: data, shape, training, sweeps.
+"""The config's sections for making a model: data, optim, train, track and tune.
 
-Joined into one tree in `gptray.config`, from where everybody imports them.
+`gptray.config.schema` joins them into one tree; import them from `gptray.config`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class DataConfig(Section):
         None,
         description="end-of-text token, if the tokenizer names none or the wrong one",
     )
-    # A trainer of tokenizers reserves room for all of them at once.
+    # The tokenizer's trainer reserves memory for all entries at once.
     vocab_size: Annotated[int, Field(ge=257, le=2**20)] = Field(
         2048, description="entries of a tokenizer trained here (bpe), end-of-text included"
     )
@@ -122,7 +122,7 @@ class OptimConfig(Section):
 
     def cooldown_steps(self, steps: int) -> int:
         """Steps of the cool-down from a checkpoint of `steps`."""
-        # Less the rounding of a product such as 0.1 * 30.
+        # The subtraction absorbs the rounding error of products such as 0.1 * 30.
         return max(1, math.ceil(self.decay_fraction * steps - 1e-9))
 
     def broken_rules(self) -> Iterator[str]:

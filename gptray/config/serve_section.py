@@ -88,7 +88,7 @@ class ServeConfig(Section):
     @classmethod
     def _are_names(cls, given: str | list[str] | None) -> str | list[str] | None:
         what = "a name without scheme, port or path, such as api.example.com, *.example.com or *"
-        return _each_fits(given, _HOST_NAME, what)
+        return _each_matches(given, _HOST_NAME, what)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -97,7 +97,7 @@ class ServeConfig(Section):
             "scheme and name as browsers send them, without a path, such as https://example.com or "
             "http://localhost:3000; *: any"
         )
-        return _each_fits(given, _ORIGIN, what)
+        return _each_matches(given, _ORIGIN, what)
 
     def broken_rules(self) -> Iterator[str]:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
@@ -107,10 +107,10 @@ class ServeConfig(Section):
             )
 
 
-def _each_fits(
+def _each_matches(
     given: str | list[str] | None, pattern: re.Pattern[str], what: str
 ) -> str | list[str] | None:
-    """One or several texts as they are. Raises ValueError for one that is not `what`."""
+    """Return the value unchanged. Raises ValueError for a text that does not match."""
     for one in [given] if isinstance(given, str) else given or []:
         if not pattern.fullmatch(one):
             raise ValueError(f"{one!r} must be {what}")

@@ -1,6 +1,6 @@
-"""The nearest valid name for a wrong one: other projects' names first, then spelling.
+"""Finds the nearest valid name for a wrong one: by other projects' names, then by spelling.
 
-Pure text; which names are valid is the caller's to say.
+The caller says which names are valid.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ ALIASES = {
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the choice spelled most like the word, or None if none is near."""
+    """Return the choice spelled most like the word, None if none is close."""
     found = get_close_matches(word, list(choices), n=1, cutoff=cutoff)
     return found[0] if found else None
 
@@ -168,27 +168,27 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     if same_leaf:
         near = nearest(section, [key.rpartition(".")[0] for key in same_leaf])
         return [f"{near}.{leaf}"] if near else same_leaf
-    # A name that others use is no misspelling: train.remat is not train.ema.
+    # Another project's name is not a misspelling: train.remat does not mean train.ema.
     if known := [key for key in keys if leaf in ALIASES.get(key, "").split()]:
-        return list(dict.fromkeys(_beside(section, key, keys) for key in known))
-    best, most = "", math.nextafter(0.6, 0)  # at least 0.6 is near
+        return list(dict.fromkeys(_in_section(section, key, keys) for key in known))
+    best, most = "", math.nextafter(0.6, 0)  # 0.6 is close enough
     for key in keys:
-        likeness = _likeness(word, key, above=most)
-        if likeness > most:
-            best, most = key, likeness
-    return [_beside(section, best, keys)] if best else []
+        similarity = _similarity(word, key, above=most)
+        if similarity > most:
+            best, most = key, similarity
+    return [_in_section(section, best, keys)] if best else []
 
 
-def _beside(section: str, key: str, keys: Sequence[str]) -> str:
-    """The key, or its namesake in that section: precision, say, is in several."""
+def _in_section(section: str, key: str, keys: Sequence[str]) -> str:
+    """The key, or its namesake in that section, since several have, say, a precision."""
     beside = f"{section}.{key.rpartition('.')[2]}"
     return beside if beside in keys else key
 
 
-def _likeness(word: str, key: str, *, above: float) -> float:
-    """How alike two dotted keys are, 0 to 1; 0 if not above `above`.
+def _similarity(word: str, key: str, *, above: float) -> float:
+    """Similarity of two dotted keys, 0 to 1; 0 if not above `above`.
 
-    Without the section it counts less.
+    A match of the last parts alone weighs less.
     """
     leaf, name = word.rpartition(".")[2], key.rpartition(".")[2]
     pairs = [(1.0, word, key), (0.9, leaf, name)]

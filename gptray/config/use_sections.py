@@ -1,6 +1,6 @@
-"""The config's sections of what is done with a trained model: generate, evaluate, export.
+"""The config's sections for using a model: sample, quantize, generate, evaluate and export.
 
-Joined into one tree in `gptray.config`, from where everybody imports them.
+`gptray.config.schema` joins them into one tree; import them from `gptray.config`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from gptray.config.values import Backend, NonEmpty, PositiveInt, Precision, Sect
 
 # Kinds of quantized weights.
 QUANTIZED = ("int8", "int4", "iq4_nl")
-# What weights are exported in, whatever the format, and what each format has besides.
+# The precisions that every export format takes, and each format's own.
 _PLAIN = ("fp32", "fp16", "bf16")
 _OWN = {"gguf": ("q8_0", "q4_0", "iq4_nl"), "hf": ("int8", "int4")}
-# The sample section's keys that hold for all rows of a batch job.
+# Keys of `sample` that apply to a whole batch job, not to a single row.
 _JOB_WIDE = ("prompt", "parse_special")
 
 
 class SampleConfig(Section):
-    """How text is continued; names and meaning are Hugging Face's GenerationConfig."""
+    """Sampling settings, with the names and meanings of Hugging Face's GenerationConfig."""
 
     prompt: str | list[str] | None = Field(
         None,
@@ -85,7 +85,7 @@ class SampleConfig(Section):
             )
 
 
-# What a row of a batch job may set for itself, by a column of that name.
+# Settings that a row of a batch job can override, in a column of that name.
 ROW_SETTINGS = tuple(name for name in SampleConfig.model_fields if name not in _JOB_WIDE)
 
 
@@ -161,10 +161,7 @@ class GenerateConfig(Section):
 
     def broken_rules(self) -> Iterator[str]:
         if (self.adapters is None) != (self.adapter_column is None):
-            yield (
-                "adapters needs adapter_column, and the other way round; for a single adapter "
-                "use adapter"
-            )
+            yield "adapters and adapter_column need each other; for a single adapter use adapter"
         if self.adapters is not None and self.adapter is not None:
             yield "adapter applies to all rows, adapters to some; give only one of them"
 

@@ -1,4 +1,4 @@
-"""The types of values that sections share, and checks of values that need more than a bound."""
+"""Value types that sections share, and the checks that need more than bounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Backend = Literal["auto", "native", "torch"]
 
 
 class Section(BaseModel):
-    """Frozen, and an unknown key is an error."""
+    """A section of the config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 def model_to(use: str) -> FieldInfo:
-    """What a key says that names a trained model, and what for."""
+    """The description of a key that names a trained model to `use`."""
     found: FieldInfo = Field(
         description=f"model to {use}: a run by name or folder, a model folder or a hub id; null: "
         "the run called name, else the newest in storage_path"
@@ -51,7 +51,7 @@ def model_to(use: str) -> FieldInfo:
 
 
 def split_parts(value: object) -> object:
-    """Read a split given as "90:10" or as a list of any scale into fractions that sum to one."""
+    """Normalise a split, "90:10" or a list on any scale, to fractions that sum to one."""
     if isinstance(value, str):
         value = value.split(":")
     if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= 3:
@@ -63,12 +63,12 @@ def split_parts(value: object) -> object:
     if not all(0 < part < float("inf") for part in parts):
         raise ValueError("every part of the split must be above 0")
     total = sum(parts)
-    # An already normalised split stays as it is, so that a dumped config equals its source.
+    # A normalised split stays unchanged, so that a dumped config equals its source.
     return tuple(parts) if abs(total - 1) < 1e-9 else tuple(part / total for part in parts)
 
 
 def known_codec(value: str | None) -> str | None:
-    """Check the name of an encoding, as Python's codecs know it."""
+    """Check that Python has a codec of this name."""
     if value is None:
         return None
     try:

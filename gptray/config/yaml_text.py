@@ -1,7 +1,7 @@
-"""YAML as configs use it: the core rules of YAML 1.2, with the line of every value.
+"""The YAML of configs: YAML 1.2's core schema, with the line of every value.
 
-3e-4 is a number, 90:10 and off are text, a tag, an anchor or a second document is an error.
-What the values mean, and which keys there are, is left to `gptray.config.reader`.
+3e-4 is a number, 90:10 and off are text; a tag, an anchor or a second document is an error.
+`gptray.config.reader` knows the keys and what their values mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 16
 
 Scalar = None | bool | int | float | str
-# A value as YAML says it; a tuple where a key wants one.
+# A value read from YAML; a tuple if the key takes one.
 Plain: TypeAlias = "Scalar | list[Plain] | tuple[Plain, ...] | dict[str, Plain]"
 
 _NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -33,7 +33,7 @@ CORE_SCALARS = {
 
 
 class YamlError(ValueError):
-    """Text that is not YAML as configs use it, and the line (from 1) where that shows."""
+    """Invalid YAML, or YAML that configs do not allow; `line` counts from 1."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only; values are made by `scalar_value`."""
+    """Composes nodes only; `scalar_value` makes the values."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
     depth = 0
@@ -71,7 +71,7 @@ for _kind, (_pattern, _first) in CORE_SCALARS.items():
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text with line breaks or control characters in double quotes, where it survives."""
+    """Double-quotes text with line breaks or control characters, so that it survives."""
 
 
 def _text_node(dumper: _Dumper, text: str) -> yaml.ScalarNode:
@@ -83,13 +83,13 @@ _Dumper.add_representer(str, _text_node)
 
 
 def write_yaml(values: Mapping[str, object]) -> str:
-    """Return plain values as YAML in their order."""
+    """Return plain values as YAML, in their order."""
     text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
 
 
 def read_written(path: Path) -> object:
-    """Read a file of `write_yaml` by libyaml: fast, but without the line numbers of keys.
+    """Read a file that `write_yaml` wrote, with libyaml: fast, but without line numbers.
 
     Raises yaml.YAMLError, ValueError, OSError.
     """
@@ -124,7 +124,7 @@ def parse_node(text: str) -> yaml.Node | None:
 
 
 def scalar_value(node: yaml.ScalarNode) -> Scalar:
-    """Return what a scalar stands for: quoted is text, plain follows YAML 1.2's core rules."""
+    """Return a scalar's value: text if quoted, else by YAML 1.2's core schema."""
     text: str = node.value
     kind = node.tag.rpartition(":")[2]
     if kind == "null":
@@ -139,7 +139,7 @@ def scalar_value(node: yaml.ScalarNode) -> Scalar:
 
 
 def plain_number(text: str) -> float:
-    """The number in a text by YAML's rules: no 1_0 and no digits of other scripts.
+    """Parse a number by YAML's rules: no 1_0 and no digits of other scripts.
 
     Raises ValueError.
     """
@@ -150,7 +150,7 @@ def plain_number(text: str) -> float:
 
 
 def _explained(error: yaml.MarkedYAMLError) -> YamlError:
-    """Say in one line what PyYAML found."""
+    """Turn one of PyYAML's errors into one line."""
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
     problem = str(error.problem)

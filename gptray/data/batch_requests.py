@@ -15,7 +15,7 @@ COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
 class RowRequest(NamedTuple):
-    """What a row asks for: its prompt, its own settings, or why it cannot run."""
+    """One row's prompt and settings, or the reason why it cannot run."""
 
     prompt: object
     settings: dict[str, object]
@@ -23,9 +23,9 @@ class RowRequest(NamedTuple):
 
 
 def holds_requests(files: Sequence[SourceFile], settings: GenerateConfig) -> bool:
-    """Whether the input is OpenAI batch files, by the first row of each.
+    """Whether the input consists of OpenAI batch files, judged by the first row of each.
 
-    Raises UserError for such files among others.
+    Raises UserError if only some of the files are.
     """
     found = {file.name: _is_requests(file, settings.prompt_column) for file in files}
     kinds = {name: kind for name, kind in found.items() if kind is not None}
@@ -42,7 +42,7 @@ def holds_requests(files: Sequence[SourceFile], settings: GenerateConfig) -> boo
 
 
 def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
-    """Raise UserError if no row of OpenAI batch files asks for a text or an answer."""
+    """Raise UserError if no row of OpenAI batch files is a completion or chat completion."""
     if not {COMPLETIONS_URL, CHAT_URL} & {*urls}:
         listed = ", ".join(sorted(urls)[:3])
         raise UserError(
@@ -52,7 +52,7 @@ def check_urls(files: Sequence[SourceFile], urls: Collection[str]) -> None:
 
 
 def begins_with_chat(file: SourceFile, prompt_column: str) -> bool:
-    """Whether it is an OpenAI batch file whose first row asks for an answer to a chat."""
+    """Whether it is an OpenAI batch file whose first row is a chat completion."""
     first = first_row(file) if is_json(file) else None
     return (
         first is not None and _is_request(first[1], prompt_column) and first[1]["url"] == CHAT_URL
@@ -60,7 +60,7 @@ def begins_with_chat(file: SourceFile, prompt_column: str) -> bool:
 
 
 def _is_requests(file: SourceFile, prompt_column: str) -> bool | None:
-    """None: it has no rows, so nothing tells."""
+    """None if it has no rows to judge by."""
     if not is_json(file):
         return False
     first = first_row(file)

@@ -1,7 +1,7 @@
-"""Input files of a batch job as runs of rows: Arrow columns of Parquet, values of text formats.
+"""Reads a batch job's input in batches of rows: Arrow from Parquet, Python from text formats.
 
-Parquet columns stay Arrow from end to end; only what the job itself reads (prompts, ids, settings)
-becomes Python values. Errors name the file and the line (Parquet: row).
+Parquet columns stay Arrow from end to end; only those that the job itself reads (prompts, ids,
+settings) become Python values. Errors name the file and the line (Parquet: row).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptray.data.rows import csv_rows, json_object, json_rows, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20
-# What 64-bit nanoseconds hold, in microseconds around 1970.
+# The range of 64-bit nanoseconds, in microseconds around 1970.
 _NS_RANGE_US = 2**63 // 1000
 
 Values = dict[str, object]
@@ -29,7 +29,7 @@ Values = dict[str, object]
 
 @dataclass(frozen=True)
 class ObjectBatch:
-    """Rows of a text format, each the values of its columns, and the lines they begin on."""
+    """Rows of a text format as Python values by column, and the lines that they begin on."""
 
     file: SourceFile
     lines: Sequence[int]
@@ -40,7 +40,7 @@ class ObjectBatch:
         return len(self.objects)
 
     def place(self, row: int) -> str:
-        """Where row 0, 1, ... of the batch is, for messages."""
+        """Where a row of the batch (from 0) is in the file, for messages."""
         return f"{self.file.name}:{self.lines[row]}"
 
     def values(self, name: str) -> list[object]:
@@ -48,7 +48,7 @@ class ObjectBatch:
         return [row.get(name) for row in self.objects]
 
     def array(self, field: pa.Field) -> pa.Array:
-        """A column as Arrow holds it under the field's type; nulls where there is none."""
+        """A column as an Arrow array of the field's type, null where a row has none."""
         values = self.values(field.name)
         if holds_json(field):
             values = [None if value is None else json_text(value) for value in values]
@@ -71,7 +71,7 @@ class ArrowBatch:
         return f"{self.file.name}: row {self.first + row}"
 
     def values(self, name: str) -> list[object]:
-        """As `ObjectBatch`'s. Raises UserError for what is not UTF-8."""
+        """As `ObjectBatch.values`. Raises UserError for text that is not UTF-8."""
         if name not in self.batch.schema.names:
             return [None] * self.rows
         column = self.batch.column(name)
@@ -83,7 +83,7 @@ class ArrowBatch:
         return values
 
     def check_text(self, name: str) -> None:
-        """Raise UserError if a column of text holds what is not UTF-8."""
+        """Raise UserError if a text column is not UTF-8."""
         try:
             if name in self.batch.schema.names:
                 self.batch.column(name).validate(full=True)
@@ -95,18 +95,18 @@ class ArrowBatch:
         if field.name not in self.batch.schema.names:
             return pa.nulls(self.rows, field.type)
         column = self.batch.column(field.name)
-        # A column of nulls alone, next to another file that has values.
+        # A column with nothing but nulls here takes its type from another file.
         return column if column.type == field.type else pa.nulls(self.rows, field.type)
 
 
-# A run of rows of one file.
+# Consecutive rows of one file.
 Batch = ObjectBatch | ArrowBatch
 
 
 def read_batches(file: SourceFile, prompt_column: str) -> Iterator[Batch]:
-    """All rows of a file, in order; `prompt_column` is what a text file's lines are.
+    """Yield all rows of a file in order; `prompt_column` names the lines of a text file.
 
-    Raises UserError for what cannot be read.
+    Raises UserError for a file or row that cannot be read.
     """
     try:
         if file.format == "parquet":
@@ -118,7 +118,7 @@ def read_batches(file: SourceFile, prompt_column: str) -> Iterator[Batch]:
 
 
 def declared_schema(file: SourceFile, prompt_column: str) -> pa.Schema | None:
-    """The columns that a file declares, without reading its rows; None for JSON, which does not.
+    """The columns that a file declares, without reading its rows; None for JSON, which has none.
 
     Raises UserError for two columns of one name.
     """
@@ -138,7 +138,7 @@ def declared_schema(file: SourceFile, prompt_column: str) -> pa.Schema | None:
 
 
 def first_row(file: SourceFile) -> tuple[str, Values] | None:
-    """(place, values) of the first row of a JSON file, if it has one."""
+    """The place and values of a JSON file's first row, if it has one."""
     try:
         with_line = next(_json_rows(file), None)
     except (OSError, EOFError) as error:
@@ -224,7 +224,7 @@ def _record_batches(reader: parquet.ParquetFile) -> Iterator[pa.RecordBatch]:
     groups = range(metadata.num_row_groups)
     size = sum(metadata.row_group(group).total_byte_size for group in groups)
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES * max(1, metadata.num_rows) // max(1, size)))
-    # A dictionary inside another type cannot be read across row groups.
+    # Arrow cannot read a dictionary nested in another type across row groups.
     nested = any(map(_has_nested_dictionary, reader.schema_arrow.types))
     runs: Iterable[list[int]] = ([group] for group in groups) if nested else [list(groups)]
     return chain.from_iterable(reader.iter_batches(batch_size=rows, row_groups=run) for run in runs)
@@ -236,7 +236,7 @@ def _has_nested_dictionary(kind: pa.DataType) -> bool:
 
 
 def _refuse_far_int96(file: SourceFile, reader: parquet.ParquetFile) -> None:
-    """Raise UserError for old Parquet timestamps that Arrow's nanoseconds would wrap around."""
+    """Raise UserError for INT96 timestamps that would overflow Arrow's nanoseconds."""
     leaves = [reader.schema.column(i) for i in range(len(reader.schema))]
     names = sorted({leaf.path.split(".")[0] for leaf in leaves if leaf.physical_type == "INT96"})
     if not names:
@@ -257,7 +257,7 @@ def _is_far(column: pa.Array) -> bool:
 
 
 def _timestamps(column: pa.Array) -> Iterator[pa.Array]:
-    """The timestamp columns that a column is made of."""
+    """The timestamp columns nested in a column, or the column itself."""
     kind = column.type
     if pa.types.is_timestamp(kind):
         yield column

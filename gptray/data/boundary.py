@@ -1,8 +1,8 @@
-"""Where text may be cut without changing its tokens, so that no long text is held whole.
+"""Where text can be cut without changing its tokens, so that no long text is held in memory.
 
-Two places: between a letter or digit and a space or newline; and behind a single newline before
-a letter or digit (text without spaces, such as Chinese, has only those). GPT-2's, Llama 3's and
-Qwen's patterns start a new piece there; see `Tokenizer.cuts_at_boundaries`.
+There are two such places: between a letter or digit and a space or newline, and between a single
+newline and a letter or digit (text without spaces, such as Chinese, has only those). GPT-2's,
+Llama 3's and Qwen's pre-tokenizers split there; see `Tokenizer.cuts_at_boundaries`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _BOUNDARY = re.compile(r"(?=[ \n])(?<=[^\W_])|(?<=\n)(?=[^\W_])(?<=\S\n)")
 _LAST = re.compile(f"(?s).*(?:{_BOUNDARY.pattern})")
 _LOOKBEHIND = 2  # characters
 _WINDOW = 1 << 16  # bytes
-# Text without a boundary for so many bytes is cut where a piece of the file begins.
+# Bytes to search for a boundary; without one, text is cut where a piece of the file begins.
 LONGEST_RUN = 1 << 20
-# What a tokenizer's trainer sees as one word. Its time grows with the length of words.
+# Longest word given to a tokenizer's trainer, whose time grows with the length of words.
 LONGEST_WORD = 256
 _LONG = re.compile(rf"\S{{{LONGEST_WORD + 1}}}|\s{{{LONGEST_WORD + 1}}}")
 _KINDS = (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s")
@@ -27,26 +27,26 @@ _LONG_WORD = re.compile("|".join(rf"{kind}{{{LONGEST_WORD + 1},}}" for kind in _
 
 
 def chunks(text: str) -> list[str]:
-    """Cut `text` wherever it may be cut: words, mostly."""
+    """Cut `text` at every boundary, mostly into words."""
     return _BOUNDARY.split(text)
 
 
 def last_boundary(text: str) -> int:
-    """Position of the last place to cut `text`; 0 if there is none."""
+    """Position of the last boundary in `text`; 0 if there is none."""
     match = _LAST.match(text)
     return match.end() if match else 0
 
 
 def first_boundary(text: str, start: int = 0, stop: int = sys.maxsize) -> int:
-    """Position of the first place to cut `text[:stop]` at or after `start`; 0: there is none."""
+    """Position of the first boundary in `text[:stop]` at or after `start`; 0 if there is none."""
     match = _BOUNDARY.search(text, start, stop)
     return match.end() if match else 0
 
 
 def short_words(text: str) -> Iterator[str]:
-    """The text, cut inside words longer than LONGEST_WORD: runs of letters, digits, others, space.
+    """Yield the text, cut inside runs of letters, digits, symbols or space above LONGEST_WORD.
 
-    For training a tokenizer only; most texts come back as they are.
+    Only for training a tokenizer; most texts come back whole.
     """
     start = 0
     if _LONG.search(text):
@@ -58,15 +58,15 @@ def short_words(text: str) -> Iterator[str]:
 
 
 def byte_boundary(stream: BinaryIO, offset: int, size: int) -> int:
-    """The first cut at or after byte `offset` of a UTF-8 file of `size` bytes, or `size`.
+    """The first boundary at or after byte `offset` of a UTF-8 file of `size` bytes, or `size`.
 
-    Without one in LONGEST_RUN bytes it is the first character at or after `offset`. A function of
-    the file and the offset alone: neighbours that share a border agree on it.
+    Without one in LONGEST_RUN bytes, the first character at or after `offset`. The result depends
+    only on the file and the offset, so neighbouring pieces agree on their border.
     """
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)
     stream.seek(offset)
-    # Not strict: the reader of the text reports invalid bytes with their line.
+    # Not strict: whoever reads the text reports invalid bytes with their line.
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     behind, skipped = "", 0  # the characters before the window, the bytes up to it
     while skipped < LONGEST_RUN:
@@ -87,8 +87,8 @@ def separator_border(
 ) -> int | None:
     """The first separator at or after byte `offset` of a file, or the file's end.
 
-    None where there is none before `stop`. Of separators that overlap only the first counts,
-    wherever reading begins.
+    None if there is none before `stop`. Of overlapping separators only the first counts, wherever
+    reading begins.
     """
     if offset <= 0 or offset >= size:
         return min(max(offset, 0), size)

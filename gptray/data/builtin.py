@@ -1,7 +1,7 @@
-"""The text that ships with every CPython: documentation topics and the library's docstrings.
+"""Text that ships with every CPython: its documentation topics and the library's docstrings.
 
-One document per topic and per module, in a fixed order, with every repeated paragraph removed
-before any split. It differs a little from one Python version to the next.
+One document per topic and per module, in a fixed order; repeated paragraphs are removed before
+any split. The text differs a little between Python versions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gptray.config import UserError
 
-# Tests, programs and bundled wheels: not the library's own documentation.
+# Tests, programs and bundled wheels, which are not the library's own documentation.
 _SKIPPED = {
     "test", "tests", "idle_test", "idlelib", "turtledemo", "lib2to3", "_bundled",
     "site-packages", "dist-packages", "__pycache__",
@@ -25,14 +25,14 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def builtin_version() -> str:
-    """What the text depends on: it names the corpus in manifests."""
+    """The version of the text, which names the corpus in manifests."""
     return f"{platform.python_implementation()} {platform.python_version()}"
 
 
 def builtin_documents() -> list[str]:
-    """The documents, with no paragraph twice.
+    """The documents, without repeated paragraphs.
 
-    Raises UserError where this Python came without its documentation topics.
+    Raises UserError if this Python has no documentation topics.
     """
     return list(_without_repeats([*_topics(), *_modules(Path(sysconfig.get_path("stdlib")))]))
 

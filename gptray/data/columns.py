@@ -1,7 +1,7 @@
-"""The columns of a batch job's input: one schema for all files, and how each column is output.
+"""The columns of a batch job's input: one schema for all files, and each column in the output.
 
-Parquet declares its columns, CSV and text hold text, and every JSON row is examined. A column
-of several files has one type in all of them, or the input is refused.
+Parquet declares its columns, CSV and text files hold text, and every JSON row is examined. A
+column must have the same type in all files, or the input is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_COLUMNS = 4096  # of JSON
 
 @dataclass(frozen=True)
 class InputColumns:
-    """What is read of each batch of rows, and under which fields it is output."""
+    """The columns to read from each batch of rows, and their fields in the output."""
 
     id_column: str | None  # None: the row's position
     id_field: pa.Field
@@ -36,10 +36,10 @@ class InputColumns:
     adapter_column: str | None
     passed: list[tuple[pa.Field, str]]  # a column of the input, its name in the output
     metadata: dict[bytes, bytes]
-    notes: list[str]  # what to tell, a line each
+    notes: list[str]  # for the user, a line each
 
     def ids(self, batch: Batch, position: int) -> pa.Array:
-        """The ids of a batch whose first row is number `position` of the input."""
+        """The ids of a batch whose first row is at `position` in the input."""
         if self.id_column is None:
             return pa.array(range(position, position + batch.rows), self.id_field.type)
         if isinstance(batch, ObjectBatch) and pa.types.is_string(self.id_field.type):
@@ -47,7 +47,7 @@ class InputColumns:
         return batch.array(self.id_field.with_name(self.id_column))
 
     def prompts(self, batch: Batch, values: Sequence[object]) -> pa.Array:
-        """The column `prompt`, of the batch's prompts; what is not text is shown as its JSON."""
+        """The output column `prompt`; a prompt that is not text becomes JSON text."""
         if self.prompt_column is not None and isinstance(batch, ArrowBatch):
             return batch.array(self.prompt_field.with_name(self.prompt_column))
         return pa.array(list(map(_as_text, values)), self.prompt_field.type)
@@ -57,7 +57,7 @@ class FoundColumns:
     """The columns of the files and rows examined so far."""
 
     def __init__(self, settings: GenerateConfig, prompt_column: str | None) -> None:
-        """`prompt_column` None: prompts and settings come from requests."""
+        """With `prompt_column` None, prompts and settings come from requests."""
         self.prompt_column = prompt_column
         self._config = settings
         self._files = 0
@@ -74,7 +74,7 @@ class FoundColumns:
 
     @property
     def id_column(self) -> str | None:
-        """The column that names rows. Raises UserError for one that is not there."""
+        """The column with the rows' ids. Raises UserError if the chosen one does not exist."""
         names, chosen = self.names, self._config.id_column
         if chosen is not None and chosen not in names:
             raise UserError(no_column(chosen, names, key="generate.id_column"))
@@ -97,7 +97,7 @@ class FoundColumns:
         self._metadata.append(dict(schema.metadata or {}))
 
     def take(self, batch: Batch) -> None:
-        """Examine rows: values of JSON, text of Parquet that the job reads."""
+        """Examine rows: all values of JSON, and the text columns of Parquet that the job reads."""
         if isinstance(batch, ArrowBatch):
             for name in (self.prompt_column or "", *setting_columns(self.names, self._config)):
                 batch.check_text(name)
@@ -107,14 +107,14 @@ class FoundColumns:
             self._shapes.setdefault(name, Shape())
         if len(self._shapes) > MAX_COLUMNS:
             raise UserError(
-                f"{batch.file.name}: the rows have more than {MAX_COLUMNS:,} different keys, as if "
-                "keys were data; put them into one key of each row"
+                f"{batch.file.name}: the rows have more than {MAX_COLUMNS:,} different keys, so "
+                "the keys seem to be data; put them into an object under one key"
             )
         for name, shape in self._shapes.items():
             shape.take([row[name] for row in batch.objects if name in row])
 
     def check_names(self) -> None:
-        """Raise UserError for names that clash with the job's own and types Parquet cannot hold."""
+        """Raise UserError for names that clash with the job's own and types unfit for Parquet."""
         passed_names(self.names, self._config, self.id_column, self.prompt_column)
         if not self._shapes:  # a row of JSON need not have every key
             self._check_adapter_column()
@@ -128,7 +128,7 @@ class FoundColumns:
             raise UserError(f"{self._sources[name][0]}: column {name!r}: {problem}")
 
     def resolve(self) -> InputColumns:
-        """Decide the field of every column, once all rows were examined. Raises UserError."""
+        """Decide every column's field, after all rows were examined. Raises UserError."""
         self.check_names()
         self._check_adapter_column()
         ids, config = self.id_column, self._config
@@ -227,14 +227,14 @@ class FoundColumns:
         return fields
 
     def _prompt_field(self, fields: Mapping[str, pa.Field]) -> pa.Field | None:
-        """Where a file says its type; of JSON rows alone prompts become text."""
+        """The prompts' declared field; None if only JSON rows have prompts, which become text."""
         if self.prompt_column is None or self.prompt_column not in self._fields:
             return None
         field = fields[self.prompt_column]
         return field if is_text(field.type) or pa.types.is_null(field.type) else None
 
     def _with_json(self, declared: pa.Field, found: pa.Field) -> pa.Field:
-        """One field for a column of JSON rows and of other files. Raises UserError."""
+        """One field for a column that both JSON rows and other files have. Raises UserError."""
         if holds_json(found) and not pa.types.is_null(declared.type):
             raise UserError(
                 f"column {found.name!r} holds {declared.type} in {self._sources[found.name][0]} "
@@ -244,7 +244,7 @@ class FoundColumns:
         return self._common(declared, found)
 
     def _common_metadata(self, *, renamed: bool) -> dict[bytes, bytes]:
-        """What all files say of themselves; pandas' description only if its names still hold."""
+        """The metadata that all files share; pandas' only if no column was renamed."""
         first = self._metadata[0] if len(self._metadata) == self._files else {}
         return {
             key: value
@@ -255,7 +255,7 @@ class FoundColumns:
 
 
 def _own_field(name: str, field: pa.Field | None, default: pa.DataType) -> pa.Field:
-    """The field of a column of the job's own that is one of the input's."""
+    """The field of an output column that is taken from the input's `field`."""
     if field is None:
         return pa.field(name, default)
     return pa.field(name, pa.string()) if holds_json(field) else field.with_name(name)

@@ -1,6 +1,6 @@
-"""Reads the documents of a piece of a corpus as a stream.
+"""Streams the documents of a piece of a corpus.
 
-It holds about a megabyte at a time. Errors name the file and the line (Parquet: row).
+Holds about a megabyte at a time. Errors name the file and the line (Parquet: row).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from gptray.data.rows import (
 from gptray.data.sources import SourceFile
 
 T = TypeVar("T")
-# The first look at a file goes so far.
+# How far `first_look` reads into a file.
 _FIRST_LOOK = 1 << 16  # characters
 
 
 def read_parts(piece: Piece) -> Iterator[Part]:
-    """Read a piece's documents. A text file without separator may continue in the next piece.
+    """Yield a piece's documents. One in a text file without separator may go on in the next piece.
 
     Raises UserError at the first line that cannot be read.
     """
@@ -45,8 +45,8 @@ def read_parts(piece: Piece) -> Iterator[Part]:
     }  # fmt: skip
     try:
         yield from readers[piece.file.format](piece)
-    except OSError as error:  # a truncated or damaged stream; opening it has its own message
-        raise UserError(f"{piece.file.name}: is truncated or damaged: {error}") from None
+    except OSError as error:  # open() has its own messages
+        raise UserError(f"{piece.file.name}: truncated or damaged: {error}") from None
 
 
 def _read_text(piece: Piece) -> Iterator[Part]:
@@ -73,7 +73,7 @@ def _read_text(piece: Piece) -> Iterator[Part]:
 
 
 def _borders(piece: Piece, stream: BufferedReader) -> tuple[int, int] | None:
-    """The bytes of a piece of a text file, at places where it may be cut; None: it has none."""
+    """A piece's byte range in a text file, moved to places to cut; None if that is empty."""
     size, separator = piece.file.size, piece.reading.separator
     if separator is None:
         start, stop = (byte_boundary(stream, at, size) for at in (piece.start, piece.stop))
@@ -121,7 +121,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
 
 
 def _skip_line(stream: BufferedReader, most: int) -> int:
-    """Pass the end of the line, or `most` bytes where it is longer; return how many."""
+    """Skip past the end of the line, by at most `most` bytes; return how many."""
     skipped = 0
     while skipped < most and (raw := stream.readline(min(BLOCK_BYTES, most - skipped))):
         skipped += len(raw)
@@ -137,7 +137,7 @@ def _json_text(raw: bytes | str, text_column: str) -> Part:
 
 
 def _json_row(row: dict[str, object], text_column: str) -> Part:
-    """Null is a missing text; a row without the column is of another kind, a mistake."""
+    """Null is a missing text; a row without the column is a mistake (ValueError)."""
     if text_column not in row:
         raise ValueError(no_column(text_column, list(row)))
     return _row(row[text_column], text_column)
@@ -151,7 +151,7 @@ def _read_json(piece: Piece) -> Iterator[Part]:
 def _row(value: object, text_column: str) -> Part:
     """Check one row's text; a missing one (null) is an empty row.
 
-    Raises ValueError without the place, which the caller knows.
+    Raises ValueError without the place, which the caller adds.
     """
     if value is None:
         return EMPTY_ROW
@@ -179,7 +179,7 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
 def _parts(
     file: SourceFile, rows: Iterable[tuple[int, T]], read: Callable[[T], Part]
 ) -> Iterator[Part]:
-    """What `read` makes of each row; its ValueError gets the row's line."""
+    """Yield `read` of each row; turn its ValueError into a UserError with the row's line."""
     for line, row in rows:
         try:
             part = read(row)
@@ -210,9 +210,9 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
 
 
 def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> None:
-    """Look at the file's beginning, or at all of it: raise UserError where it cannot be read.
+    """Read the file's beginning, or all of it: raise UserError if that fails.
 
-    Finds a missing column, the wrong encoding, and a bad row among those looked at.
+    Finds a missing column, a wrong encoding, and a bad row among those read.
     """
     if file.format == "parquet":
         check_parquet_column(file, open_parquet(file).schema_arrow, reading.text_column)

@@ -1,4 +1,4 @@
-"""What the manifest of a prepared data folder holds; sizes in UTF-8 bytes of text."""
+"""The manifest of a prepared data folder; sizes are in UTF-8 bytes of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NotRequired, TypedDict
 
 
 class SourceEntry(TypedDict):
-    """One input file; `path` is "builtin" for the documents that gptray brings along."""
+    """One input file; `path` is "builtin" for the text that ships with Python."""
 
     path: str
     size: int
@@ -22,7 +22,7 @@ class CutEntry(TypedDict):
 
 
 class LostEntry(TypedDict):
-    """What decoding does not give back: bytes by kind, and examples (kind, text, decoded)."""
+    """Text that decoding does not restore: bytes by kind, and examples (kind, text, decoded)."""
 
     kinds: dict[str, int]
     examples: list[list[str]]
@@ -34,20 +34,22 @@ class TokenizerEntry(TypedDict):
     vocab_size: int
     eos_token: str
     eos_token_id: int
-    # What every document begins with, where that is something.
+    # The tokens that every document begins with, if any.
     document_prefix: NotRequired[list[int]]
     lost: LostEntry
 
 
 class Counts(TypedDict):
-    """Of some text and its tokens. End-of-text tokens are not in `bytes`, the UTF-8 bytes; data
-    that was prepared without counting lacks the last two."""
+    """Counts of a text and its tokens. `bytes` are UTF-8 bytes, without end-of-text tokens.
+
+    Data that was prepared without counting lacks the last two.
+    """
 
     tokens: int
     bytes: int
     lost_bytes: int
     characters: NotRequired[int]
-    fallback_tokens: NotRequired[int]  # that stand for parts of characters or unknown ones
+    fallback_tokens: NotRequired[int]  # parts of characters, and unknown tokens
 
 
 class ShardEntry(Counts):
@@ -65,7 +67,7 @@ class SplitEntry(Counts):
 
 
 class Provenance(TypedDict):
-    """Where the tokens come from: sources, split and counts."""
+    """The origin of the tokens: sources, split and counts."""
 
     format: int
     request: dict[str, object]

@@ -1,7 +1,7 @@
-"""What is lost when a text's tokens are decoded: how many bytes, of what kind, with examples.
+"""Measures what a text loses when its tokens are decoded: bytes by kind, with examples.
 
-A text and its decoded tokens are aligned from left to right in linear time: where they differ, both
-resume at the nearest place from which they agree again.
+Aligns the text and its decoded tokens from left to right in linear time: where they differ, both
+resume at the nearest place where they agree again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from gptray.data.data_manifest import LostEntry
 
-# Each kind of difference, in words.
+# Each kind of difference, for messages.
 KINDS = {
     "unknown": "unknown characters",
     "case": "changed case",
@@ -21,22 +21,22 @@ KINDS = {
 }
 EXAMPLES = 2  # of each kind
 EXAMPLE_CHARACTERS = 24
-# Marks an unknown token while texts are compared: not a character of any text.
+# Marks an unknown token while texts are compared; a noncharacter, so no text has it.
 _UNKNOWN = "\U0010fffe"
-# Characters that must agree for both to resume, and how far ahead to look for them.
+# Tried in turn: how many characters must agree to resume, and how far ahead to look for them.
 _RESUMES = ((2, 6), (4, 32), (1, 32), (4, 1024))
-# Places where a text differs that are looked at; what follows is taken to lose as much.
-_MOST_PLACES = 10_000
-# Characters of differing texts of a shard that are all compared; then every so many-th text is.
+# Differences to examine in a text; the rest of it is assumed to lose as much.
+_MAX_DIFFERENCES = 10_000
+# Differing texts of a shard are all compared up to so many characters, then every eighth.
 _COMPARED_WHOLE, _EVERY = 1 << 20, 8
 
 
 @dataclass
 class Lost:
-    """UTF-8 bytes that decoding does not give back, by kind, and examples: (kind, text, decoded).
+    """UTF-8 bytes that decoding does not restore, by kind, and examples: (kind, text, decoded).
 
-    A stretch of the text that comes back as something else, or not at all, counts with its own
-    bytes; one that decoding adds counts with the bytes that were added.
+    A stretch of text that decoding changes or drops counts its own bytes; a stretch that decoding
+    adds counts the added bytes.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -47,7 +47,7 @@ class Lost:
         return sum(self.kinds.values())
 
     def add(self, other: Lost, *, times: int = 1) -> None:
-        """Add what another text lost; the first examples of a kind are kept."""
+        """Add another text's losses; keep the first examples of each kind."""
         self.kinds.update({kind: times * number for kind, number in other.kinds.items()})
         for example in other.examples:
             of_kind = [one for one in self.examples if one[0] == example[0]]
@@ -56,14 +56,14 @@ class Lost:
 
     @classmethod
     def joined(cls, parts: Iterable[Lost]) -> Lost:
-        """The sum of what several texts lost."""
+        """The sum of several texts' losses."""
         whole = cls()
         for part in parts:
             whole.add(part)
         return whole
 
     def entry(self) -> LostEntry:
-        """As a manifest holds it; `loses` puts it into words."""
+        """The losses for a manifest; `loses` puts them into words."""
         kinds = {kind: number for kind, number in self.kinds.most_common() if number}
         examples = sorted(self.examples, key=lambda one: list(kinds).index(one[0]))
         return {"kinds": kinds, "examples": [list(one) for one in examples]}
@@ -72,7 +72,7 @@ class Lost:
 class Tally:
     """Adds up the losses of texts that differ from their decoded tokens.
 
-    Once a lot of such text was compared, every eighth of those that differ counts for eight.
+    After _COMPARED_WHOLE characters it compares every eighth text and counts that as eight.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Tally:
         self._compared = self._texts = 0
 
     def compare(self, text: str, back: str, unknown: str | None) -> None:
-        """Add a text and its decoded tokens, as `measure`."""
+        """Add the losses of one text, as `measure` finds them."""
         self._texts += 1
         is_part = self._compared >= _COMPARED_WHOLE
         if is_part and self._texts % _EVERY:
@@ -90,7 +90,7 @@ class Tally:
 
 
 def loses(entry: LostEntry, num_bytes: int) -> str:
-    """What a tokenizer loses of `num_bytes` of text, in words; nothing if it loses nothing."""
+    """Say what a tokenizer loses of `num_bytes` of text; "" if it loses nothing."""
     kinds = entry["kinds"]
     if not kinds:
         return ""
@@ -109,12 +109,12 @@ def percent(share: float) -> str:
 
 
 def measure(text: str, back: str, unknown: str | None) -> Lost:
-    """What `back`, the decoded text, lacks of `text`; `unknown` is the unknown token's name."""
+    """Compare `text` with `back`, the decoded tokens; `unknown` is the unknown token's name."""
     if unknown and unknown not in text:
         back = back.replace(unknown, _UNKNOWN)
     lost, shown = Lost(), Counter[str]()
     for number, (start, stop, back_start, back_stop) in enumerate(_differences(text, back)):
-        if number == _MOST_PLACES:
+        if number == _MAX_DIFFERENCES:
             scale = len(text) / max(start, 1)
             lost.kinds = Counter({one: round(scale * lost.kinds[one]) for one in lost.kinds})
             break
@@ -143,7 +143,7 @@ def _kind(gone: str, came: str) -> str:
 
 
 def _shown(text: str, start: int, stop: int, *, spaces: bool) -> str:
-    """A stretch with the rest of its word, or white space with a little on both sides."""
+    """A stretch with the rest of its word, or white space with some context."""
     low, high = max(0, start - EXAMPLE_CHARACTERS), stop + EXAMPLE_CHARACTERS
     if spaces:
         return text[max(0, start - 4) : stop + 4]
@@ -156,7 +156,7 @@ def _shown(text: str, start: int, stop: int, *, spaces: bool) -> str:
 
 
 def _differences(text: str, back: str) -> Iterator[tuple[int, int, int, int]]:
-    """Start and stop in both of every stretch that differs, in order."""
+    """Yield every stretch that differs, in order: its start and stop in both texts."""
     i = j = 0
     while True:
         same = _agreeing(text, i, back, j)
@@ -169,7 +169,7 @@ def _differences(text: str, back: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _agreeing(text: str, i: int, back: str, j: int) -> int:
-    """How many characters agree from `i` and `j` on."""
+    """How many characters agree from `i` and `j` on, by a galloping search."""
     begin, size = i, 8
     while (block := text[i : i + size]) and block == back[j : j + size]:
         i, j = i + len(block), j + len(block)
@@ -181,7 +181,7 @@ def _agreeing(text: str, i: int, back: str, j: int) -> int:
 
 
 def _resume(text: str, i: int, back: str, j: int) -> tuple[int, int]:
-    """How far to go in both to where they agree again: the least of both together."""
+    """How far to skip in each so that they agree again, with the least sum."""
     if i == len(text) or j == len(back):
         return len(text) - i, len(back) - j
     if near := _resume_at_once(text, i, back, j):
@@ -204,7 +204,7 @@ def _resume(text: str, i: int, back: str, j: int) -> tuple[int, int]:
 
 
 def _resume_at_once(text: str, i: int, back: str, j: int) -> tuple[int, int] | None:
-    """The same where one character differs, or an unknown token stands: most places."""
+    """A shortcut for one differing character or an unknown token: most differences."""
     here, there, after, after_there = text[i], back[j], text[i + 1 : i + 3], back[j + 1 : j + 3]
     if after == after_there:
         return 1, 1
@@ -213,7 +213,7 @@ def _resume_at_once(text: str, i: int, back: str, j: int) -> tuple[int, int] | N
     if here.isspace() and after.startswith(there):
         return 1, 0
     if there == _UNKNOWN and after_there and after_there[0] != _UNKNOWN:
-        # It stands for what comes before the next character that is shown.
+        # It stands for the text before the next character that was decoded.
         at = text.find(after_there[0], i + 1, i + 64)
         if at >= 0:
             return at - i, 1

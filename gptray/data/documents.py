@@ -1,6 +1,6 @@
-"""Documents from running text (.txt, .md): one per file, or one between separators.
+"""Documents of plain text files (.txt, .md): one per file, or one between separators.
 
-Text comes in parts as it is read, so that no document is held whole.
+They come in parts as the text is read, so that no document is held whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _LONGEST_PART = 1 << 20  # characters
 
 
 class Part(NamedTuple):
-    """A run of a document's text; `ends` on its last one. An empty row is `Part("", True)`."""
+    """A stretch of a document's text; `ends` is true for the last. `Part("", True)`: empty row."""
 
     text: str
     ends: bool
@@ -24,7 +24,7 @@ EMPTY_ROW = Part("", True)
 
 
 def one_document(texts: Iterable[str], *, begins: bool, ends: bool) -> Iterator[Part]:
-    """The parts of a document, or of the piece of it that `begins` or `ends` it."""
+    """The parts of a document, or of a piece of one; it may begin or end the document."""
     held = ""
     for text in texts:
         held += text
@@ -33,14 +33,14 @@ def one_document(texts: Iterable[str], *, begins: bool, ends: bool) -> Iterator[
             yield Part(held[:cut], False)
             held, begins = held[cut:], False
     if ends:
-        # White space alone is no document.
+        # White space alone is not a document.
         yield EMPTY_ROW if begins and not held.strip() else Part(held, True)
     elif held:
         yield Part(held, False)
 
 
 def split_documents(texts: Iterable[str], separator: str) -> Iterator[Part]:
-    """The documents between separators, without white space around them; empty ones don't count."""
+    """The documents between separators, stripped of white space; empty ones are dropped."""
     kept = len(separator) - 1  # characters at the end that may begin a separator
     held, fresh = "", True
     for text in texts:
@@ -67,8 +67,8 @@ def _closed(text: str, fresh: bool) -> Iterator[Part]:
 
 
 def _ready(held: str, stop: int) -> int:
-    """How much of held[:stop] can be passed on: never all, since a document's end is marked.
+    """How much of held[:stop] can be passed on: never all, since the last part is marked.
 
-    Text without a place to cut is passed on too.
+    Long text without a boundary is passed on too.
     """
     return last_boundary(held[:stop]) or (stop - 1 if stop > _LONGEST_PART else 0)

@@ -1,6 +1,6 @@
-"""Bytes to text: the encoding asked for, marked in the file, or UTF-8; else the likely one.
+"""Decodes text files: by the encoding asked for, the byte order mark, or as UTF-8.
 
-Decoding is strict. Errors name the line, and the encoding that would fit.
+Decoding is strict. Errors name the line, and the encoding that would probably fit.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from gptray.config import UserError
 BLOCK_BYTES = 1 << 20
 UTF8 = "utf-8"
 _SAMPLE = 1 << 14  # bytes
-_SURELY = 20  # characters beyond ASCII that no other encoding looks like
-# UTF-32's little-endian mark begins with UTF-16's.
+_SURELY = 20  # characters beyond ASCII that decode as UTF-8 only if the text is UTF-8
+# UTF-32 first: its little-endian mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Encodings to try, and the scripts besides Latin that text in them is written in.
+# Encodings to try, and the scripts besides ASCII letters that text in them uses.
 _LIKELY = (
     ("shift_jis", {"HIRAGANA", "KATAKANA", "CJK"}),
     ("euc_jp", {"HIRAGANA", "KATAKANA", "CJK"}),
@@ -38,18 +38,18 @@ _KANA = {"HIRAGANA", "KATAKANA"}
 
 
 def codec_of(encoding: str | None) -> str | None:
-    """The codec's own name; None for UTF-8, with or without a byte order mark."""
+    """The codec's canonical name; None for UTF-8, with or without a byte order mark."""
     name = codecs.lookup(encoding or UTF8).name
     return None if name in (UTF8, "utf-8-sig") else name
 
 
 def marked_encoding(head: bytes) -> str | None:
-    """utf-16 or utf-32 where a text begins with that byte order mark."""
+    """utf-16 or utf-32 if the text begins with that byte order mark."""
     return next((name for mark, name in _MARKS if head.startswith(mark)), None)
 
 
 def stream_encoding(stream: BufferedReader, encoding: str | None) -> str:
-    """The encoding of a stream at its start; `encoding` None: by its byte order mark."""
+    """The encoding of a stream at its start: `encoding`, or by its byte order mark if None."""
     head = stream.peek(len(codecs.BOM_UTF32_LE))
     if head.startswith(codecs.BOM_UTF8):
         return UTF8
@@ -65,10 +65,10 @@ def decoded(
     first: bool = True,
     first_line: Callable[[], int] = lambda: 1,
 ) -> Iterator[str]:
-    """Decode the next `size` bytes of a stream (-1: all) strictly; newlines stay as they are.
+    """Decode the next `size` bytes of a stream (-1: all) strictly, without translating newlines.
 
-    `first` where the text begins here: a byte order mark goes. `name` and `first_line` are for
-    messages. Raises UserError for what cannot be decoded.
+    first: the text begins here, so a byte order mark is dropped. `name` and `first_line` are for
+    messages. Raises UserError for bytes that cannot be decoded.
     """
     lines = 0
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -96,7 +96,7 @@ def decoded(
 
 
 def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
-    """What is wrong, and which encoding is likely."""
+    """Say what is wrong, and which encoding is likely."""
     spelled = "UTF-8" if encoding == UTF8 else encoding
     problem = f"not {spelled}: {error.reason}"
     before = error.object[: error.start][-_SAMPLE:].decode(encoding, "ignore")
@@ -114,7 +114,7 @@ def undecodable(error: UnicodeDecodeError, encoding: str = UTF8) -> str:
 
 
 def _as_utf8(data: bytes) -> str:
-    """What to say of UTF-8 for which another encoding was asked; "" of other bytes."""
+    """The advice for UTF-8 text for which another encoding was given; "" for other bytes."""
     try:
         codecs.getincrementaldecoder(UTF8)().decode(data[:_SAMPLE])
     except UnicodeDecodeError:
@@ -123,14 +123,14 @@ def _as_utf8(data: bytes) -> str:
 
 
 def likely_encoding(sample: bytes) -> str | None:
-    """The encoding under which bytes that are not UTF-8 are letters of one script, if any."""
+    """The encoding in which bytes that are not UTF-8 spell letters of one script, if any."""
     for encoding, scripts in _LIKELY:
         found = _scripts(sample, encoding)
         foreign = sum(found.values()) - found["ASCII"]
         if not found or sum(found[script] for script in scripts) < 0.95 * foreign:
             continue
         if scripts >= _KANA and sum(found[script] for script in _KANA) < 0.1 * foreign:
-            continue  # Chinese characters alone are another encoding's
+            continue  # Chinese characters alone suggest another encoding
         if encoding != "cp1252" and not foreign:
             continue  # quotation marks and dashes among Latin letters
         if encoding == "cp1251" and foreign < found["ASCII"]:
@@ -140,7 +140,7 @@ def likely_encoding(sample: bytes) -> str | None:
 
 
 def _scripts(sample: bytes, encoding: str) -> Counter[str]:
-    """How many letters of each script; nothing where the bytes are not in this encoding."""
+    """How many letters of each script; empty if the bytes are invalid in this encoding."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(sample)
     except UnicodeDecodeError:
@@ -154,10 +154,12 @@ def _scripts(sample: bytes, encoding: str) -> Counter[str]:
 def refuse_wide_characters(name: str, head: bytes) -> None:
     """Raise UserError for UTF-16 or UTF-32 without a byte order mark.
 
-    Letters in it can pass for UTF-8: every other byte is zero. Zeros alone are no letters.
+    Its ASCII letters are valid UTF-8, with a zero in every other byte. Zeros alone are no text.
     """
     if head and not head.strip(b"\0"):
-        raise UserError(f"{name}: it begins with zero bytes alone: it is damaged, or not text")
+        raise UserError(
+            f"{name}: it begins with nothing but zero bytes: it is damaged, or not text"
+        )
     wide = _wide_encoding(head, least=0.25)
     if wide:
         raise UserError(
@@ -166,7 +168,7 @@ def refuse_wide_characters(name: str, head: bytes) -> None:
 
 
 def _wide_encoding(data: bytes, *, least: float) -> str | None:
-    """UTF-16 or UTF-32 where at least such a part of the bytes is zero, little- or big-endian."""
+    """UTF-16 or UTF-32, with its byte order, if more than `least` of the bytes are zero."""
     head = data[:_SAMPLE]
     zeros = [head[start::4].count(0) for start in range(4)]
     if sum(zeros) <= least * len(head):

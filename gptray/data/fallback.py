@@ -14,12 +14,12 @@ from gptray.data.difference import percent
 from gptray.data.roundtrip import RoundTrip, is_byte_token, pieces
 from gptray.data.tokenizer import Tokenizer
 
-# From this share on a model spends much of its context on spelling.
+# The share from which a model spends much of its context on spelling.
 HIGH = 0.1
 
 
 def fallback_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_]:
-    """Which tokens, by id, are part of a character or unknown."""
+    """Whether each token, by id, is part of a character or unknown."""
     names, unknown = tokenizer.names, RoundTrip(tokenizer).unknown
     return np.array(
         [

@@ -1,7 +1,7 @@
-"""Folders and globs as lists of files, without hidden ones; link loops are visited once.
+"""Lists the files of folders and globs, without hidden ones; link loops are visited once.
 
 Local names need not be UTF-8: Python keeps their bytes in surrogates, and `shown` escapes them.
-What a URI names is listed by pyarrow's file systems.
+URIs are listed by pyarrow's file systems.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from gptray.config import UserError
-from gptray.store_access import file_system, persistently, reason
+from gptray.store_access import file_system, reason, with_retries
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -30,12 +30,12 @@ class LocalFile(NamedTuple):
 
 
 def shown(path: str) -> str:
-    """A path for people and manifests: bytes that are not UTF-8 as \\xNN."""
+    """A path for messages and manifests: bytes that are not UTF-8 become \\xNN."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def file_at(path: str) -> LocalFile | None:
-    """The file at a path; None if there is none, or it is not a regular one."""
+    """The regular file at a path; None if there is none."""
     try:
         status = os.stat(path)
     except OSError:
@@ -45,9 +45,9 @@ def file_at(path: str) -> LocalFile | None:
 
 
 def files_below(folder: str) -> Iterator[str]:
-    """Paths of what is not hidden and not a folder below a folder, links followed.
+    """Yield the paths of all files below a folder that are not hidden, following links.
 
-    A folder that several links lead to is entered once. Raises OSError for one that cannot be read.
+    Enters a folder once, however many links lead to it. Raises OSError for an unreadable folder.
     """
     entered: set[tuple[int, int]] = set()
 
@@ -67,7 +67,7 @@ def files_below(folder: str) -> Iterator[str]:
 
 
 def glob_regex(pattern: str) -> str:
-    """Translate a glob: `**/` any folders, `*` within one name."""
+    """Translate a glob to a regular expression: `**/` any folders, `*` within one name."""
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]*\]|.", pattern, re.DOTALL):
         if token == "**/":
@@ -83,7 +83,7 @@ def glob_regex(pattern: str) -> str:
     return "".join(out)
 
 
-def matches(pattern: str) -> list[str]:
+def glob_files(pattern: str) -> list[str]:
     """Paths of the files that a glob matches; `**/` matches any folders, each loop visited once."""
     if "**" in pattern:
         first = re.search(WILDCARD, pattern)
@@ -96,26 +96,26 @@ def matches(pattern: str) -> list[str]:
     return [path for path in found if os.path.isfile(path)]
 
 
-def once(paths: Iterable[str]) -> Iterator[str]:
-    """The first path to each file: links of both kinds lead to the same one."""
+def unique_files(paths: Iterable[str]) -> Iterator[str]:
+    """Yield the first path to each file, whatever hard or symbolic links lead to it."""
     met: set[str] = set()
     for path in paths:
-        place = identity(path)
+        place = file_identity(path)
         if place not in met:
             met.add(place)
             yield path
 
 
-def identity(path: str) -> str:
-    """Equal for two names of one file."""
+def file_identity(path: str) -> str:
+    """The file's device and inode: the same for all names of one file."""
     status = os.stat(path)
     return f"{status.st_dev} {status.st_ino}"
 
 
 def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:
-    """The files that a URI names, the URI that opens them, and whether it is a folder's.
+    """The files that a URI names, the URI that opens them, and whether it names a folder.
 
-    Raises UserError for what cannot be listed or is not there.
+    Raises UserError if they cannot be listed or do not exist.
     """
     location, mark, query = entry.partition("?")
     wildcard = WILDCARD.search(location)
@@ -145,7 +145,7 @@ def _file_or_folder(
 
 def _listing(entry: str, filesystem: fs.FileSystem, what: str | fs.FileSelector) -> fs.FileInfo:
     try:
-        return persistently(lambda: filesystem.get_file_info(what))
+        return with_retries(lambda: filesystem.get_file_info(what))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{entry}: cannot be listed: {reason(error)}") from None
 

@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF's fields, such that llama.cpp makes the same tokens of a text, or a refusal.
+"""Converts a tokenizer to GGUF fields from which llama.cpp makes the same tokens, or refuses it.
 
-llama.cpp has its own tokenizers and no general one: byte-level BPE ("gpt2") with a choice of ways
-to cut text into words, SentencePiece's BPE ("llama") and SentencePiece's unigrams ("t5"). What they
-need is in `tokenizer.ggml.*`. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+llama.cpp implements only a few tokenizers: byte-level BPE ("gpt2") with a choice of
+pre-tokenizers, SentencePiece's BPE ("llama") and SentencePiece's unigrams ("t5"). Their fields
+are `tokenizer.ggml.*`. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gptray.gguf_pieces import MARK
 from gptray.gguf_tokenizer import (
     BYTE,
     CONTROL,
-    CUTS,
+    IGNORES_MERGES,
     KEY,
     MORE_ENDS,
     NO_MERGES,
     NORMAL,
-    TAKES_WHOLE,
+    PRE_TOKENIZERS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -43,19 +43,23 @@ _SPECIAL_IDS = {
 }
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# By the regular expression, and whether words that are tokens are taken whole.
+# llama.cpp's pre-tokenizer, by its regular expression and ignore_merges (words that are tokens
+# stay whole).
 _BY_PATTERN: dict[tuple[str, bool], str] = {(_GPT2, False): "gpt-2"} | {
-    (pattern, name in TAKES_WHOLE): name for name, pattern in reversed(CUTS.items()) if pattern
+    (pattern, name in IGNORES_MERGES): name
+    for name, pattern in reversed(PRE_TOKENIZERS.items())
+    if pattern
 }
 
 
 def gguf_vocabulary(
     tokenizer: Tokenizer, *, rows: int, ends: Sequence[int] = ()
 ) -> dict[str, object]:
-    """The fields of a tokenizer. rows: of the embedding; those without a token are named [PADn].
+    """The fields of a tokenizer.
 
+    rows: those of the embedding; rows without a token are named [PADn].
     ends: tokens that end a text besides the tokenizer's own end of text.
-    Raises UserError, one sentence, for what llama.cpp cannot express.
+    Raises UserError, one sentence, for a tokenizer that llama.cpp cannot reproduce.
     """
     names = tokenizer.names
     if len(names) > rows:
@@ -69,7 +73,7 @@ def gguf_vocabulary(
         raise UserError(f"llama.cpp cannot match {refused!r} in text as this tokenizer does")
     special = tokenizer.special_ids
     ids = {key: special[role] for role, key in _SPECIAL_IDS.items() if role in special}
-    before, after = _around(parts["post_processor"])
+    before, after = _special_around(parts["post_processor"])
     bos, eos = names[ids.get("bos_token_id", tokenizer.eos_id)], tokenizer.eos_token
     if before not in ([], [bos]) or after not in ([], [eos]):
         around = ", ".join(before + after)
@@ -88,7 +92,7 @@ def gguf_vocabulary(
 
 
 def _more_ends(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
-    """The places that GGUF has for more ends of a text, filled in order."""
+    """The GGUF fields for more tokens that end a text, filled in order."""
     names = tokenizer.names
     more = [one for one in dict.fromkeys(ends) if one != tokenizer.eos_id and one < len(names)]
     if left := more[len(MORE_ENDS) :]:
@@ -101,11 +105,11 @@ def _more_ends(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
     return dict(zip(MORE_ENDS, more, strict=False))
 
 
-def _around(step: Step | None) -> tuple[list[str], list[str]]:
-    """The names of the special tokens that come before a text, and after it."""
+def _special_around(step: Step | None) -> tuple[list[str], list[str]]:
+    """The special tokens that the post-processor puts before a text and after it."""
     match step:
         case {"type": "Sequence", "processors": list(steps)}:
-            pairs = [_around(one) for one in steps]
+            pairs = [_special_around(one) for one in steps]
             return sum((pair[0] for pair in pairs), []), sum((pair[1] for pair in pairs), [])
         case {"type": "TemplateProcessing", "single": list(single)}:
             names = [one["SpecialToken"]["id"] if "SpecialToken" in one else "" for one in single]
@@ -115,7 +119,7 @@ def _around(step: Step | None) -> tuple[list[str], list[str]]:
 
 
 def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str, object]:
-    """What tells llama.cpp's tokenizers apart."""
+    """The fields that depend on which of llama.cpp's tokenizers it is."""
     if tokenizer.is_by_character:
         return _of_characters(tokenizer, rows)
     model = parts["model"]
@@ -132,8 +136,8 @@ def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str
 def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
     """One token for each character: SentencePiece's BPE that never merges.
 
-    A space is written as U+2581 there, so that one and that character cannot both be tokens. A
-    character without a token is an error to llama.cpp too.
+    It writes a space as U+2581, so a space and that character cannot both be tokens. A character
+    without a token is an error in llama.cpp too.
     """
     if MARK in tokenizer.names:
         raise UserError(
@@ -147,7 +151,7 @@ def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
     model = parts["model"]
     normalizer = (parts["normalizer"] or {}).get("type")
     is_whole = bool(model.get("ignore_merges"))
-    cut = _cut_of(parts["pre_tokenizer"], is_whole)
+    cut = _pre_tokenizer_name(parts["pre_tokenizer"], is_whole)
     if normalizer == "NFC":
         log.warning(
             "the tokenizer composes characters (NFC) and llama.cpp does not: give llama.cpp NFC "
@@ -155,14 +159,14 @@ def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
         )
     elif normalizer is not None:
         raise UserError(f"llama.cpp does not support {normalizer} before byte-level BPE")
-    if is_whole != (cut in TAKES_WHOLE) or not _is_plain_bpe(model):
+    if is_whole != (cut in IGNORES_MERGES) or not _is_plain_bpe(model):
         raise UserError("llama.cpp does not support byte-level BPE with these settings")
     merges = [f"{left} {right}" for left, right in model["merges"]]
     return {"model": "gpt2", "pre": cut, "merges": merges or NO_MERGES}
 
 
-def _cut_of(step: Step | None, is_whole: bool) -> str:
-    """llama.cpp's name for what cuts text into words, and takes words whole or not."""
+def _pre_tokenizer_name(step: Step | None, is_whole: bool) -> str:
+    """llama.cpp's name for a pre-tokenizer. is_whole: words that are tokens stay whole."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             return "gpt-2"
@@ -190,15 +194,15 @@ def _cut_of(step: Step | None, is_whole: bool) -> str:
     raise UserError("llama.cpp does not split text into words as this tokenizer does")
 
 
-# Bytes that no text has but by accident, by their byte-level names: control characters, and what
-# begins no character of any language. Both sides drop those that have no token.
+# Bytes that text has only by accident, by their byte-level names: control characters, and bytes
+# that begin no character in use. Both tokenizers drop them if they have no token.
 _RARE = {chr(256 + byte) for byte in range(32) if chr(byte) not in "\t\n\r"} | {
     chr(byte) for byte in (0xC0, 0xC1, *range(0xF1, 0x100))
 }
 
 
 def _is_plain_bpe(model: ModelPart) -> bool:
-    """Whether nothing but merges of bytes makes its tokens."""
+    """Whether it makes tokens by merging bytes and by nothing else."""
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
     return (
         not model.get("byte_fallback")
@@ -210,7 +214,7 @@ def _is_plain_bpe(model: ModelPart) -> bool:
 
 
 def _texts(tokenizer: Tokenizer, rows: int) -> list[str]:
-    """The token of each row; each once, as llama.cpp has it."""
+    """The token of each row as llama.cpp writes it; all are distinct."""
     names = tokenizer.names
     if tokenizer.is_by_character:
         names = [MARK if name == " " else name for name in names]
@@ -241,7 +245,7 @@ def _types(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> list[int]:
 
 
 def _unlike_in_text(parts: TokenizerParts) -> str | None:
-    """An added token that is matched in text with more than its own characters, if there is one."""
+    """An added token whose match in text depends on the characters around it, if any."""
     for one in parts["added_tokens"]:
         if not one["special"] and (one["lstrip"] or one["rstrip"] or one["single_word"]):
             return one["content"]

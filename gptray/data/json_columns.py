@@ -1,7 +1,7 @@
-"""Columns of JSON values: one Arrow type where that keeps every bit, else JSON text.
+"""Columns of JSON values: one Arrow type if that keeps every bit, else JSON text.
 
-A missing key and null are alike. Numbers are 64-bit integers or doubles, as JSON's readers have
-them; NaN and infinities, which Python writes, are doubles too.
+A missing key is the same as null. Numbers are 64-bit integers or doubles, as in most JSON
+readers; NaN and infinities, which Python writes, are doubles too.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from itertools import chain
 
 import pyarrow as pa
 
-# Marks a column that holds the JSON text of each value, text in quotes.
+# Marks a column that holds each value's JSON, so text is in quotes.
 ENCODING, JSON = b"gptray.encoding", b"json"
-# Beyond these a column is data rather than structure, and is carried as JSON text.
-MOST_DEPTH, MOST_KEYS = 32, 1000
-# Doubles hold every whole number up to here.
+# Beyond these the keys are data rather than structure, and the column becomes JSON text.
+MAX_DEPTH, MAX_KEYS = 32, 1000
+# Doubles represent every integer up to here exactly.
 EXACT_IN_DOUBLE = 2**53
 
 _SCALARS = {bool: pa.bool_(), float: pa.float64(), str: pa.string()}
 
 
 class Shape:
-    """The common type of the values at one place of all rows."""
+    """The common type of the values at one place in all rows."""
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._kinds: set[type] = set()
         self._low = self._high = 0
-        self._is_odd = False  # what no Arrow type holds
+        self._is_odd = False  # no Arrow type holds all values
         self._item: Shape | None = None
         self._fields: dict[str, Shape] = {}
 
     def take(self, values: Sequence[object]) -> None:
-        """Widen to these values; null says nothing."""
+        """Widen the type to hold these values; nulls do not matter."""
         kinds = set(map(type, values))
         kinds.discard(type(None))
         self._kinds |= kinds
@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def type(self) -> pa.DataType | None:
-        """The one type that holds every value to the bit; None if there is none."""
+        """The type that holds every value exactly; None if there is none."""
         kinds = self._kinds
         if self._is_odd:
             return None
@@ -73,17 +73,17 @@ class Shape:
 
     def _take_items(self, lists: Sequence[list[object]]) -> None:
         self._item = self._item or Shape(self._depth + 1)
-        self._is_odd |= self._depth >= MOST_DEPTH
+        self._is_odd |= self._depth >= MAX_DEPTH
         if not self._is_odd:
             self._item.take(list(chain.from_iterable(lists)))
 
     def _take_fields(self, objects: Sequence[dict[str, object]]) -> None:
         new = set(chain.from_iterable(objects)) - self._fields.keys()
-        wide = len(self._fields) + len(new) > MOST_KEYS
-        self._is_odd |= wide or self._depth >= MOST_DEPTH or not all(map(is_utf8, new))
+        wide = len(self._fields) + len(new) > MAX_KEYS
+        self._is_odd |= wide or self._depth >= MAX_DEPTH or not all(map(is_utf8, new))
         if self._is_odd:
             return
-        # In the order in which the keys come.
+        # In the order in which the keys appear.
         for key in dict.fromkeys(chain.from_iterable(objects)) if new else ():
             self._fields.setdefault(key, Shape(self._depth + 1))
         for key, shape in self._fields.items():
@@ -96,13 +96,13 @@ class Shape:
 
     def _struct(self) -> pa.DataType | None:
         fields = [(key, shape.type) for key, shape in self._fields.items()]
-        # Parquet holds no object without keys.
+        # Parquet cannot hold an object without keys.
         whole = bool(fields) and all(kind is not None for _, kind in fields)
         return pa.struct(fields) if whole else None
 
 
 def json_field(name: str) -> pa.Field:
-    """The field of a column that is carried as JSON text."""
+    """The field of a column that is stored as JSON text."""
     return pa.field(name, pa.string(), metadata={ENCODING: JSON})
 
 
@@ -111,13 +111,13 @@ def holds_json(field: pa.Field) -> bool:
 
 
 def json_text(value: object) -> str:
-    """A value as JSON; halves of surrogate pairs, which no file can hold, are escaped."""
+    """A value as JSON; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
     text = json.dumps(value, ensure_ascii=False)
     return text if is_utf8(text) else json.dumps(value)
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written: it holds no half of a surrogate pair."""
+    """Whether a text can be encoded: it holds no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Prompts from the text itself: how two of its validation documents begin."""
+"""Takes prompts from the text itself: the first words of two validation documents."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 
 from gptray.data.tokens import TokenData
 
-# The most words and characters of a prompt, and tokens to take them from.
+# The most words and characters in a prompt, and the tokens to take them from.
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
-# Where a line begins with a word, not with the mark of a list, a table or code.
+# A line that begins with a word, not with the markup of a list, a table or code.
 _WORD = re.compile(r"^[^\W\d_]{2}", re.MULTILINE)
 
 
 def first_words(data: TokenData) -> list[str]:
-    """Prompts from text that the model does not train on: how two validation documents begin.
+    """The first words of two validation documents, which the model does not train on.
 
-    If there is only one, which the split may have cut anywhere: how one of its lines begins, if
-    possible with a word.
+    If there is only one, which the split may have cut anywhere, the first words of one of its
+    lines, if possible of one that begins with a word.
     """
     middle = len(data.val) // 2
     ends = (data.val.slice(middle, min(len(data.val), middle + 50_000)) == data.eos_id).nonzero()[0]
@@ -39,7 +39,7 @@ def _text(data: TokenData, begin: int) -> str:
 
 
 def _few_words(text: str) -> str:
-    """The first words; of a short text not all, so that something is left to continue."""
+    """The first words, but not all of a short text, so that something is left to continue."""
     words = text.split(" ")
     prompt = words[0][:CHARACTERS]
     for word in words[1 : min(WORDS, len(words) - 1)]:

@@ -1,7 +1,7 @@
-"""What the batch of a step reads, windows of the training split: a pure function of (seed, step).
+"""The batch order: which windows of the training split a step reads, a function of (seed, step).
 
-Nothing here depends on workers, micro-batches or restarts, so a resumed run or one with another
-number of workers sees the same global batches (elastic determinism, as in MosaicML Streaming).
+It does not depend on workers, micro-batches or restarts, so a resumed run, or one with a different
+number of workers, sees the same global batches (elastic determinism, as in MosaicML Streaming).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 class BatchOrder:
     """The order in which a split of `num_tokens` tokens is read, in windows of `block_size`.
 
-    In an epoch exactly one window starts in each stretch of `block_size` tokens, at a place drawn
-    anew; the stretches are shuffled. So an epoch reads the whole split evenly, as windows side by
-    side would, but tokens meet ever other positions and contexts, as at random offsets: on Tiny
-    Shakespeare windows side by side cost 0.01 nats of validation loss. Epochs follow each other
-    without a gap: a batch may end one and begin the next.
+    In each epoch exactly one window starts in each stretch of `block_size` tokens, at a freshly
+    drawn offset; the stretches are shuffled. An epoch thus covers the split as evenly as adjacent
+    windows would, but each epoch shows tokens at other positions and in other contexts, as random
+    offsets do: on Tiny Shakespeare, adjacent windows cost 0.01 nats of validation loss. A batch may
+    end one epoch and begin the next.
     """
 
     def __init__(self, num_tokens: int, block_size: int, *, seed: int) -> None:
@@ -31,12 +31,12 @@ class BatchOrder:
         self.num_tokens = num_tokens
         self.block_size = block_size
         self.seed = seed
-        # The last stretch would have no room to draw from, unless it is the only one.
+        # The last stretch has no room for a random offset, so it counts only if it is the only one.
         self.windows_per_epoch = max(1, (num_tokens - 1) // block_size - 1)
         self._epoch_starts = lru_cache(maxsize=2)(self._draw_epoch)
 
     def batch(self, step: int, global_batch_size: int) -> NDArray[np.int64]:
-        """Starts of the windows of the step's global batch, (global_batch_size,), in tokens.
+        """Where the windows of the step's global batch start, (global_batch_size,), in tokens.
 
         A window at `start` reads tokens [start, start + block_size) and predicts
         [start + 1, start + block_size + 1). Steps count from 0.
@@ -64,15 +64,14 @@ class BatchOrder:
 def replace_tokens(
     inputs: NDArray[np.int64], share: float, vocab_size: int, *, seed: int, step: int, first: int
 ) -> None:
-    """Replace that share of the inputs (B, T), in place, by any tokens of the vocabulary.
+    """Replace a share of the inputs (B, T), in place, with random tokens, against memorisation.
 
-    So no text is learned by heart (Xie et al. 2017, Data Noising as Smoothing in Neural Network
-    Language Models).
-    The rows are `first`, `first + 1`, ... of the step's global batch. What a row gets is a function
-    of (seed, step, its number), whatever the micro-batches and the workers.
+    The rows are `first`, `first + 1`, ... of the step's global batch. A row's replacements depend
+    only on (seed, step, row number), not on micro-batches or workers. (Xie et al. 2017, Data
+    Noising as Smoothing in Neural Network Language Models)
     """
     for number, row in enumerate(inputs, start=first):
-        # A counter for each row: one generator's state would depend on the rows before.
+        # A counter per row: the state of a shared generator would depend on the rows before.
         bits = np.random.Philox(key=seed, counter=[0, 0, number, step])
         drawn = np.random.Generator(bits).random(row.size)
         chosen = drawn < share

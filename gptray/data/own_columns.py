@@ -1,7 +1,7 @@
-"""Columns of a batch job's output: its own, those of the input, and what happens when names meet.
+"""Columns of a batch job's output: its own, those of the input, and clashes between their names.
 
-Nothing of the input is renamed or left out in silence: a name that the job needs is refused, or
-gets the prefix that the user chose.
+No input column is renamed or dropped silently: one whose name the job needs is refused, or gets
+the prefix that the user chose.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OWN_COLUMNS = (
     "error", "model",
 )  # fmt: skip
 
-# Other people's names for settings, of a row or of the job.
+# Other projects' names for settings, of a row or of the job.
 _MEANT = {
     alias: key.partition(".")[2] if key.startswith("sample.") else key
     for key, aliases in ALIASES.items()
@@ -28,7 +28,7 @@ _MEANT = {
 
 
 def setting_columns(names: Sequence[str], settings: GenerateConfig) -> list[str]:
-    """The columns that hold settings of their row."""
+    """The columns that hold sampling settings for their row."""
     chosen = settings.settings_from_columns
     if isinstance(chosen, bool):
         chosen = list(ROW_SETTINGS) if chosen else []
@@ -41,10 +41,10 @@ def passed_names(
     id_column: str | None,
     prompt_column: str | None,
 ) -> dict[str, str]:
-    """What each column of the input is called in the output; left out: those it has as its own.
+    """The output's name for each input column, except those that become the output's own columns.
 
-    Own are the id, the prompt and the seed in columns of that name. Raises UserError, naming every
-    other column that has a name of the job's own.
+    Those are the id, the prompt and the seed if their columns have these names. Raises UserError,
+    naming every other column whose name clashes with the job's own.
     """
     prefix = settings.prefix
     shown = {own for own, name in (("id", id_column), ("prompt", prompt_column)) if own == name}
@@ -74,7 +74,7 @@ def passed_names(
 
 
 def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:
-    """What to tell of columns that are named almost like a setting and pass through."""
+    """Messages about columns that pass through but are named almost like a setting."""
     if settings.settings_from_columns is not True:
         return []
     told = []

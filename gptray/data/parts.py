@@ -1,7 +1,7 @@
-"""Parquet files that appear whole or not at all: the parts of a large table.
+"""Parquet files written atomically: the parts of a large table.
 
-Pages carry checksums. A part's sha256 is kept in a hidden folder next to it, so that damage, or
-another file in its place, is noticed.
+Pages carry checksums. A part's sha256 is kept in a hidden folder next to it, which reveals damage
+or another file in its place.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def part_name(number: int) -> str:
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file that appears whole or not at all. Raises RunFailed without room."""
+    """Write a Parquet file atomically. Raises RunFailed if the disk is full."""
     with storing(path), replacing(path) as partial:
         _write(table, partial)
 
 
 def read_whole(path: Path) -> pa.Table:
-    """The table in a file of `write_whole`. Raises RunFailed if it is damaged."""
+    """Read a table that `write_whole` wrote. Raises RunFailed if it is damaged."""
     try:
         return parquet.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError) as error:
@@ -41,7 +41,7 @@ def read_whole(path: Path) -> pa.Table:
 
 
 def write_part(table: pa.Table, path: Path) -> None:
-    """Write a part that appears whole, after its sha256. Raises RunFailed if the disk is full."""
+    """Write a part atomically, after its sha256. Raises RunFailed if the disk is full."""
     digest = digest_file(path)
     with storing(path), replacing(path) as partial:
         _write(table, partial)
@@ -51,7 +51,7 @@ def write_part(table: pa.Table, path: Path) -> None:
 
 
 def part_sha256(path: Path) -> str:
-    """The sha256 of a part, verified. Raises RunFailed if it is not the one of its writing."""
+    """A part's sha256. Raises RunFailed if it changed since the part was written."""
     try:
         written = read_bytes(digest_file(path))
         found = sha256_of(path)
@@ -65,7 +65,7 @@ def part_sha256(path: Path) -> str:
 
 
 def digest_file(path: Path) -> Path:
-    """The file with the sha256 of a part, whether of the output or staged in the scratch folder."""
+    """The file with a part's sha256, for parts of the output and of the scratch folder."""
     if path.parent.name == SCRATCH:
         return path.with_name(f"{path.name}.sha256")
     return path.parent / SCRATCH / f"output-{path.stem}.sha256"
@@ -82,7 +82,7 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def unwritable(fields: Iterable[pa.Field]) -> dict[str, str]:
-    """Why `write_whole` cannot give back a column as it is, by name; for those that it cannot."""
+    """By name, the columns that Parquet cannot return unchanged, and why."""
     schema = pa.schema(list(fields))
     if _problem(schema) is None:
         return {}

@@ -1,4 +1,4 @@
-"""A corpus cut into pieces that tasks read on their own.
+"""Cuts a corpus into pieces that tasks read independently.
 
 A piece is a byte range of a text or JSON Lines file, some row groups of a Parquet file, or a whole
 file.
@@ -19,7 +19,7 @@ from gptray.data.sources import SourceFile
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are found in the files of a source: the config's keys of these names."""
+    """How to find documents in the files of a source: the config's keys of these names."""
 
     text_column: str = "text"
     separator: str | None = None
@@ -27,7 +27,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads of a file: bytes [start, stop), or row groups for Parquet."""
+    """The part of a file that one task reads: bytes [start, stop), or row groups of Parquet."""
 
     file: SourceFile
     start: int
@@ -40,9 +40,9 @@ def plan_pieces(
 ) -> list[list[Piece]]:
     """Group the corpus, in order, into units of work of about `piece_bytes`.
 
-    The plan depends on the files alone, never on the cluster. Text files stay whole unless
-    `cut_text`, or a separator stands between documents. Compressed, CSV and JSON files and
-    encodings other than UTF-8 are always whole: none can be entered in the middle.
+    The plan depends only on the files, never on the cluster. Text files stay whole unless
+    `cut_text` is set or a separator is given. Compressed, CSV and JSON files, and encodings other
+    than UTF-8, always stay whole, because reading cannot start in the middle.
     """
     units: list[list[Piece]] = []
     room = 0
@@ -73,7 +73,7 @@ def _pieces(
 
 
 def file_encoding(file: SourceFile) -> str:
-    """How a text file is decoded: as asked for, by its byte order mark, or UTF-8."""
+    """A text file's encoding: as asked for, by its byte order mark, or UTF-8."""
     with file.open() as stream:
         return stream_encoding(stream, file.encoding)
 
@@ -93,8 +93,8 @@ def _row_group_pieces(
 
 
 def open_parquet(file: SourceFile) -> parquet.ParquetFile:
-    """Open a Parquet file's metadata. Raises UserError for a damaged or truncated one."""
+    """Open a Parquet file and read its metadata. Raises UserError if it is damaged or truncated."""
     try:
         return parquet.ParquetFile(file.open_stored())
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file.name}: not a whole Parquet file: {error}") from None
+        raise UserError(f"{file.name}: not a complete Parquet file: {error}") from None

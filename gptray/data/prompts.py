@@ -1,8 +1,8 @@
-"""The input of a batch job: one look at all rows, then parts of it ready for an engine.
+"""The input of a batch job: one pass over all rows, then parts of it ready for an engine.
 
-What is wrong with the input as a whole (a file that cannot be read, a column that cannot pass
-through, an id twice) is an error before anything starts. What is wrong with a row alone is that
-row's error: it keeps its place and its reason.
+A problem with the input as a whole (a file that cannot be read, a column that cannot pass through,
+a duplicate id) is an error before anything starts. A problem with a single row becomes that row's
+`error` in the output.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from gptray.data.sources import SourceFile
 
 ReadRequest = Callable[[Values], RowRequest]
 
-# A staged part's own columns, in this order, before those that pass through: what the row sets for
-# itself (JSON), why it cannot run, its id, its prompt.
+# The first columns of a staged part, before those that pass through: the row's own settings (JSON),
+# the reason why it cannot run, its id, its prompt.
 SETTINGS, ERROR, ID, PROMPT = range(4)
-# Among a row's settings: the name of its adapter, and a chat as its template writes it.
+# Keys in a row's settings: the name of its adapter, and a chat as its template renders it.
 ADAPTER, CHAT = "adapter", "chat"
 STAGED = ("gptray.settings", "gptray.error", "id", "prompt")
 
@@ -47,14 +47,14 @@ _OWN = {
 
 @dataclass(frozen=True)
 class InputScan:
-    """What one look at all rows tells."""
+    """The result of one pass over all rows."""
 
     rows: int
     columns: InputColumns
 
     @property
     def schema(self) -> pa.Schema:
-        """Of a staged part."""
+        """The schema of a staged part."""
         columns = self.columns
         own = [
             pa.field(STAGED[SETTINGS], pa.string()),
@@ -67,19 +67,19 @@ class InputScan:
 
 
 def check_input(files: Sequence[SourceFile], settings: GenerateConfig) -> None:
-    """Look at what the files say of their columns, and at first rows: at once, however large.
+    """Check the columns that files declare, and first rows: fast, however large the files.
 
-    Raises UserError for what is known from that: see `scan`.
+    Raises UserError for the mistakes of `scan` that these reveal.
     """
     _, columns = _declared(files, settings)
     columns.check_names()
 
 
 def scan(files: Sequence[SourceFile], settings: GenerateConfig) -> InputScan:
-    """Look at every row once.
+    """Examine every row once.
 
-    Raises UserError for files that cannot be read, columns that cannot pass through, and an id
-    that is missing or there twice.
+    Raises UserError for a file that cannot be read, a column that cannot pass through, or an id
+    that is missing or duplicate.
     """
     settings, columns = _declared(files, settings)
     requests = columns.prompt_column is None
@@ -103,7 +103,7 @@ def scan(files: Sequence[SourceFile], settings: GenerateConfig) -> InputScan:
 def _declared(
     files: Sequence[SourceFile], settings: GenerateConfig
 ) -> tuple[GenerateConfig, FoundColumns]:
-    """The files' columns as far as the files themselves say, and the settings for such files."""
+    """The columns that the files declare, and the settings adapted to this kind of file."""
     requests = holds_requests(files, settings)
     if requests and settings.adapter_column is not None:
         raise UserError(
@@ -124,7 +124,7 @@ def _batches(files: Sequence[SourceFile], prompt_column: str) -> Iterator[Batch]
 def staged(
     files: Sequence[SourceFile], found: InputScan, rows_per_part: int, read_request: ReadRequest
 ) -> Iterator[pa.Table]:
-    """The rows in parts, columns as STAGED and then those that pass through; at least one part.
+    """Yield the rows in parts, at least one: the columns STAGED, then those that pass through.
 
     Raises UserError for a column that a part cannot hold.
     """
@@ -161,11 +161,10 @@ def _part(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
 
 
 def _one_dictionary(column: pa.ChunkedArray) -> pa.ChunkedArray | pa.DictionaryArray:
-    """The column with one dictionary: all its values, or only those in use where all are too many.
+    """Give all chunks of a column one dictionary.
 
-    An order of the values keeps all.
-
-    Raises pa.ArrowInvalid for more values than the column's type can number.
+    It holds all values or, if these are too many, those in use; an ordered one always holds all.
+    Raises pa.ArrowInvalid if the column's index type cannot number them.
     """
     kind = column.type
     try:
@@ -191,14 +190,14 @@ def output_schema(
 
 
 def _with_adapter(request: RowRequest, adapter: object) -> RowRequest:
-    """A row with the adapter that its column names; whether there is one, the engine knows."""
+    """Add the adapter that a row names; the engine checks that it exists."""
     if adapter in (None, ""):
         return request
     return request._replace(settings={**request.settings, ADAPTER: str(adapter)})
 
 
 def prompt_problem(value: object) -> str | None:
-    """Why a prompt cannot run, if it cannot."""
+    """Why a prompt cannot run; None if it can."""
     if value is None:
         return "the prompt is null"
     if not isinstance(value, str):

@@ -1,7 +1,7 @@
-"""A data folder that appears in one rename, whole, or not at all.
+"""Publishes a data folder atomically, by one rename.
 
-Built next to its final place under a hidden name: a killed attempt is never taken for data, and of
-two attempts at once the first to finish stays.
+It is built next to its final place under a hidden name, so a killed attempt is never taken for
+data; of two concurrent attempts, the first to finish wins.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _ABANDONED_SECONDS = 24 * 3600
 
 @contextmanager
 def building(data_dir: Path) -> Iterator[Path]:
-    """Give an empty folder to fill, and make it `data_dir` when the block ends well.
+    """Yield an empty folder to fill; rename it to `data_dir` if the block succeeds.
 
-    Raises UserError for a folder that cannot be written, RunFailed where the disk takes no more;
-    nothing of the attempt stays.
+    Raises UserError if the folder cannot be written, RunFailed if the disk is full; a failed
+    attempt leaves nothing behind.
     """
     check_writable(data_dir.parent, key="storage_path")
-    folder = _beside(data_dir)
+    folder = _hidden_sibling(data_dir)
     with no_empty_folders(data_dir.parent):
         with storing(data_dir):
             _remove_abandoned(data_dir)
@@ -49,21 +49,21 @@ def _publish(folder: Path, data_dir: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     try:
-        # Another attempt was faster: the same request, the same data.
+        # Another attempt at the same request was faster; its data is the same.
         TokenData.open(data_dir).verify()
     except DamagedData:
-        aside = _beside(data_dir)
+        aside = _hidden_sibling(data_dir)
         data_dir.rename(aside)
         folder.rename(data_dir)
         shutil.rmtree(aside)
 
 
-def _beside(data_dir: Path) -> Path:
+def _hidden_sibling(data_dir: Path) -> Path:
     return data_dir.with_name(f".{data_dir.name}.{uuid.uuid4().hex[:8]}")
 
 
 def _remove_abandoned(data_dir: Path) -> None:
-    """Remove what killed attempts at this folder left, once no living one can own it."""
+    """Remove what killed attempts left, once it is too old to belong to a running one."""
     for path in data_dir.parent.glob(f".{data_dir.name}.*"):
         if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(path)

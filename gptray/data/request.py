@@ -1,6 +1,6 @@
-"""What a config asks of prepared data, and the folder where the answer belongs.
+"""The prepared data that a config asks for, and its folder.
 
-Equal requests share a folder; a change of source, tokenizer, split, seed or fraction makes another.
+Equal requests share a folder; another source, tokenizer, split, seed or fraction gets its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from gptray.data.tokens import FORMAT_VERSION
 from gptray.files import cache_folder
 from gptray.node_cache import storage_folder
 
-# Up to this size the text itself is the identity, so that a copy or a touched file is no other
-# source; beyond, path, size and time of change stand for it.
+# Sources up to this size are identified by their contents, so that copying or touching a file does
+# not make it another source; larger ones by path, size and modification time.
 _HASHED_BYTES = 64 << 20
-# What files of validation and test text are called, and the keys that name such text.
+# Usual file names of validation and test text, and the keys for such text.
 _NAMES = {
     VAL: re.compile(r"(val|valid|validation|dev|eval)(?![a-z])"),
     TEST: re.compile(r"test(?![a-z])"),
@@ -48,7 +48,7 @@ class Request:
     """The part of a config that prepared data depends on, with its sources found."""
 
     source: Source
-    own: dict[int, Source]  # by label: validation and test text that is not part of `source`
+    own: dict[int, Source]  # validation and test text with a key of its own, by label
     reading: Reading
     tokenizer: str  # bpe, char, a path or a hub id
     vocab_size: int
@@ -61,7 +61,7 @@ class Request:
 
     @property
     def sources(self) -> list[tuple[Source, dict[int, float]]]:
-        """Every source and how it is shared out: shares by label, which add up to 1."""
+        """Every source with its shares by label, which add up to 1."""
         shares = {label: x for label, x in enumerate(self.split) if label not in self.own}
         if self.own:
             total = sum(shares.values())
@@ -70,7 +70,7 @@ class Request:
 
     @property
     def local_files(self) -> dict[str, list[Path]]:
-        """The files of each source that lie in this machine's file system, by the source's key."""
+        """The files of each source in this machine's file system, by the source's key."""
         return {
             source.key: [Path(file.path) for file in source.files if file.uri is None]
             for source, _ in self.sources
@@ -78,17 +78,17 @@ class Request:
 
     @property
     def is_of_node(self) -> bool:
-        """Whether the data is prepared in this node's cache, which no other node sees."""
+        """Whether the data is prepared in this node's own cache, which no other node sees."""
         return self.root.is_relative_to(cache_folder())
 
     @property
     def split_names(self) -> tuple[str, ...]:
-        """The splits that there will be, by label."""
+        """The names of the splits, by label."""
         return split_names(max([len(self.split), *(label + 1 for label in self.own)]))
 
     @cached_property
     def identity(self) -> dict[str, object]:
-        """What decides about reuse, and is kept in the manifest."""
+        """Everything that the prepared data depends on; kept in the manifest."""
         files = [file for source, _ in self.sources for file in source.files]
         reading = self.reading
         settings = {
@@ -122,7 +122,7 @@ class Request:
 
     @property
     def data_dir(self) -> Path:
-        """Where the prepared data belongs: a readable label and a hash of the identity."""
+        """The folder of the prepared data, named by a readable label and a hash of the identity."""
         text = json.dumps(self.identity, sort_keys=True)
         files = self.source.files
         label = PurePosixPath(files[0].path).name.partition(".")[0] if files else BUILTIN
@@ -132,7 +132,7 @@ class Request:
 
 
 def make_request(config: Config) -> Request:
-    """Find the sources of a config. Raises UserError for what is not there or cannot be read."""
+    """Find the sources of a config. Raises UserError for one that is missing or unreadable."""
     data = config.data
     problems = []
     found: dict[str, Source] = {}
@@ -151,9 +151,9 @@ def make_request(config: Config) -> Request:
 
 
 def whole_request(config: Config, source: str | Sequence[str], *, key: str) -> Request:
-    """Find a text that is not to be split: all of it is the split `test`; `key` says where from.
+    """Find a text that is not split: all of it is the split `test`. `key` is for messages.
 
-    Raises UserError like `make_request` does.
+    Raises UserError as `make_request` does.
     """
     text = _find(source, key, config.data.encoding)
     return _request(config, text, {}, (1.0,), 1.0, ())
@@ -170,7 +170,7 @@ def _find(source: str | Sequence[str], key: str, encoding: str | None) -> Source
 def _hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[str]]:
     """Remove the files of `own` (by label) from `source`; return it, and warnings.
 
-    Raises UserError where nothing is left, or validation and test share a file.
+    Raises UserError if nothing is left, or validation and test share a file.
     """
     if not source.files and any(not text.files for text in own.values()):
         raise UserError(f"{source.key} is builtin, and so is validation or test text")
@@ -189,7 +189,7 @@ def _hold_out(source: Source, own: Mapping[int, Source]) -> tuple[Source, list[s
 
 
 def _by_place(sources: Iterable[Source]) -> dict[str, str]:
-    """The key that names each file, by where the file is."""
+    """The key that each file belongs to, by the file's place."""
     held: dict[str, str] = {}
     for source in sources:
         for file in source.files:
@@ -202,7 +202,7 @@ def _by_place(sources: Iterable[Source]) -> dict[str, str]:
 
 
 def _look_alikes(source: Source, own: Mapping[int, Source]) -> list[str]:
-    """Warnings for files called like validation or test text among others that are not."""
+    """Warnings about files named like validation or test text among other files."""
     warnings = []
     for label, names in _NAMES.items():
         alike = [f for f in source.files if names.match(PurePosixPath(f.path).name.lower())]
@@ -250,7 +250,7 @@ def _request(
 
 
 def tokenizer_name(config: Config) -> str:
-    """bpe, char, a path or a hub id: as set, else that of the model to start from, else bpe."""
+    """bpe, char, a path or a hub id: data.tokenizer, else model.init_from, else bpe."""
     return config.data.tokenizer or config.model.init_from or "bpe"
 
 

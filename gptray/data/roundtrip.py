@@ -1,8 +1,8 @@
-"""Whether a tokenizer gives texts back, and what it loses of those that it does not.
+"""Checks whether decoding a text's tokens restores the text, and measures what is lost.
 
-Of byte-level BPE and of characters this follows from how they are made. Others are checked on all
-text, mostly without asking their decoder: where it only joins pieces, one for each token, joining
-these here is the same and many times as fast.
+Byte-level BPE and character tokenizers are lossless by design. Others are checked on all text,
+mostly without their decoder: if it only joins one piece per token, joining the pieces here gives
+the same and is many times as fast.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _KEEPS_ALL = ("isolated", "mergedwithprevious", "mergedwithnext", "contiguous")
 
 
 class RoundTrip:
-    """Compares texts with what decoding their tokens gives.
+    """Compares texts with their decoded tokens.
 
-    A space that decoding puts in front of a text counts as nothing lost: some tokenizers begin
-    every text with one.
+    A space that decoding adds in front of a text is not a loss: some tokenizers begin every text
+    with one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -33,19 +33,19 @@ class RoundTrip:
         parts = tokenizer.parts()
         self.is_lossless = tokenizer.is_by_character or _is_byte_level(parts)
         self._joins = None if self.is_lossless else _Joining.of(parts, tokenizer)
-        # Whether what a text loses is the sum of what its parts lose.
+        # Whether a text's losses are the sum of its chunks' losses.
         self.adds_up = self._joins is not None and self._joins.starts_plainly
         self.unknown = unknown_name(parts)
 
     def lost(self, text: str, ids: Sequence[int], *, begins: bool = True) -> Lost | None:
-        """What is lost of `text` if `ids` are kept of it, as `back`; None: nothing."""
+        """What `text` loses if it is decoded from `ids`; None if nothing."""
         back = self.back(text, ids, begins=begins)
         return None if back is None else measure(text, back, self.unknown)
 
     def back(self, text: str, ids: Sequence[int], *, begins: bool = True) -> str | None:
-        """What comes back of `text` if `ids` are kept of it; None: the text itself.
+        """Decode the `ids` of `text`; None if that gives the text itself.
 
-        begins: it is a whole text, not a part of one, before which no space is to be overlooked.
+        begins: `text` begins a document, so a space that decoding puts before it is ignored.
         """
         if self.is_lossless:
             return None
@@ -63,28 +63,28 @@ class RoundTrip:
 
 @lru_cache(maxsize=2)
 def pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The text of each token, by id: its bytes in a text, else its name.
+    """The bytes of each token, by id; its name if the decoder does not simply join pieces.
 
-    Ids that stand for no token have none.
+    Empty for ids without a token.
     """
     joining = _Joining.of(tokenizer.parts(), tokenizer)
     return joining.pieces if joining else [name.encode() for name in tokenizer.names]
 
 
 def is_byte_token(name: str) -> bool:
-    """Whether a token's name is that of a byte, <0x41>, as SentencePiece spells characters."""
+    """Whether a token stands for a byte, such as <0x41> (SentencePiece's byte fallback)."""
     return _BYTE_TOKEN.fullmatch(name) is not None
 
 
 class _Joining:
-    """A decoder that joins a piece for each token, and then may drop something at the start."""
+    """A decoder that joins one piece per token and may then strip the start."""
 
     def __init__(self, pieces: list[bytes], firsts: list[bytes] | None, strip: int) -> None:
         self.pieces, self._firsts, self._strip = pieces, firsts, strip
         self.starts_plainly = firsts is None and not strip
 
     def join(self, ids: Sequence[int]) -> bytes:
-        """The bytes of a text's tokens; where they are no UTF-8, decoding shows U+FFFD."""
+        """The bytes of a text's tokens; decoding shows invalid UTF-8 as U+FFFD."""
         joined = b"".join(map(self.pieces.__getitem__, ids))
         if self._firsts and ids:
             joined = self._firsts[ids[0]] + joined[len(self.pieces[ids[0]]) :]
@@ -94,7 +94,7 @@ class _Joining:
 
     @classmethod
     def of(cls, parts: TokenizerParts, tokenizer: Tokenizer) -> _Joining | None:
-        """The decoder of a tokenizer.json, if it is one of these: GPT-2's, Llama's, T5's."""
+        """The decoder of a tokenizer.json; None if it is not like GPT-2's, Llama's or T5's."""
         decoder = parts["decoder"] or {}
         names = tokenizer.names
         match decoder:
@@ -139,9 +139,9 @@ class _Joining:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte behind each of the 256 characters of a byte-level vocabulary.
+    """GPT-2's mapping of 256 characters to bytes in a byte-level vocabulary.
 
-    Printable bytes are themselves; the others, in order, are U+0100 and on. (GPT-2)
+    Printable bytes map to themselves; the others, in order, to U+0100 and up.
     """
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
@@ -155,7 +155,7 @@ _ALPHABET = _byte_alphabet()
 
 
 def _of_bytes(name: str) -> bytes:
-    """What the byte-level decoder makes of a token: its bytes, or the token as it is written."""
+    """Decode a byte-level token: to its bytes, or to its name if that is not byte-level."""
     try:
         return bytes([_ALPHABET[character] for character in name])
     except KeyError:
@@ -165,10 +165,10 @@ def _of_bytes(name: str) -> bytes:
 def _is_byte_level(parts: TokenizerParts) -> bool:
     """Whether a tokenizer.json is byte-level BPE that cannot lose anything.
 
-    Every byte of a text becomes a character that is in the vocabulary, so nothing is unknown;
-    merges only join neighbours, and the decoder turns each character back into its byte. What could
-    interfere is excluded: normalizers, pre-tokenizers that remove or add, names of tokens that are
-    joined with something in between, and tokens matched in the text before all that.
+    Every byte of a text becomes a character in the vocabulary, so nothing is unknown; merges only
+    join neighbours, and the decoder turns each character back into its byte. Anything that could
+    interfere is excluded: normalizers, pre-tokenizers that remove or add text, subword prefixes and
+    suffixes, and added tokens that match more than their own text.
     """
     model = parts["model"]
     vocab = model["vocab"]
@@ -186,7 +186,7 @@ def _is_byte_level(parts: TokenizerParts) -> bool:
 
 
 def _only_cuts(step: Step | None) -> bool:
-    """Whether a pre-tokenizer ends in bytes, adds no space and removes nothing."""
+    """Whether a pre-tokenizer only splits text before its bytes are mapped, adding no space."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return True
@@ -201,7 +201,7 @@ def _cuts(step: Step) -> bool:
 
 
 def _is_plain(added: AddedToken) -> bool:
-    """Whether an added token is not matched in text, or comes back as it is written there."""
+    """Whether an added token is never matched in text, or decodes to what it matched."""
     if added["special"]:
         return True
     printable = all("!" <= character <= "~" for character in added["content"])

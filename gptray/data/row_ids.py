@@ -1,4 +1,4 @@
-"""What names a row: ids are integers or text, none missing, each once (1 and "1" are the same)."""
+"""Checks the ids of rows: integers or text, none missing, all unique (1 and "1" are equal)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Ids:
         self._hashes.append(np.fromiter(hashes, np.int64, len(ids)))
 
     def check(self, again: Callable[[], Iterable[Batch]]) -> None:
-        """`again` reads all rows once more, where hashes are equal.
+        """Raise UserError for the first id that is missing, neither integer nor text, or duplicate.
 
-        Raises UserError for the first id that is missing, not a name, or there twice.
+        `again` reads all rows once more; it is called only if hashes collide.
         """
         if self._problem is not None:
             raise UserError(self._problem)
@@ -51,7 +51,7 @@ class Ids:
                 if str(name) in seen:
                     raise UserError(
                         f"{place}: the id {name!r} in column {self._column!r} is also at "
-                        f"{seen[str(name)]}; every row needs an id of its own"
+                        f"{seen[str(name)]}; every row needs its own id"
                     )
                 seen[str(name)] = place
 
@@ -67,7 +67,7 @@ def _is_name(value: object) -> bool:
 
 
 def check_id_type(name: str, kind: pa.DataType, source: str) -> None:
-    """Raise UserError for a column whose values cannot name rows."""
+    """Raise UserError for a column whose values cannot be ids."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not pa.types.is_integer(plain) and not is_text(kind):
         raise UserError(f"{source}: the id column {name!r} holds {kind}; {_ADVICE}")

@@ -1,4 +1,4 @@
-"""Sampling settings of a row, as its columns hold them: read here, judged by the sampler."""
+"""Reads a row's sampling settings from its columns; the sampler checks their bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gptray.data.rows import is_text
 def _whole(value: object) -> int:
     if isinstance(value, str):
         plain_number(value)  # `int` would take 1_0
-        # 16.0 too: so pandas writes a column with gaps.
+        # Also 16.0, which pandas writes in an integer column with gaps.
         return int(value.strip().removesuffix(".0"))
     number = _number(value)
     whole = int(value if isinstance(value, int) else number)
@@ -64,7 +64,7 @@ READERS: dict[str, Callable[[object], object]] = {
 
 
 def read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], str | None]:
-    """The settings that a row gives, null and empty text left out; and what cannot be read."""
+    """A row's settings, without nulls and empty text; and a message if some cannot be read."""
     own: dict[str, object] = {}
     problems = []
     for name, value in given.items():
@@ -84,7 +84,7 @@ _WANTED: dict[Callable[[object], object], str] = {
 
 
 def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
-    """Raise UserError for a column of settings with a type that never is one."""
+    """Raise UserError for a column whose type cannot hold a setting."""
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     checks = [
         pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
@@ -100,7 +100,7 @@ def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
 
 
 def check_seed_type(field: pa.Field, source: str) -> None:
-    """Raise UserError for a column `seed` that the output's column of integers cannot hold."""
+    """Raise UserError for a column `seed` that does not fit the output's integer column."""
     if not pa.types.is_integer(field.type) and not pa.types.is_null(field.type):
         held = "values of several types" if holds_json(field) else field.type
         raise UserError(

@@ -1,6 +1,6 @@
-"""Rows of text files: lines, JSON objects, CSV fields, and messages for what is none of these.
+"""Reads rows of text files: lines, JSON objects or CSV fields, with messages for invalid ones.
 
-Text is decoded as its file's `encoding` says.
+Text is decoded by its file's `encoding`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
-    """The lines of a stream, ends included. Raises UserError naming the line it cannot decode."""
+    """The lines of a stream with their line ends. Raises UserError, naming an undecodable line."""
     codec = stream_encoding(stream, file.encoding)
     if codec != UTF8:
         yield from _lines(decoded(file.name, stream, codec))
@@ -39,7 +39,7 @@ def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
 
 
 def _lines(texts: Iterator[str]) -> Iterator[str]:
-    begun: list[str] = []  # of a line that continues in the next text
+    begun: list[str] = []  # parts of a line that continues in the next text
     for text in texts:
         *whole, rest = text.split("\n")
         for line in whole:
@@ -61,9 +61,9 @@ class JsonHooks(TypedDict, total=False):
 
 
 def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, object]:
-    """The JSON object on a line. Raises ValueError without the place, which the caller knows.
+    """The JSON object on a line. Raises ValueError without the place, which the caller adds.
 
-    hooks: of `json.loads`, where more is to be refused than it does.
+    hooks: those of `json.loads`, to refuse more than it does.
     """
     try:
         row = json.loads(raw, **hooks)
@@ -92,10 +92,10 @@ def _checked_object(row: object) -> dict[str, object]:
 def json_rows(
     file: SourceFile, **hooks: Unpack[JsonHooks]
 ) -> Iterator[tuple[int, dict[str, object]]]:
-    """(line, object) of a .json file: an array of objects, or objects one behind the other.
+    """Yield (line, object) of a .json file: an array of objects, or concatenated objects.
 
-    Holds one object at a time. hooks: of `json.JSONDecoder`. Raises UserError naming the line that
-    is none.
+    Holds one object at a time. hooks: those of `json.JSONDecoder`. Raises UserError, naming the
+    line, for anything else.
     """
     with file.open() as stream:
         codec = stream_encoding(stream, file.encoding)
@@ -115,7 +115,7 @@ def json_rows(
 
 
 class _JsonValues:
-    """The values in a stream of JSON text, each with the line on which it begins."""
+    """Iterates over the values in a stream of JSON text, each with the line where it begins."""
 
     def __init__(self, texts: Iterator[str], decoder: json.JSONDecoder) -> None:
         self.line = self._held_line = 1
@@ -147,7 +147,7 @@ class _JsonValues:
         return self._held_line + error.lineno - 1
 
     def _next_character(self) -> str:
-        """The character that is not white space at which reading stands; "" at the end."""
+        """Skip white space and return the next character without consuming it; "" at the end."""
         while True:
             space = _SPACE.match(self._held, self._at)
             assert space
@@ -163,7 +163,7 @@ class _JsonValues:
             try:
                 value, end = self._decoder.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
-                # What ends at the end of this text may continue in the next.
+                # A value that is cut off here may continue in the next text.
                 may_go_on = error.msg.startswith("Unterminated") or len(self._held) - error.pos < 12
                 if not (may_go_on and self._read()):
                     raise
@@ -173,7 +173,7 @@ class _JsonValues:
             return value
 
     def _read(self) -> bool:
-        """Take in as much text as is at hand, so that a long value is read a few times only."""
+        """Read more text, at least as much as is held, so that a long value is parsed few times."""
         parts, size = [self._held[self._at :]], 0
         for text in self._texts:
             parts.append(text)
@@ -187,10 +187,10 @@ class _JsonValues:
 
 
 def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of every row, the header first; a blank line has no fields.
+    """Yield (line, fields) of every row, the header first; a blank line has no fields.
 
-    Tabs separate the fields of a .tsv file. Raises UserError naming the line that is no CSV or has
-    not as many fields as the header.
+    Tabs separate the fields of a .tsv file. Raises UserError, naming the line, for invalid CSV or a
+    row with another number of fields than the header.
     """
     csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
     with file.open() as stream:
@@ -202,7 +202,7 @@ def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
                 width = len(row) if width < 0 else width
                 if row and len(row) != width:
                     raise UserError(
-                        f"{file.name}:{line}: {len(row)} fields where the header has {width}"
+                        f"{file.name}:{line}: {len(row)} fields, but the header has {width}"
                     )
                 yield line, row
                 line = rows.line_num + 1
@@ -211,14 +211,14 @@ def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
 
 
 def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text_column") -> str:
-    """The message for a missing column: the ones that exist, the likeliest first."""
+    """The message about a missing column, listing the existing ones, the most similar first."""
     likeness = {name: SequenceMatcher(None, text_column, name).ratio() for name in columns}
     listed = ", ".join(sorted(columns, key=lambda name: -likeness[name])) or "none at all"
-    return f"no column {text_column!r}; columns: {listed} (choose by {key})"
+    return f"no column {text_column!r}; columns: {listed} (set {key} to choose one)"
 
 
 def kind_of(value: object) -> str:
-    """What a value is, for people."""
+    """The kind of a JSON value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 

@@ -1,6 +1,6 @@
-"""How a stream of tokens is scored: which windows are read, which targets count, what a sum means.
+"""How a stream of tokens is scored: which windows are read, which targets count, the metrics.
 
-Pure arithmetic on positions; the network that gives each target its loss is the caller's.
+Pure arithmetic on positions; the caller computes the losses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gptray.data.tokens import TokenSplit
 
-# Nats that every lost byte of a text costs: 8 bits, so that forgetting never pays.
+# The charge for a lost byte of text: 8 bits, so that losing text never improves a score.
 NATS_PER_LOST_BYTE = 8 * math.log(2)
 
 
@@ -22,9 +22,9 @@ NATS_PER_LOST_BYTE = 8 * math.log(2)
 class Windows:
     """Windows of `block_size` inputs, `stride` apart, over a stream of `tokens`.
 
-    Window n reads tokens [n x stride, n x stride + block_size), predicts for each the next one, and
-    counts the targets that no window before it has counted: so every token but the first counts
-    once, with at least block_size - stride + 1 tokens before it, in all windows but the first.
+    Window n reads tokens [n x stride, n x stride + block_size), predicts the token after each, and
+    counts the targets that no earlier window counted. So every token but the first counts once, and
+    in all windows but the first has at least block_size - stride + 1 tokens of context.
     (Hugging Face's "Perplexity of fixed-length models", on inputs and targets.)
     """
 
@@ -41,19 +41,19 @@ class Windows:
         return 1 + math.ceil(max(0, self.tokens - 1 - self.block_size) / self.stride)
 
     def span(self, number: int) -> tuple[int, int]:
-        """First and last + 1 of the tokens that window `number` reads or predicts."""
+        """The range [start, stop) of tokens that window `number` reads or predicts."""
         start = number * self.stride
         return start, min(start + self.block_size + 1, self.tokens)
 
     def counted(self, number: int) -> range:
-        """Positions of the targets that count in window `number`."""
+        """Positions of the targets that window `number` counts."""
         first = self.span(number - 1)[1] if number else 1
         return range(first, self.span(number)[1])
 
     def sample(self, targets: int) -> list[int]:
-        """Numbers of windows that count about so many targets, spread evenly, always the same.
+        """Window numbers, spread evenly and always the same, that count about so many targets.
 
-        All of them where there are no more.
+        All windows if there are no more targets than that.
         """
         wanted = max(1, math.ceil(targets / self.stride))
         if wanted >= len(self) or targets >= self.tokens - 1:
@@ -63,15 +63,15 @@ class Windows:
     def batches(
         self, split: TokenSplit, numbers: Sequence[int], batch_size: int
     ) -> Iterator[tuple[list[int], NDArray[np.int64]]]:
-        """The windows of these numbers, ascending: numbers and tokens, (B, T + 1), B <= batch_size.
+        """Yield batches of windows (`numbers` ascends): their numbers, and tokens (B, T + 1).
 
-        The stream's last window may be shorter, and then comes alone.
+        B is at most `batch_size`. The stream's last window is a batch of its own if it is shorter.
         """
         for group in self.groups(numbers, batch_size):
             yield list(group), np.stack([split.slice(*self.span(n)) for n in group])
 
     def groups(self, numbers: Sequence[int], batch_size: int) -> list[Sequence[int]]:
-        """The numbers of each of these batches."""
+        """The window numbers of each batch of `batches`."""
         short = self.span(len(self) - 1)
         is_short = short[1] - short[0] <= self.block_size
         alone = [n for n in numbers[-1:] if is_short and n == len(self) - 1]
@@ -82,10 +82,10 @@ class Windows:
 
 @dataclass(frozen=True)
 class Score:
-    """Nats over `tokens` predicted tokens of a text of `num_bytes` UTF-8 bytes.
+    """The loss in nats over `tokens` predicted tokens of a text of `num_bytes` UTF-8 bytes.
 
-    They include 8 bits for each of the `lost_bytes` that the tokenizer does not give back: a
-    tokenizer that drops half of the text would otherwise have half of the text to predict.
+    It includes 8 bits for each of the `lost_bytes` that decoding does not restore: otherwise a
+    tokenizer that drops half of the text would have only the other half to predict.
     """
 
     nats: float
@@ -95,12 +95,12 @@ class Score:
 
     @classmethod
     def charged(cls, nats: float, tokens: int, num_bytes: int, lost_bytes: int) -> Score:
-        """The score of tokens that cost `nats`, with what the lost bytes cost."""
+        """The score of tokens that cost `nats`, plus the charge for the lost bytes."""
         return cls(nats + NATS_PER_LOST_BYTE * lost_bytes, tokens, num_bytes, lost_bytes)
 
     @property
     def lost(self) -> float:
-        """Share of the text that the tokenizer does not give back."""
+        """Share of the text that decoding does not restore."""
         return self.lost_bytes / self.num_bytes
 
     @property
@@ -110,12 +110,12 @@ class Score:
 
     @property
     def is_finite(self) -> bool:
-        """Whether a float holds the perplexity that the loss has without charge."""
+        """Whether the perplexity without the charge fits into a float."""
         return (self.nats - NATS_PER_LOST_BYTE * self.lost_bytes) / self.tokens < 709
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where a float cannot hold it."""
+        """exp(loss); infinite if a float cannot hold it."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
@@ -125,6 +125,6 @@ class Score:
 
 
 def charge_per_token(split: TokenSplit) -> float:
-    """Nats by which a split's lost bytes raise its loss: 8 bits each, shared by what counts."""
+    """Nats per counted token that a split's lost bytes add to its loss: 8 bits per byte."""
     tokens = split.tokens - split.documents * len(split.document_prefix)
     return NATS_PER_LOST_BYTE * split.lost_bytes / tokens

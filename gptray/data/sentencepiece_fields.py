@@ -1,4 +1,4 @@
-"""SentencePiece's tokenizers, as Hugging Face writes them, in llama.cpp's terms."""
+"""Converts Hugging Face's SentencePiece tokenizers to llama.cpp's GGUF fields."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PREPENDS: Step = {"type": "Prepend", "prepend": MARK}
 
 
 def bpe_fields(parts: TokenizerParts, names: Sequence[str], padding: int) -> Mapping[str, object]:
-    """The fields of a BPE that falls back to bytes. padding: tokens without a name at the end.
+    """The fields of a BPE with byte fallback. padding: how many unnamed tokens follow.
 
-    llama.cpp knows no merges there: it joins two neighbours if both together are a token, that of
-    the highest score first. That is the same if every such pair is a merge, and all merges into one
-    token come before those into the next. Raises UserError where it is not.
+    llama.cpp uses no merges here: it joins two neighbours that form a token, the one with the
+    highest score first. That is equivalent if every such pair is a merge, and all merges into one
+    token come before those into the next. Raises UserError if it is not.
     """
     model, vocab = parts["model"], parts["model"]["vocab"]
     has_bytes = all(f"<0x{byte:02X}>" in vocab for byte in range(256))
@@ -56,9 +56,9 @@ def bpe_fields(parts: TokenizerParts, names: Sequence[str], padding: int) -> Map
 def unigram_fields(
     parts: TokenizerParts, names: Sequence[str], padding: int
 ) -> Mapping[str, object]:
-    """The fields of a unigram model. padding: tokens without a name at the end.
+    """The fields of a unigram model. padding: how many unnamed tokens follow.
 
-    Raises UserError for what llama.cpp's has not.
+    Raises UserError for features that llama.cpp lacks.
     """
     model = parts["model"]
     if model.get("byte_fallback") or model.get("unk_id") is None:
@@ -79,10 +79,10 @@ def unigram_fields(
 
 
 def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]) -> bool:
-    """Whether a text gets a space in front.
+    """Whether the tokenizer puts a space before a text.
 
-    Tells where one that begins with a space differs. Raises UserError for other ways to treat
-    spaces.
+    Warns if llama.cpp would treat a text that begins with a space differently. Raises UserError for
+    other ways of treating spaces.
     """
     before = parts["pre_tokenizer"]
     if before is None and normalizer == _MARKS:
@@ -106,7 +106,7 @@ def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]
 
 
 def _normalizing(step: Step | None) -> tuple[bytes | None, bool]:
-    """SentencePiece's map of characters, and whether several spaces become one."""
+    """SentencePiece's character map, and whether repeated spaces become one."""
     match step:
         case None:
             return None, False

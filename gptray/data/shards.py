@@ -1,7 +1,7 @@
-"""Write token shards: flat little-endian files of token ids, one after the other.
+"""Writes token shards: flat little-endian files of token ids.
 
-Encodes in batches of about a quarter of a megabyte, so that memory does not grow with the text.
-Every text is checked: what its tokens do not give back is counted.
+Encodes in batches of about a quarter of a million characters, so that memory does not grow with
+the text. Checks every text and counts what decoding its tokens does not restore.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _REMEMBERED = 1 << 23  # characters of chunks
 
 @dataclass(frozen=True)
 class Shard:
-    """One written file as manifests list it, and what is lost of its text."""
+    """One written file's manifest entry, and what its text loses."""
 
     entry: ShardEntry
     lost: Lost
 
 
 def split_entry(documents: int, shards: list[ShardEntry]) -> SplitEntry:
-    """A split of so many documents in these shards."""
+    """The manifest entry of a split: its documents and the sums over its shards."""
     return {
         "documents": documents,
         "tokens": sum(shard["tokens"] for shard in shards),
@@ -50,10 +50,10 @@ def shard_dtype(vocab_size: int) -> str:
 
 
 class ShardEncoder:
-    """Texts to the bytes of their token ids.
+    """Encodes texts to the bytes of their token ids.
 
-    Where the tokenizer allows it, a text is cut into words and each is encoded once: most words of
-    a large text are repeats, which makes this about twice as fast as encoding it at once.
+    If the tokenizer allows it, cuts a text into words and encodes each once: most words of a large
+    text are repeats, so this is about twice as fast as encoding it whole.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -70,11 +70,11 @@ class ShardEncoder:
         self._remembered = 0
 
     def count_fallback(self, ids: bytes) -> int:
-        """How many of a text's tokens stand for parts of characters or unknown ones."""
+        """How many of a text's tokens are parts of characters or unknown."""
         return int(self._is_fallback[np.frombuffer(ids, self.dtype)].sum())
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """The ids of each text, as they stand in a shard."""
+        """The ids of each text, as bytes of a shard."""
         if not self.cuts:
             return [self._pack(ids) for ids in self._tokenizer.encode_batch(texts)]
         parts = [chunks(text) for text in texts]
@@ -91,7 +91,7 @@ class ShardEncoder:
         return [b"".join(map(self._known.__getitem__, part)) for part in parts]
 
     def check(self, text: str, encoded: bytes, tally: Tally) -> None:
-        """Add up what is lost of a text that was encoded just now."""
+        """Add the losses of a text that `encode` has just encoded to the tally."""
         trip = self._round_trip
         if trip.is_lossless or (self._checks_chunks and not self._lossy):
             return
@@ -109,16 +109,16 @@ class ShardEncoder:
 
 
 class ShardWriter:
-    """One shard of one split; a context manager. A shard without text leaves no file.
+    """Writes one shard of one split; a context manager. A shard without text leaves no file.
 
-    One without tokens does, if the tokenizer has lost all of its text.
+    A shard whose text the tokenizer lost entirely leaves an empty one.
     """
 
     def __init__(self, path: Path, encoder: ShardEncoder) -> None:
         self._path = path
         self._encoder = encoder
-        self._open = ""  # text of the document at hand that is not batched yet
-        self._begins = False  # whether the document at hand begins with that text
+        self._open = ""  # text of the current document that is not batched yet
+        self._begins = False  # whether the current document begins with that text
         self._batch: list[tuple[str, bool, bool]] = []
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
@@ -144,7 +144,7 @@ class ShardWriter:
 
     @property
     def shard(self) -> Shard | None:
-        """What was written; None when nothing was."""
+        """The shard that was written; None if it has no text."""
         entry, lost = self._entry, self._tally.lost
         if not entry["tokens"] and not entry["bytes"]:
             return None
@@ -153,7 +153,7 @@ class ShardWriter:
         return Shard(entry, lost)
 
     def add(self, text: str, *, begins: bool, ends: bool) -> None:
-        """Append a run of a document's text, and what marks where the document begins and ends."""
+        """Append a stretch of a document's text, and the tokens that begin and end a document."""
         self._begins |= begins
         self._open += text
         if self._encoder.cuts:
@@ -163,7 +163,7 @@ class ShardWriter:
             self._open = ""
 
     def break_off(self) -> None:
-        """Close the tokens of a document that continues in another split: no token spans both."""
+        """End a document that continues in another split, so that no token spans both."""
         self._push(self._open, False)
         self._open = ""
 

@@ -1,4 +1,4 @@
-"""A prepared text in words: the shares of its splits, and what looks wrong in it."""
+"""Describes prepared text: the shares of its splits, and warnings."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from gptray.data.split import LONG_NAMES
 from gptray.data.split_plan import PiecePlan, PieceScan
 from gptray.wording import count
 
-# A share that is off by more than this part of what was asked for is worth a warning.
+# Warn about a share that is off by more than this fraction of what was asked for.
 _TOLERANCE = 0.2
 
 
 def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
-    """Each split of prepared data by name, and how much text it has."""
+    """Each split's name and size, in words."""
     total = manifest["bytes"]
     return [(name, share_words(entry, total)) for name, entry in manifest["splits"].items()]
 
 
 def share_words(split: SplitEntry, total: int) -> str:
-    """The `documents`, `bytes` and `tokens` of a split; `total`: bytes of all text."""
+    """A split's documents, bytes and tokens; `total`: bytes of all text."""
     documents, share = count(split["documents"], "document"), split["bytes"] / max(total, 1)
     return f"{documents}, {_size(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
 
@@ -32,7 +32,7 @@ def _size(num_bytes: int) -> str:
 
 
 def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:
-    """A warning for every split of a source that is far from the share asked for, by name."""
+    """Warnings for the splits of a source that are far from the share asked for."""
     total = max(sum(bytes_of.values()), 1)
     return [
         f"the {LONG_NAMES[name]} split has {bytes_of[name] / total:.1%} of the text, but "
@@ -43,7 +43,7 @@ def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> l
 
 
 def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str | None:
-    """A warning for a separator that splits no text file."""
+    """A warning if the separator splits no text file."""
     documents: Counter[SourceFile] = Counter()
     for plan in plans:
         if plan.piece.file.format == "txt":
@@ -51,13 +51,13 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
     if separator is None or not documents or max(documents.values()) > 1:
         return None
     return (
-        f"data.separator={separator!r} does not split any text file: it never stands between two "
+        f"data.separator={separator!r} does not split any text file: it never occurs between two "
         "texts"
     )
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:
-    """A warning for well-known markers in the text, the commonest first.
+    """A warning if the text contains well-known markers, the commonest first.
 
     splits_text: whether there are text files that data.separator would split there.
     """

@@ -1,7 +1,7 @@
-"""What `data.source` names: files, folders, globs and lists of them, local or by URI.
+"""Finds the files that `data.source` names: files, folders, globs and lists of them, or URIs.
 
-Finds files and opens them as byte streams, decompressed; it reads no text (`corpus` does).
-Local names need not be UTF-8; what a URI names is listed and opened by a pyarrow file system.
+Opens them as decompressed byte streams; `corpus` reads their text. Local names need not be UTF-8;
+URIs are listed and opened by a pyarrow file system.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from gptray.data.folders import (
     WILDCARD,
     LocalFile,
     file_at,
+    file_identity,
     files_below,
-    identity,
-    matches,
-    once,
+    glob_files,
     remote_files,
     shown,
+    unique_files,
 )
 from gptray.files import absolute
-from gptray.store_access import file_system, open_persistently, persistently, scheme_of
+from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
 
 BUILTIN = "builtin"
 FORMATS = {
@@ -44,9 +44,10 @@ BUFFER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a source. `uri` is what opens its file system; None: the local one.
+    """One file of a source.
 
-    encoding: of its text, as `codec_of` gives it; None: UTF-8, or what a byte order mark says.
+    uri: the URI that opens its file system; None: the local one.
+    encoding: its text's, as `codec_of` returns it; None: UTF-8, unless a byte order mark differs.
     """
 
     path: str
@@ -78,22 +79,22 @@ class SourceFile:
 
     @property
     def place(self) -> str:
-        """Equal for two names of one file, links of both kinds among them."""
-        return identity(self.path) if self.uri is None else self.name
+        """The same for all names of one file, including hard and symbolic links."""
+        return file_identity(self.path) if self.uri is None else self.name
 
     def changed(self) -> bool:
-        """Whether the file is no longer the one that was listed."""
+        """Whether the file has changed since it was listed."""
         if self.uri is None:
             return file_at(self.path) != LocalFile(self.path, self.size, self.modified)
         filesystem, _ = file_system(self.uri)
-        info = persistently(lambda: filesystem.get_file_info(self.path))
-        # Some stores give the time of one file in whole seconds, and in a listing more exactly.
+        info = with_retries(lambda: filesystem.get_file_info(self.path))
+        # Some stores round one file's time to seconds, but not those in a listing.
         second = 10**9
         modified = (info.mtime_ns or 0) // second
         return (info.size, modified) != (self.size, self.modified // second)
 
     def open(self, start: int = 0) -> io.BufferedReader:
-        """Open as bytes from `start`, which a compressed file cannot choose."""
+        """Open as a stream of bytes from `start`, which must be 0 for a compressed file."""
         raw = self.open_stored()
         try:
             if self.compression is None:
@@ -103,15 +104,15 @@ class SourceFile:
                 raw = pa.CompressedInputStream(raw, self.compression)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
-        # pyarrow's files are file-like enough for io, but their stubs do not say so.
+        # pyarrow's files work with io, but their stubs do not say so.
         return io.BufferedReader(cast(io.RawIOBase, raw), BUFFER_BYTES)
 
     def open_stored(self) -> pa.NativeFile:
-        """Open as the bytes that are stored, compressed ones included."""
+        """Open the bytes as stored, without decompressing them."""
         try:
             if self.uri is None:
                 return pa.OSFile(os.fsencode(self.path))
-            return open_persistently(self.uri, self.path)
+            return open_with_retries(self.uri, self.path)
         except OSError as error:
             raise UserError(f"{self.name}: cannot be opened: {_reason(error)}") from None
 
@@ -129,9 +130,9 @@ def find_files(
 ) -> list[SourceFile]:
     """List the files that `source` names, each once, in the order given; a folder's by path.
 
-    key: the config's name for it, in messages. encoding: as data.encoding has it.
+    key: the config's name for `source`, for messages. encoding: data.encoding.
 
-    Raises UserError with all that is wrong, one line each.
+    Raises UserError with all problems, one line each.
     """
     found: dict[str, SourceFile] = {}
     problems = []
@@ -145,7 +146,10 @@ def find_files(
         raise UserError("\n".join(problems))
     if not found:
         raise UserError(f"{key} is an empty list; name a file or a folder")
-    local, codec = set(once(p for p, file in found.items() if file.uri is None)), codec_of(encoding)
+    local, codec = (
+        set(unique_files(p for p, file in found.items() if file.uri is None)),
+        codec_of(encoding),
+    )
     return [
         replace(file, encoding=codec)
         for name, file in found.items()
@@ -154,7 +158,7 @@ def find_files(
 
 
 def file_sha256(file: SourceFile) -> str:
-    """Of the file's bytes as stored, compressed ones included."""
+    """The sha256 of the file's bytes as stored, not decompressed."""
     digest = hashlib.sha256()
     with file.open_stored() as stream:
         while block := stream.read(BUFFER_BYTES):
@@ -167,7 +171,7 @@ def _format(path: str) -> str | None:
     suffixes = [f".{suffix}" for suffix in name.split(".")[1:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         kind = FORMATS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        # Parquet compresses inside; a compressed one could not be read by row groups.
+        # Parquet has its own compression; a compressed file could not be read by row groups.
         return None if kind == "parquet" else kind
     return FORMATS.get(suffixes[-1]) if suffixes else None
 
@@ -187,7 +191,7 @@ def _expand(entry: str) -> list[SourceFile]:
     if os.path.isdir(path):
         return _from_folder(entry, path)
     if not os.path.lexists(path) and WILDCARD.search(entry):
-        return _readable(entry, [_local(match) for match in matches(path)])
+        return _readable(entry, [_local(match) for match in glob_files(path)])
     if not os.path.exists(path):
         raise UserError(f"{shown(entry)}: {_missing(path)}")
     if not os.path.isfile(path):
@@ -257,7 +261,7 @@ def _extensions() -> str:
 
 
 def _nearby(path: str) -> str:
-    """The nearest name in the same folder, or the part of the path that is missing."""
+    """Suggest the nearest name in the same folder, or say that the folder is missing."""
     folder, name = os.path.split(path)
     if not os.path.isdir(folder):
         return f" ({folder} is not a folder)"

@@ -1,6 +1,6 @@
-"""Which documents, and which parts of the documents that a border cuts, go to train, val and test.
+"""Assigns documents, and the parts of documents that a border cuts, to train, val and test.
 
-Pure functions of sizes, shares and the seed; reading and writing is left to others.
+Pure functions of sizes, shares and the seed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
 WHOLE = ("test",)  # of a text that is not split
 TRAIN, VAL, TEST = range(3)
 UNUSED = 255  # training text beyond data.fraction
-# How splits lie along the text. Validation is last, so that where it begins depends on its own
-# share alone, and 90:10 and 80:10:10 are validated on the same text.
+# The order of the splits along the text. Validation comes last, so that its beginning depends only
+# on its own share, and 90:10 and 80:10:10 validate on the same text.
 _LAYOUT = (TRAIN, TEST, VAL)
 _SPLIT_STREAM = 1  # keeps this permutation apart from every other use of the seed
-# A border moves to the nearest document edge if that is this near, as a share of the text, and
-# within a tenth of the neighbouring shares.
+# A border moves to the nearest document edge if the distance is at most this share of the text, and
+# a tenth of each neighbouring share.
 _SLACK, _SLACK_OF_SHARE = 0.01, 0.1
 
 Labels = npt.NDArray[np.uint8]
@@ -32,12 +32,12 @@ Counts = npt.NDArray[np.int64]
 
 
 def split_names(parts: int) -> tuple[str, ...]:
-    """The names of a text's parts; a text in one part is test text."""
+    """The names of a text's splits; a text that is not split is test text."""
     return SPLITS[:parts] if parts > 1 else WHOLE
 
 
 class Region(NamedTuple):
-    """Characters of a document up to `stop` that carry one label (an index of SPLITS)."""
+    """Consecutive characters of a document, up to `stop`, with one label (an index of SPLITS)."""
 
     stop: int
     label: int
@@ -45,13 +45,13 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True)
 class Assignment:
-    """A label for each document (index of SPLITS, or UNUSED), and regions of those that are cut."""
+    """Each document's label (an index of SPLITS, or UNUSED), and the regions of cut documents."""
 
-    labels: Labels  # (documents,); of a document that is cut, its first region's
+    labels: Labels  # (documents,); a cut document has its first region's
     cut: dict[int, tuple[Region, ...]]
 
     def documents(self, label: int) -> int:
-        """How many documents have text in a split; one that is cut counts in each of its own."""
+        """How many documents have text in a split; a cut one counts in each of its splits."""
         whole = int((self.labels == label).sum())
         starts = [regions[0].label for regions in self.cut.values()]
         parts = [region.label for regions in self.cut.values() for region in regions]
@@ -66,14 +66,14 @@ def assign(
     fraction: float = 1.0,
     seed: int,
 ) -> Assignment:
-    """Share out documents of `sizes` bytes and so many `characters`, both of shape (documents,).
+    """Assign documents of `sizes` bytes and `characters`, both of shape (documents,), to splits.
 
-    Documents are laid out in a seeded permutation; borders on it give each label its share of
-    the bytes. A border falls on a document edge that is close, and else cuts the document in
-    which it falls, at int(characters * share of the document's bytes). Training subsets of growing
-    `fraction` are nested and leave validation and test as they are.
+    The documents are laid out in a seeded permutation, and borders along it give each label its
+    share of the bytes. A border moves to a document edge that is close; otherwise it cuts its
+    document at int(characters * share of the document's bytes). Training subsets of growing
+    `fraction` are nested, and leave validation and test unchanged.
 
-    Raises UserError when a split would get less than one character.
+    Raises UserError if a split would get less than one character.
     """
     labels = [label for label in _LAYOUT if label in shares]
     total = int(characters.sum())
@@ -104,16 +104,16 @@ class _Line:
         self.total = max(int(self.bytes[-1]), 1)
 
     def border(self, share: float, slack: float) -> tuple[int, float]:
-        """The character where a border at this share of the bytes falls, and its real share."""
+        """The character where a border at this share of the bytes falls, and its actual share."""
         edge = self._nearest_edge(share * self.total)
         if abs(int(self.bytes[edge]) - share * self.total) <= slack * self.total:
             return int(self.characters[edge]), int(self.bytes[edge]) / self.total
         return self._inside(share), share
 
     def fraction(self, fraction: float, end: int) -> int:
-        """The character up to which `fraction` of the text before character `end` reaches.
+        """The character that ends the first `fraction` of the text before character `end`.
 
-        How near an edge must be depends on that edge, so that larger fractions reach further.
+        The slack depends on the nearest edge, so that a larger fraction never ends earlier.
         """
         share = fraction * self._share(end)
         edge = self._nearest_edge(share * self.total)
@@ -133,19 +133,19 @@ class _Line:
         place = int(np.searchsorted(self.bytes[1:-1], at, side="right"))
         start, stop = self.bytes[place : place + 2]
         first, last = self.characters[place : place + 2]
-        # The only document is cut at exactly its share: products and quotients are rounded.
+        # A lone document is cut at exactly its share, without rounding errors.
         part = share if stop - start == self.total else (at - start) / (stop - start)
         return int(first) + int(int(last - first) * part)
 
     def _share(self, character: int) -> float:
-        """The share of the bytes before a character; within a document bytes are spread evenly."""
+        """The share of the bytes before a character, assuming even characters in a document."""
         if len(self.bytes) == 2:
             return character / int(self.characters[-1])
         return float(np.interp(character, self.characters, self.bytes)) / self.total
 
 
 def _borders(line: _Line, shares: Sequence[float]) -> list[int]:
-    """Characters at which the splits begin and end, in the order in which they lie."""
+    """The characters at which splits begin and end, in order."""
     end = int(line.characters[-1])
     if len(shares) == 1:
         return [0, end]
@@ -154,7 +154,7 @@ def _borders(line: _Line, shares: Sequence[float]) -> list[int]:
     border, share = line.border(1 - last, slack)
     if len(shares) == 2:
         return [0, border, end]
-    # The part in the middle keeps its share where the border behind it has moved.
+    # The middle split keeps its share even if the border behind it has moved.
     train, middle = shares[0] + (share - (1 - last)), shares[1]
     slack = min(_SLACK, _SLACK_OF_SHARE * middle, _SLACK_OF_SHARE * shares[0])
     first, _ = line.border(train if abs(train - shares[0]) > 1e-12 else shares[0], slack)
@@ -162,7 +162,7 @@ def _borders(line: _Line, shares: Sequence[float]) -> list[int]:
 
 
 def _assignment(line: _Line, order: Counts, stops: Sequence[tuple[int, int]]) -> Assignment:
-    """Labels in the documents' own order, from (character, label) along the line."""
+    """Labels in the documents' original order, from the splits' (end, label) along the line."""
     ends = np.array([stop for stop, _ in stops])
     names = np.array([label for _, label in stops], dtype=np.uint8)
     begin, end = line.characters[:-1], line.characters[1:]

@@ -1,6 +1,6 @@
-"""From counts to a plan: which piece of the corpus holds which documents, and where they go.
+"""Turns counts into a plan: which documents each piece of the corpus holds, and their splits.
 
-Pure: the counts come from `work.scan`, the rule from `split`.
+Pure functions: `work.scan` counts, `split` assigns.
 """
 
 from __future__ import annotations
@@ -18,55 +18,55 @@ from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Labels, Region,
 
 @dataclass(frozen=True)
 class PieceScan:
-    """What a piece holds. Its first document may begin, its last end, in a neighbour."""
+    """The contents of a piece; its first and last document may extend into neighbours."""
 
     bytes: Counts  # UTF-8 bytes of each document, (documents,)
     characters: Counts  # of each document, (documents,)
     empty_rows: int
     ends: bool  # whether the last document ends here
-    alphabet: str = ""  # its characters, where asked for
-    markers: dict[str, tuple[int, int]] = field(default_factory=dict)  # how often, in how many
+    alphabet: str = ""  # its distinct characters, if asked for
+    markers: dict[str, tuple[int, int]] = field(default_factory=dict)  # occurrences, documents
 
 
 @dataclass(frozen=True)
 class ScannedText:
-    """One source of the corpus: all of `data.source`, say, and how it is shared out."""
+    """One source of the corpus, such as data.source, and its shares."""
 
     units: Sequence[Sequence[Piece]]
-    scans: Sequence[Sequence[PieceScan]]  # of each unit's pieces
+    scans: Sequence[Sequence[PieceScan]]  # one per piece of each unit
     shares: Mapping[int, float]  # by label; they add up to 1
     key: str = "data.source"  # the config's name for it, in messages
 
 
 @dataclass(frozen=True)
 class PiecePlan:
-    """A piece and where its text goes: a label per document, and regions of those that are cut.
+    """A piece and the splits of its text: a label per document, and regions of cut documents.
 
-    Documents are counted from the piece's first one, a document's characters from its beginning.
+    Documents count from the piece's first, a document's characters from its beginning.
     """
 
     piece: Piece
     labels: Labels
     cut: dict[int, tuple[Region, ...]]
-    first_character: int  # of the piece, in its first document
+    first_character: int  # where the piece begins in its first document
 
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """The whole corpus, unit by unit, with its documents counted."""
+    """The plan of the whole corpus, unit by unit, with its counts."""
 
     units: list[list[PiecePlan]]
-    documents: list[int]  # per split; a document that is cut counts in each of its own
+    documents: list[int]  # per split; a cut document counts in each of its splits
     cut_documents: int
     total_documents: int
     total_bytes: int
-    train_bytes: int  # of the whole training split; a cut document's are estimated
+    train_bytes: int  # of the whole training split; estimated for cut documents
 
 
 def plan_split(texts: Sequence[ScannedText], *, fraction: float, seed: int) -> SplitPlan:
-    """Send every document, or every region of it, to its split.
+    """Assign every document, or every region of one, to a split.
 
-    Raises UserError when a text is empty, or too short for so many splits.
+    Raises UserError if a text is empty, or too short for so many splits.
     """
     units: list[list[PiecePlan]] = []
     labels = max(label for text in texts for label in text.shares) + 1
@@ -128,7 +128,7 @@ def _train_bytes(assigned: Assignment, sizes: Counts, characters: Counts) -> int
 
 
 def _documents(scans: Sequence[PieceScan]) -> tuple[list[int], Counts, Counts]:
-    """Index of each piece's first document in its text; every document's bytes and characters."""
+    """The index of each piece's first document; every document's bytes and characters."""
     firsts = []
     total = 0
     goes_on = False

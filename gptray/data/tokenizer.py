@@ -1,8 +1,8 @@
 """Tokenizers: trained here (byte-level BPE, characters) or any of Hugging Face's.
 
-Every one is saved as an ordinary tokenizer.json that `AutoTokenizer` opens. Text that spells a
-special token is plain text here. What a tokenizer puts before a text, such as <s>, is for its start
-alone, so that `encode` leaves it out and `prompt_ids` adds it.
+All are saved as an ordinary tokenizer.json that `AutoTokenizer` opens. Text that spells a special
+token is plain text. The prefix that a tokenizer puts before a text, such as <s>, belongs only at
+its start, so `encode` omits it and `prompt_ids` adds it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tokenizer:
         self._backend = backend
         self._backend.no_padding()
         self._backend.no_truncation()
-        # Makes text such as "<|endoftext|>" in a document plain text; it is not saved.
+        # Encodes "<|endoftext|>" in a document as plain text; this setting is not saved.
         self._backend.encode_special_tokens = True
         self._special = special
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -53,22 +53,22 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes of tokenizer.json."""
+        """The sha256 of tokenizer.json."""
         return hashlib.sha256(self._json()).hexdigest()
 
     @property
     def is_by_character(self) -> bool:
-        """Whether it has one token for each character, and raises for others."""
+        """Whether it has one token per character; unknown characters are then an error."""
         return self._characters is not None
 
     def parts(self) -> TokenizerParts:
-        """What tokenizer.json holds."""
+        """The contents of tokenizer.json."""
         parts: TokenizerParts = json.loads(self._json())
         return parts
 
     @cached_property
     def names(self) -> list[str]:
-        """The name of each token in the vocabulary, by id; of ids that stand for none, ""."""
+        """The name of each token in the vocabulary, by id; "" for ids without a token."""
         names = [""] * self.vocab_size
         for name, number in self._backend.get_vocab(with_added_tokens=True).items():
             names[number] = name
@@ -76,44 +76,44 @@ class Tokenizer:
 
     @property
     def special_names(self) -> dict[str, str]:
-        """The names of its special tokens by what they are for, `eos_token` among them."""
+        """The names of the special tokens by role, including `eos_token`."""
         return dict(self._special)
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """The ids of its special tokens by what they are for, `eos_token` among them."""
+        """The ids of the special tokens by role, including `eos_token`."""
         ids = {role: self._backend.token_to_id(name) for role, name in self._special.items()}
         return {role: number for role, number in ids.items() if number is not None}
 
     @cached_property
     def prefix(self) -> list[int]:
-        """The ids that it puts before a text, such as that of <s>; none for GPT-2 and Qwen."""
+        """The ids that it puts before a text, such as <s>; empty for GPT-2 and Qwen."""
         return text_prefix(self._backend)
 
     @property
     def document_prefix(self) -> list[int]:
-        """The prefix as a stream of documents has it: not where it is the end of text.
+        """The prefix of documents in a token stream; empty if it is the end-of-text token.
 
-        The token that closes a document opens the next one then.
+        That token then both ends a document and begins the next.
         """
         return [] if self.eos_id in self.prefix else self.prefix
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, no special token added.
+        """Token ids of `text`, without special tokens.
 
-        Raises UnreadableText for what a tokenizer without an unknown token does not know.
+        Raises UnreadableText if it lacks a token and has no unknown token.
         """
         return self.encode_batch([text])[0]
 
     def prompt_ids(
         self, text: str, *, parse_special: bool = False, add_prefix: bool = True
     ) -> list[int]:
-        """Token ids that a model continues; of an empty text the start of a fresh document.
+        """Token ids of a prompt; an empty text becomes the start of a new document.
 
-        The prefix comes first, once: its own name at the start of a text (<s>) is not read again.
-        parse_special: the names of special tokens in the text are those tokens, not plain text.
+        The prefix comes first and only once, even if the text begins with its name (<s>).
+        parse_special: read the names of special tokens in the text as those tokens.
         add_prefix: whether a text that does not begin with the prefix gets it.
-        Raises UserError like `encode`.
+        Raises UserError as `encode` does.
         """
         if parse_special:
             ids = self.chat_ids(text)
@@ -125,13 +125,14 @@ class Tokenizer:
         return prefix + self.encode(rest) or [self.eos_id]
 
     def chat_ids(self, chat: str) -> list[int]:
-        """Token ids of a chat as its template writes it, special tokens by their names.
+        """Token ids of a rendered chat template, which writes special tokens by their names.
 
-        Names that were taken apart (see `WrittenNames`) are text. Raises UserError like `encode`.
+        Names that were taken apart (see `WrittenNames`) stay text. Raises UserError as `encode`
+        does.
         """
         put_together = self.written_names.put_together
         if self._characters is None and put_together(chat) == chat:
-            # As transformers does: whether a piece begins the text, and spaces beside names, count.
+            # In one go, as transformers does: the start of the text and spaces beside names matter.
             return self._encode_by(self._names_reader, [chat])[0]
         encoded = (
             [part] if isinstance(part, int) else self.encode(put_together(part))
@@ -141,7 +142,7 @@ class Tokenizer:
 
     @cached_property
     def _names_reader(self) -> tokenizers.Tokenizer:
-        """A copy that reads the names of special tokens."""
+        """A copy of the backend that parses the names of special tokens."""
         reader = tokenizers.Tokenizer.from_str(self._backend.to_str())
         if self.eos_id not in reader.get_added_tokens_decoder():
             reader.add_special_tokens([self.eos_token])
@@ -149,13 +150,13 @@ class Tokenizer:
 
     @cached_property
     def written_names(self) -> WrittenNames:
-        """The special tokens as texts spell them."""
+        """Finds the names of special tokens in texts."""
         added = self._backend.get_added_tokens_decoder().items()
         ids = {one.content: number for number, one in added if one.special}
         return WrittenNames(ids | {self.eos_token: self.eos_id})
 
     def begins_with_prefix(self, text: str) -> bool:
-        """Whether a text begins with the prefix's own name, as a chat template writes it."""
+        """Whether a text begins with the prefix's name, as chat templates write it."""
         return bool(self.prefix_name) and text.startswith(self.prefix_name)
 
     @cached_property
@@ -164,28 +165,28 @@ class Tokenizer:
         return "".join(self._backend.id_to_token(number) or "" for number in self.prefix)
 
     def last_ids(self, ids: list[int], count: int) -> list[int]:
-        """At most `count` of a prompt's ids, the last ones, behind the prefix if it has that."""
+        """The last ids of a prompt, at most `count`, keeping its prefix if it has one."""
         if len(ids) <= count:
             return ids
         kept = len(self.prefix) if ids[: len(self.prefix)] == self.prefix else 0
         return ids[:kept] + ids[len(ids) - max(count - kept, 0) :]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, no special token added.
+        """Token ids of each text, without special tokens.
 
-        Raises UnreadableText for what a tokenizer without an unknown token does not know.
+        Raises UnreadableText as `encode` does.
         """
         if self._characters is not None:
             return [self._encode_characters(text, self._characters) for text in texts]
         return self._encode_by(self._backend, texts)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens show as their names."""
+        """The text of `ids`; special tokens appear by name."""
         with panics_as_errors():
             return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def cuts_at_boundaries(self) -> bool:
-        """Whether text that is cut at `gptray.data.boundary`'s places gets the same tokens."""
+        """Whether cutting text at the boundaries of `gptray.data.boundary` keeps its tokens."""
         if self._characters is not None:
             return True
         try:
@@ -194,14 +195,14 @@ class Tokenizer:
                 for text in _PROBES
             )
         except UnreadableText:
-            return False  # not to be known without a text that it can read
+            return False  # unknown: it cannot read the probes
 
     def save(self, folder: str | Path) -> None:
         """Write the files that `AutoTokenizer.from_pretrained` opens."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_bytes(self._json())
-        # No model_max_length: what the model takes is the model's to say.
+        # No model_max_length: the model's config says how long its context is.
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
@@ -214,8 +215,8 @@ class Tokenizer:
     def load(cls, source: str | Path, *, eos_token: str | None = None) -> Tokenizer:
         """Open a tokenizer, model, run or prepared-data folder, a tokenizer file or a hub id.
 
-        eos_token: the token that ends a text, where the tokenizer names none or another.
-        Raises UserError when there is no tokenizer or no end-of-text token.
+        eos_token: the end-of-text token, if the tokenizer names none or the wrong one.
+        Raises UserError if there is no tokenizer or no end-of-text token.
         """
         opened = backend, special = open_tokenizer(str(source))
         eos = end_of_text(opened, str(source), asked=eos_token)
@@ -249,9 +250,9 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train GPT-2's kind of byte-level BPE; equal texts in equal order give equal bytes.
+    """Train a byte-level BPE like GPT-2's; the same texts in the same order give the same bytes.
 
-    Too little text for `vocab_size` entries gives fewer. (Sennrich et al. 2016; Radford et al.
+    Too little text gives fewer than `vocab_size` entries. (Sennrich et al. 2016; Radford et al.
     2019)
     """
     backend = tokenizers.Tokenizer(models.BPE())
@@ -269,7 +270,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def char_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
-    """One token per character, in code point order as in nanoGPT, and end of text last."""
+    """One token per character, in code point order as in nanoGPT; end of text comes last."""
     characters = sorted(set(alphabet))
     vocab = {character: i for i, character in enumerate([*characters, END_OF_TEXT])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocab))
@@ -280,7 +281,7 @@ def char_tokenizer(alphabet: Iterable[str]) -> Tokenizer:
 
 
 def _one_token_per_character(backend: tokenizers.Tokenizer) -> bool:
-    """Whether it is what `char_tokenizer` makes: then a dict does the same, faster."""
+    """Whether `char_tokenizer` made it, so that a dict encodes the same, but faster."""
     if not isinstance(backend.model, models.WordLevel):
         return False
     split = pre_tokenizers.Split(_ANY_CHARACTER, "isolated")

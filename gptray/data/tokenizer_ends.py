@@ -1,4 +1,4 @@
-"""The token that ends a text, of a tokenizer that was opened: named by somebody, or well known."""
+"""Finds the end-of-text token of an opened tokenizer: as named somewhere, or a well-known one."""
 
 from __future__ import annotations
 
@@ -21,43 +21,24 @@ _SHOWN = 6  # tokens that an error proposes
 
 
 def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
-    """The token that ends a text: as asked for, as the tokenizer says, as its model's config says,
-    or as is well known.
+    """The end-of-text token: as asked for, as named by the tokenizer or its model's config, or a
+    well-known one.
 
-    Raises UserError, which names data.eos_token and candidates, where none of these is there.
+    Raises UserError, naming data.eos_token and candidates, if there is none.
     """
     backend, special = opened
     if asked is not None:
-        if backend.token_to_id(asked) is None:
-            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
-            raise UserError(
-                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
-                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
-            )
+        _check_asked(backend, asked, source)
         return _made_special(backend, asked)
-    named = special.get("eos_token")
-    if named is not None:
-        if backend.token_to_id(named) is None:
-            raise UserError(
-                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-                f"choose one with data.eos_token{_such_as(_candidates(backend))}"
-            )
+    if (named := special.get("eos_token")) is not None:
+        _check_named(backend, named, source)
         return named
     folder = tokenizer_path(source) or hub_tokenizer(source)
     if (of_model := _end_of_model(folder, backend)) is not None:
         return _made_special(backend, of_model)
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
-        such = _such_as(_candidates(backend))
-        if (folder / _CONFIG).is_file():  # of a model, which jobs open that train nothing
-            raise UserError(
-                f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
-                f"give its tokenizer_config.json an eos_token{such}"
-            )
-        raise UserError(
-            f"data.tokenizer={source}: names no end-of-text token; choose one with "
-            f"data.eos_token{such}"
-        )
+        raise _no_end(backend, folder, source)
     _tell_once(
         f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
         "data.eos_token to choose another)"
@@ -65,14 +46,43 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     return known[0]
 
 
+def _check_asked(backend: tokenizers.Tokenizer, asked: str, source: str) -> None:
+    if backend.token_to_id(asked) is None:
+        near = nearest(asked, backend.get_vocab(with_added_tokens=True))
+        raise UserError(
+            f"data.eos_token={asked!r} is not in the vocabulary of {source}"
+            f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
+        )
+
+
+def _check_named(backend: tokenizers.Tokenizer, named: str, source: str) -> None:
+    if backend.token_to_id(named) is None:
+        raise UserError(
+            f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
+            f"choose one with data.eos_token{_such_as(_candidates(backend))}"
+        )
+
+
+def _no_end(backend: tokenizers.Tokenizer, folder: Path, source: str) -> UserError:
+    such = _such_as(_candidates(backend))
+    if (folder / _CONFIG).is_file():  # a model's, which jobs that train nothing open too
+        return UserError(
+            f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
+            f"give its tokenizer_config.json an eos_token{such}"
+        )
+    return UserError(
+        f"data.tokenizer={source}: names no end-of-text token; choose one with data.eos_token{such}"
+    )
+
+
 def _made_special(backend: tokenizers.Tokenizer, name: str) -> str:
-    """A token of the vocabulary; it keeps its id, and its name in text is plain text."""
+    """Make a token of the vocabulary special: it keeps its id, its name in text is plain text."""
     backend.add_special_tokens([name])
     return name
 
 
 def _end_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
-    """The first token that ends a text by the config of a model, where the folder holds one."""
+    """The first end-of-text token in a model's config, if the folder holds one."""
     configs = (folder / name for name in ("generation_config.json", _CONFIG))
     for path in filter(Path.is_file, configs):
         given = read_foreign(path).get("eos_token_id")
@@ -89,7 +99,7 @@ def _tell_once(message: str) -> None:
 
 
 def _candidates(backend: tokenizers.Tokenizer) -> list[str]:
-    """Tokens that may end a text: special ones, and well-known names in the vocabulary."""
+    """Tokens that may end a text: well-known names in the vocabulary, and special tokens."""
     known = [name for name in WELL_KNOWN_ENDS if backend.token_to_id(name) is not None]
     return list(dict.fromkeys([*known, *_added(backend)]))[:_SHOWN]
 
@@ -100,6 +110,6 @@ def _such_as(names: Iterable[str]) -> str:
 
 
 def _added(backend: tokenizers.Tokenizer) -> list[str]:
-    """Its special added tokens."""
+    """The special added tokens, by id."""
     added = backend.get_added_tokens_decoder()
     return [token.content for _, token in sorted(added.items()) if token.special]

@@ -1,7 +1,7 @@
-"""Tokenizers on disk: what `data.tokenizer` may name, which files those are, how they open.
+"""Finds and opens the tokenizer that `data.tokenizer` names.
 
-A folder (of a tokenizer, a model, a run or prepared data), a tokenizer.json by its own path or
-name, GPT-2's vocab.json and merges.txt alone, or what `AutoTokenizer` opens, the hub included.
+That can be a folder (of a tokenizer, a model, a run or prepared data), a tokenizer.json under any
+name, just GPT-2's vocab.json and merges.txt, or whatever `AutoTokenizer` opens, including the hub.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ log = logging.getLogger("gptray")
 
 END_OF_TEXT = "<|endoftext|>"
 KINDS = ("bpe", "char")
-# Special tokens by which a tokenizer that names none is known to end its texts.
+# The usual end-of-text tokens, for tokenizers that name none.
 WELL_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>", "[SEP]")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 _TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
 )
-# Of a folder that a URI names.
+# The files to fetch from a folder that a URI names.
 _FETCHED = re.compile(rf"config\.json|{_TOKENIZER_FILES.pattern}")
 _BELOW = ("model", "tokenizer")
 _HUB_FILES = (
@@ -48,11 +48,11 @@ Opened = tuple[tokenizers.Tokenizer, dict[str, str]]
 
 
 def tokenizer_path(source: str) -> Path | None:
-    """The folder that holds the tokenizer of a tokenizer, model, run or data folder, or its file.
+    """The folder of the tokenizer in a tokenizer, model, run or data folder, or its .json file.
 
-    What a URI names is fetched to this node's cache. A path to tokenizer.json is its folder; to
-    another .json file, that file alone. None: no path, so a hub id. Raises NotOnHub for a path that
-    does not exist, UserError without a tokenizer.
+    A URI is fetched to this node's cache. A path to tokenizer.json gives its folder, a path to
+    another .json file just that file, and a hub id None. Raises NotOnHub for a path that does not
+    exist, UserError if there is no tokenizer.
     """
     if is_uri(source):
         return _fetched(source)
@@ -94,7 +94,7 @@ def _fetched(uri: str) -> Path:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder is a tokenizer's, or that of a model, a run or prepared data with one."""
+    """Whether a folder of a tokenizer, a model, a run or prepared data holds a tokenizer."""
     return _holder(folder) is not None
 
 
@@ -120,13 +120,13 @@ def hub_tokenizer(hub_id: str) -> Path:
 
 
 def cached_tokenizer(hub_id: str) -> Path | None:
-    """The same folder, if the tokenizer has been downloaded; asks nobody."""
+    """The folder of `hub_tokenizer` if it has been downloaded; works offline."""
     folder = cached_model(hub_id)
     return folder if folder and tokenizer_files(folder) else None
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """The files of a folder that a tokenizer is made of; none: it holds no tokenizer."""
+    """A folder's tokenizer files; empty if it holds no tokenizer."""
     if path.is_file():
         return [path]
     named = [file for file in path.iterdir() if _TOKENIZER_FILES.fullmatch(file.name)]
@@ -134,7 +134,7 @@ def tokenizer_files(path: Path) -> list[Path]:
 
 
 def tokenizer_sha256(path: Path) -> str:
-    """Identity of a tokenizer folder or file: of the names and bytes of its tokenizer files."""
+    """Identity of a tokenizer folder or file: a hash of its tokenizer files' names and bytes."""
     digest = hashlib.sha256()
     for file in tokenizer_files(path):
         content = file.read_bytes()
@@ -148,9 +148,9 @@ def opens_at_once(path: Path) -> bool:
 
 
 def open_tokenizer(source: str) -> Opened:
-    """A tokenizer as it is stored, and the names of its special tokens as far as it gives any.
+    """Open a tokenizer; return it and the names of its special tokens, as far as it gives any.
 
-    Raises UserError when there is none or it cannot be opened.
+    Raises UserError if there is none or it cannot be opened.
     """
     path = tokenizer_path(source) or hub_tokenizer(source)
     if path.is_file():
@@ -166,13 +166,13 @@ def open_tokenizer(source: str) -> Opened:
         if (path / name).is_file():
             special |= _special_tokens(read_foreign(path / name))
     if "eos_token" not in special and (path / "config.json").is_file():
-        # A model's folder whose tokenizer class knows its special tokens, as GPT-2's does.
+        # In a model's folder, the tokenizer's class may know its special tokens, as GPT-2's does.
         return _from_transformers(str(path))
     return backend, special
 
 
 def _is_bare_vocabulary(folder: Path) -> bool:
-    """Whether it has GPT-2's two files, and nothing that says how to read them."""
+    """Whether it has only GPT-2's two files, and nothing that says how to read them."""
     says_how = ("tokenizer.json", "tokenizer_config.json", "config.json")
     return all((folder / name).is_file() for name in _VOCABULARY) and not any(
         (folder / name).is_file() for name in says_how
@@ -191,7 +191,7 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
 
 
 def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
-    """Byte-level BPE of vocab.json and merges.txt, as GPT-2 reads them."""
+    """Make a byte-level BPE of vocab.json and merges.txt, as GPT-2 does."""
     vocab, merges = (str(folder / name) for name in _VOCABULARY)
     try:
         backend = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
@@ -216,7 +216,7 @@ def _from_transformers(source: str) -> Opened:
 
     try:
         loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # whatever a tokenizer's class raises of its files
+    except Exception as error:  # tokenizer classes raise anything
         raise UserError(
             f"data.tokenizer={source}: transformers cannot open it: {first_line(error)}"
         ) from None

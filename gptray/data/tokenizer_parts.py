@@ -1,16 +1,16 @@
-"""What is read of a tokenizer.json of Hugging Face's `tokenizers`."""
+"""The fields of Hugging Face's tokenizer.json that gptray reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Required, TypedDict
 
-# A normalizer, pre-tokenizer or decoder: its `type`, and fields of that type's own.
+# A normalizer, pre-tokenizer, post-processor or decoder: its `type`, and that type's own fields.
 Step = Mapping[str, object]
 
 
 class ModelPart(TypedDict, total=False):
-    """The model; `vocab` is {token: id}, of Unigram a list of [token, score]."""
+    """The model; `vocab` is {token: id}, or for Unigram a list of [token, score]."""
 
     type: Required[str]
     vocab: Required[dict[str, int] | list[tuple[str, float]]]
@@ -18,7 +18,7 @@ class ModelPart(TypedDict, total=False):
     end_of_word_suffix: str | None
     unk_id: int | None
     unk_token: str | None
-    # Of BPE.
+    # BPE only.
     merges: list[tuple[str, str]]
     byte_fallback: bool
     ignore_merges: bool

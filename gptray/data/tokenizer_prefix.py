@@ -1,7 +1,7 @@
-"""What a tokenizer puts before a text, such as <s>: it stands in tokenizer.json's post-processor.
+"""The prefix that a tokenizer puts before a text, such as <s>, from its post-processor.
 
-What it would put behind one is left out: a prompt is there to be continued, and a document that is
-trained on ends with the end of text anyway.
+A suffix is ignored: a prompt is there to be continued, and a training document ends with the
+end-of-text token anyway.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from gptray.data.tokenizer_files import open_tokenizer
 
 
 def text_prefix(backend: tokenizers.Tokenizer) -> list[int]:
-    """The ids that come before those of any text where special tokens are added; often none."""
+    """The special token ids that the post-processor puts before every text; often none."""
     processor = backend.post_processor
     if processor is None:
         return []
-    # Of a text of one token: processors do not look at texts.
+    # Any text will do, such as one token: processors do not look at it.
     word = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
     processed = processor.process(word, None, True)
     added = zip(processed.ids, processed.special_tokens_mask, strict=True)
@@ -30,13 +30,13 @@ def text_prefix(backend: tokenizers.Tokenizer) -> list[int]:
 
 @lru_cache(maxsize=16)
 def stored_prefix(source: str, sha256: str) -> list[int]:
-    """The same of a tokenizer on disk, see `open_tokenizer`. sha256: tells changed files apart."""
+    """`text_prefix` of a tokenizer on disk. sha256: part of the cache's key, for changed files."""
     backend, _ = open_tokenizer(source)
     return text_prefix(backend)
 
 
 def check_prefix(prefix: list[int], vocab_size: int, source: str) -> None:
-    """Raise UserError where it holds an id that no token has."""
+    """Raise UserError if the prefix has an id beyond the vocabulary."""
     for number in prefix:
         if number >= vocab_size:
             raise UserError(

@@ -1,6 +1,6 @@
 """Prepared data on disk: a folder of token shards with a tokenizer and a manifest.
 
-Opens, checks and reads it by memory map; building it is `gptray.jobs.prepare.run`'s.
+Opens, checks and memory-maps it; `gptray.jobs.prepare.run` builds it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class DamagedData(ValueError):
 
 
 class TokenSplit:
-    """One split's tokens in order, documents one after the other, each closed by end of text.
+    """One split's tokens: its documents one after the other, each ended by the end-of-text token.
 
-    document_prefix: what each begins with, such as <s>: special tokens, which no text has.
+    document_prefix: the special tokens that begin each document, such as <s>; text has none.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TokenSplit:
         self.tokens = entry["tokens"]
         self.bytes = entry["bytes"]
         self.documents = entry["documents"]
-        # UTF-8 bytes that the tokenizer does not give back.
+        # UTF-8 bytes that decoding does not restore.
         self.lost_bytes = entry["lost_bytes"]
         self.document_prefix = list(document_prefix)
         self._folder = folder
@@ -58,7 +58,7 @@ class TokenSplit:
 
     @property
     def lost(self) -> float:
-        """Share of the text that the tokenizer does not give back."""
+        """Share of the text that decoding does not restore."""
         return self.lost_bytes / self.bytes if self.bytes else 0.0
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class TokenSplit:
         return out
 
     def counts(self, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Which of some tokens count in a loss: all but those that only say where a text begins."""
+        """Whether each target counts in a loss: all do but those of `document_prefix`."""
         return ~np.isin(targets, self.document_prefix)
 
     def _map(self, shard: int) -> _Ids:
@@ -92,11 +92,11 @@ class TokenSplit:
 
     @property
     def sha256(self) -> dict[Path, str]:
-        """Of each shard, as it was written."""
+        """Each shard's sha256 when it was written."""
         return {self._folder / entry["file"]: entry["sha256"] for entry in self._shards}
 
     def check(self) -> None:
-        """Raise DamagedData unless every shard is there and has its size."""
+        """Raise DamagedData unless every shard exists with the right size."""
         if self.tokens != self._starts[-1]:
             raise DamagedData(f"{self._folder / MANIFEST}: shards do not add up to {self.tokens:,}")
         for entry in self._shards:
@@ -165,31 +165,31 @@ class TokenData:
 
     @property
     def scored(self) -> dict[str, TokenSplit]:
-        """All that an evaluation can score: the splits, and the other texts, as also/NAME."""
+        """Everything that an evaluation can score: the splits, and the other texts as also/NAME."""
         others = {f"also/{name}": one.splits["test"] for name, one in self.also.items()}
         return {**self.splits, **others}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Loaded when first asked for."""
+        """The data's tokenizer, loaded on first use."""
         return Tokenizer.load(self.data_dir / "tokenizer")
 
     @cached_property
     def loses(self) -> str:
-        """What the tokenizer loses of the text, in words; nothing if it loses nothing."""
+        """What the tokenizer loses of the text, in words; "" if it loses nothing."""
         num_bytes = sum(split.bytes for split in self.splits.values())
         return loses(self.manifest["tokenizer"]["lost"], num_bytes)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the tokens: of the tokenizer and of every shard, wherever the folder is."""
+        """Identity of the tokens: a hash of tokenizer and shards, wherever the folder is."""
         shards = [s["sha256"] for e in self.manifest["splits"].values() for s in e["shards"]]
         text = " ".join([self.manifest["tokenizer"]["sha256"], *shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def num_bytes(self) -> int:
-        """Of all shards."""
+        """The size of all shards."""
         return sum(path.stat().st_size for split in self.splits.values() for path in split.sha256)
 
     def verify(self) -> None:
@@ -198,7 +198,7 @@ class TokenData:
         expected = {self._tokenizer_json: self.manifest["tokenizer"]["sha256"]}
         for split in self.splits.values():
             expected |= split.sha256
-        # hashlib releases the GIL meanwhile.
+        # hashlib releases the GIL.
         with ThreadPoolExecutor(_READERS) as readers:
             for path, found in zip(expected, readers.map(sha256_of, expected), strict=True):
                 if found != expected[path]:

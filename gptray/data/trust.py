@@ -1,7 +1,7 @@
-"""What tokenizers cannot be trusted with: memory that they would exhaust, text they don't know.
+"""Guards against hostile tokenizers, which would exhaust memory, and against unknown text.
 
-A file with text that grows without end, or ids without tokens, is well-formed; a process that
-opened it would just run out of memory.
+A tokenizer that makes text grow without end, or has huge ids, is well-formed; a process that
+opened it would simply run out of memory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import tokenizers
 
 from gptray.config import UserError
 
-# Real normalizers (NFKC) make at most 18 characters out of one.
+# Real normalizers (NFKC) turn one character into at most 18.
 _MAX_GROWTH = 64
 # Ids may have gaps: reserved tokens, or added tokens that begin at a round number.
 _MAX_IDS_PER_TOKEN, _MAX_SPARE_IDS = 4, 1 << 16
-_SHOWN = 40  # characters of a piece that is not known
+_SHOWN = 40  # characters of an unknown piece
 
 
 @contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise a panic of the tokenizers library, which is no Exception, as ValueError."""
+    """Turn a panic of the tokenizers library, which is not an Exception, into ValueError."""
     try:
         yield
     except BaseException as error:
@@ -43,7 +43,7 @@ def check_growth(parts: Mapping[str, object]) -> None:
 
 
 def _growth(part: object) -> int:
-    """How many characters a normalizer or decoder can make out of one by replacing text."""
+    """The most characters into which a normalizer or decoder can turn one by replacing text."""
     if not isinstance(part, dict):
         return 1
     growth = 1
@@ -57,7 +57,7 @@ def _growth(part: object) -> int:
 
 
 def check_vocabulary(backend: tokenizers.Tokenizer) -> None:
-    """Refuse token ids far beyond the number of tokens. Raises ValueError."""
+    """Refuse token ids far above the number of tokens. Raises ValueError."""
     vocab = backend.get_vocab(with_added_tokens=True)
     if not vocab:
         raise ValueError("its vocabulary is empty")
@@ -69,7 +69,7 @@ def check_vocabulary(backend: tokenizers.Tokenizer) -> None:
 
 
 class UnreadableText(UserError):
-    """Text that a tokenizer cannot encode and has no unknown token for; it contains `piece`."""
+    """Text with a `piece` that a tokenizer without an unknown token cannot encode."""
 
     def __init__(self, message: str, piece: str) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class UnreadableText(UserError):
 def unreadable(
     backend: tokenizers.Tokenizer, texts: Sequence[str], error: Exception
 ) -> UnreadableText:
-    """Find what the model, which has no unknown token, could not encode. error: as it raised."""
+    """Find the piece that a model without an unknown token could not encode. error: its own."""
     text = next(text for text in texts if not _can_read(backend, text))
     words = (word for word in text.split() if not _can_read(backend, word))
     word = next(words, text)

@@ -1,4 +1,4 @@
-"""Rows of a model's embedding: which its tokenizer needs, and which another tokenizer can keep."""
+"""Rows of a model's embedding: those its tokenizer needs, and those another one can keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gptray.data.tokenizer import Tokenizer
 def needed_rows(tokenizer: Tokenizer) -> int:
     """How many rows an embedding must have: for all tokens but special ones at the end.
 
-    A <pad> that somebody added, say, is in no text.
+    No text has those: an added <pad>, for example.
     """
     special = {*tokenizer.written_names.ids.values()} - {tokenizer.eos_id, *tokenizer.prefix}
     rows = tokenizer.vocab_size
@@ -19,21 +19,21 @@ def needed_rows(tokenizer: Tokenizer) -> int:
 
 
 def differing_ids(own: Tokenizer, other: Tokenizer) -> int:
-    """How many ids mean different tokens in two tokenizers; ids of one alone don't count."""
+    """How many ids stand for different tokens in two tokenizers that both have them."""
     return sum(a != b for a, b in zip(own.names, other.names, strict=False))
 
 
 def kept_rows(own: Tokenizer, other: Tokenizer) -> list[int]:
-    """For each id of `other`, the id in `own` of the same token; -1: `own` has none.
+    """For each id of `other`, the id of the same token in `own`; -1 if it has none.
 
-    Tokens are the same if they are written the same under the same id, or else if they decode to
-    the same bytes: " the" is "\u0120the" to GPT-2 and "\u2581the" to Llama. The ends of text
-    correspond, and what stands before a text.
+    Tokens are the same if they have the same id and name, or else if they decode to the same bytes:
+    " the" is "\u0120the" in GPT-2 and "\u2581the" in Llama. End-of-text tokens and prefixes
+    correspond.
     """
     by_bytes: dict[bytes, int] = {}
     for number, piece in enumerate(pieces(own)):
         by_bytes.setdefault(piece, number)
-    by_bytes.pop(b"", None)  # ids that stand for no token
+    by_bytes.pop(b"", None)  # ids without a token
     rows = [by_bytes.get(piece, -1) for piece in pieces(other)]
     for number, (mine, name) in enumerate(zip(own.names, other.names, strict=False)):
         if mine == name:

@@ -1,6 +1,6 @@
-"""The work of a task on one unit of the corpus: scan it, sample its training text, tokenise it.
+"""A task's work on one unit of the corpus: scan it, sample its training text, tokenise it.
 
-Each is a function of the unit and its documents' labels; where they run is up to the job.
+Each is a function of the unit and its documents' labels; the job decides where it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.trust import UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
-# What separates documents in other people's files. As text, a model learns to write it.
+# Markers that often separate documents. Left in the text, a model learns to write them.
 MARKERS = (
     "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>",
     "<|im_end|>", "<|eot_id|>", "<s>", "</s>", "<bos>", "<eos>", "[BOS]", "[EOS]", "[SEP]", "[CLS]",
@@ -40,11 +40,11 @@ _MARKER_BEGINNINGS = "<|", "s>", "os>", "OS]", "[SEP]", "[CLS]"  # one of them i
 
 @dataclass(frozen=True)
 class UnitScan:
-    """What a unit holds, and of every file that begins in it the sha256 and an odd encoding."""
+    """A unit's contents, and each file that begins in it: its sha256, and any unusual encoding."""
 
     pieces: list[PieceScan]
     sha256: dict[str, str]
-    encodings: dict[str, str]  # of files with a byte order mark that says more than UTF-8
+    encodings: dict[str, str]  # of files whose byte order mark is not UTF-8's
 
 
 def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
@@ -102,11 +102,11 @@ def _markers(text: str) -> Iterator[tuple[str, int]]:
 
 
 def sample(unit: Sequence[PiecePlan], *, share: float, seed: int, number: int) -> list[str]:
-    """Unit `number`'s text to train a tokenizer on: all of its training split, or runs of it.
+    """Sample text of unit `number` to train a tokenizer on: its training split, or runs of it.
 
-    Runs are drawn by the seed, so that `share` of the text is spread over all documents. The split
-    counts whole, whatever fraction of it is used: losses of different fractions then compare.
-    Words of absurd length are cut, or training would take hours on them.
+    The seed draws the runs, so that `share` of the text is spread over all documents. The whole
+    split counts, whatever data.fraction is, so that losses of different fractions can be compared.
+    Absurdly long words are cut, or training would take hours on them.
     """
     texts: list[str] = []
     for index, (label, part, _) in enumerate(_labelled(unit)):
@@ -132,10 +132,10 @@ def _runs(text: str) -> Iterator[tuple[int, str]]:
 
 
 def tokenise(unit: Sequence[PiecePlan], *, folder: Path, number: int) -> dict[int, Shard]:
-    """Write unit `number`'s shards into `folder`, by its `tokenizer/`, and describe them by label.
+    """Write unit `number`'s shards into `folder`, using its `tokenizer/`; return them by label.
 
-    There is one per split that has text in the unit.
-    Raises UserError for text that the tokenizer cannot read, naming its file.
+    There is one shard per split that has text in the unit.
+    Raises UserError, naming the file, for text that the tokenizer cannot read.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this task has one core; others run in parallel
     encoder = _encoder(folder / "tokenizer")
@@ -171,7 +171,7 @@ def _write(
 
 
 def _file_with(piece: str, unit: Sequence[PiecePlan]) -> str:
-    """The name of the first of a unit's files that has a piece of text."""
+    """The name of the unit's first file that contains a piece of text."""
     for plan in unit:
         if any(piece in text for text, _ in read_parts(plan.piece)):
             return plan.piece.file.name
@@ -180,12 +180,12 @@ def _file_with(piece: str, unit: Sequence[PiecePlan]) -> str:
 
 @lru_cache(maxsize=1)
 def _encoder(folder: Path) -> ShardEncoder:
-    """Kept from one unit to the next in the same process, with the words that it knows by then."""
+    """Cached, so that a process's next unit starts with the words already encoded."""
     return ShardEncoder(Tokenizer.load(folder))
 
 
 def _labelled(unit: Sequence[PiecePlan]) -> Iterator[tuple[int, Part, bool]]:
-    """The unit's text in order, each run with its label and whether its document begins there."""
+    """Yield the unit's text in order, each run with its label and whether a document begins."""
     for plan in unit:
         document, position = 0, plan.first_character
         for part in read_parts(plan.piece):
@@ -205,11 +205,11 @@ def _labelled(unit: Sequence[PiecePlan]) -> Iterator[tuple[int, Part, bool]]:
 
 
 def _by_region(regions: Sequence[Region], part: Part, position: int) -> Iterator[tuple[int, Part]]:
-    """Share out a part that begins at character `position` of its document."""
+    """Cut a part, which begins at character `position` of its document, into labelled runs."""
     done = 0
     for region in regions:
         stop = min(region.stop - position, len(part.text))
         if stop > done:
-            # Only the document's own end gets an end of text; a cut is no end.
+            # Only the document's own end gets an end-of-text token, not a cut.
             yield region.label, Part(part.text[done:stop], part.ends and stop == len(part.text))
             done = stop

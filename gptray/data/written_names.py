@@ -1,16 +1,16 @@
-"""The names of special tokens where a text spells them, such as <|im_end|>."""
+"""Finds the names of special tokens, such as <|im_end|>, in texts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# A noncharacter, which no text has, between the letters of a name that stands for itself.
+# A noncharacter, which no text has; between a name's letters it keeps the name plain text.
 _APART = "\ufdd0"
 
 
 class WrittenNames:
-    """Finds the names of special tokens in texts. ids: of the tokens by their names."""
+    """Finds the names of special tokens in texts. ids: the tokens' ids by name."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
         self.ids = ids
@@ -18,14 +18,14 @@ class WrittenNames:
         self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def parts(self, text: str) -> list[str | int]:
-        """A text in pieces: the ids of tokens that it names, and the text between them."""
+        """Split a text at the names of special tokens: their ids, and the text between them."""
         found = self._pattern.split(text)  # every other one is a name
         return [self.ids[part] if i % 2 else part for i, part in enumerate(found)]
 
     def taken_apart(self, text: str) -> str:
-        """A text in which `parts` finds no name, until it is put together again."""
+        """Escape a text so that `parts` finds no name in it; `put_together` reverses it."""
         return self._pattern.sub(lambda name: _APART.join(name[0]), self.put_together(text))
 
     def put_together(self, text: str) -> str:
-        """A text as it was before `taken_apart`."""
+        """The text before `taken_apart`."""
         return text.replace(_APART, "")

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
-from gptray.files import cannot_write, is_of_files
+from gptray.files import cannot_write, is_file_error
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.jobs.doing import doing
@@ -121,7 +121,7 @@ def _ray_folder() -> Iterator[None]:
         with ray_answers():
             yield
     except Exception as error:
-        if is_of_files(error):
+        if is_file_error(error):
             failure = cannot_write(folder, error)
         elif shutil.disk_usage(folder).free < _RAY_NEEDS:
             # Ray's own processes died, and do not say why.
@@ -144,7 +144,7 @@ def ray_answers() -> Iterator[None]:
     try:
         yield
     except (TimeoutError, ConnectionError) as error:
-        if is_of_files(error):
+        if is_file_error(error):
             raise
         raise RunFailed(
             f"Ray does not answer: {first_line(error)}; the same command resumes once it does"

@@ -13,7 +13,7 @@ from pathlib import Path
 from gptray.config import Config, EvaluateConfig, RunFailed, UserError, flatten, override
 from gptray.config.keys import shown
 from gptray.config.lora_section import LEARNING_RATE_FACTOR
-from gptray.config.names import label_of
+from gptray.config.names import slug
 from gptray.evaluation.forgetting import also_scores, changes_of
 from gptray.evaluation.model_commands import home_of
 from gptray.files import absolute, expanded, is_uri, storing
@@ -227,7 +227,7 @@ def _free_name(config: Config, *, sweep: bool) -> str:
     Keys at their default don't count, so that the name stays when a later version adds some.
     """
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
-    label = label_of(Path(source).stem, 24) or "run"
+    label = slug(Path(source).stem, 24) or "run"
     free = free_keys(config, sweep=sweep)
     defaults = flatten(Config())
     identity = {

@@ -1,7 +1,8 @@
 """Which weights of a model an adapter covers, and their names in PEFT's folders. No torch here.
 
 An adapter adds a product of two narrow matrices to the weight of a linear layer (Hu et al. 2022,
-LoRA). `gptray.model.adapter_folder` checks a folder, `gptray.model.adapter_files` has the weights.
+LoRA). `gptray.model.adapter_folder` checks a folder, `gptray.model.adapter_files` reads and writes
+the weights.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from gptray.model.hf_config import family_in
 from gptray.model.parameters import HEAD, Part, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 
-# Of a run or a checkpoint.
+# The adapter's folder in a run or a checkpoint.
 ADAPTER = "adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Before a module's name; after it.
+# What PEFT writes before a module's name, and after it.
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-# In the metadata of the weights' file.
+# Keys in the metadata of the weight file.
 BASE_SHA256, BASE_QUANTIZED = "base_sha256", "base_quantized"
 _NORMS = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
 _HEAD = HEAD.removesuffix(".weight")
@@ -33,9 +34,9 @@ _EMBEDDINGS = ("wte", "wpe", _HEAD)
 
 @dataclass(frozen=True)
 class Base:
-    """A model that is adapted. source: what names it; folder: where it is here.
+    """The model that an adapter adapts. source: its name; folder: its local folder.
 
-    quantized: what the weights of its linear layers are rounded to while an adapter is trained:
+    quantized: the kind to which its linear layers' weights are rounded while an adapter is trained:
     none, int8, int4 or iq4_nl.
     """
 
@@ -45,7 +46,7 @@ class Base:
 
     @classmethod
     def of(cls, source: str, *, weights: bool = True, quantized: str = "none") -> Base:
-        """The model in a folder, or on the hub; without its weights where they are not needed.
+        """The model in a folder or on the hub; its weights are not fetched unless `weights`.
 
         Raises UserError.
         """
@@ -53,7 +54,7 @@ class Base:
 
     @cached_property
     def family(self) -> Family:
-        """How its files name and lay out weights."""
+        """The family, which says how its files name and lay out weights."""
         return family_in(self.folder)
 
     @cached_property
@@ -63,7 +64,7 @@ class Base:
 
     @cached_property
     def sha256(self) -> str:
-        """Of its weights."""
+        """The sha256 of its weights."""
         return weights_sha256(self.folder)
 
     @cached_property
@@ -78,12 +79,12 @@ class Base:
 
 
 def adapted_name(model: str, adapter: str) -> str:
-    """What a model with an adapter is called."""
+    """The name of a model with an adapter."""
     return f"{model}:{adapter}"
 
 
 def module_of(part: Part) -> str:
-    """The name in transformers of the module that a weight or a bias belongs to."""
+    """The module that a weight or a bias belongs to, by its name in transformers."""
     return part.name.rpartition(".")[0]
 
 
@@ -110,7 +111,7 @@ def replaced_parts(base: Base, train: Collection[str]) -> list[Part]:
 
 
 def trained_count(base: Base, lora: LoraConfig) -> int:
-    """Parameters that are trained. Raises UserError like `adapted_parts`."""
+    """The number of trained parameters. Raises UserError as `adapted_parts` does."""
     assert lora.rank
     narrow = sum(lora.rank * sum(part.dims) for part in adapted_parts(base, lora.targets))
     whole = sum(math.prod(part.dims) for part in replaced_parts(base, lora.train))
@@ -118,7 +119,7 @@ def trained_count(base: Base, lora: LoraConfig) -> int:
 
 
 def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
-    """adapter_config.json as PEFT's LoraConfig reads it."""
+    """The adapter_config.json for PEFT's LoraConfig."""
     replaced = _last_names(replaced_parts(base, lora.train))
     if writes_copy(base, lora):
         replaced.append(_HEAD)
@@ -140,12 +141,12 @@ def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
 
 
 def writes_copy(base: Base, lora: LoraConfig) -> bool:
-    """Whether a folder has a copy of the embedding for a tied head: PEFT would untie it else."""
+    """Whether the folder needs a copy of the embedding as head, lest PEFT untie a tied one."""
     return "embeddings" in lora.train and base.config.tie_word_embeddings
 
 
 def is_named(module: str, names: Iterable[str]) -> bool:
-    """Whether a module has one of these names or its end, as PEFT compares them."""
+    """Whether a module's name is one of these or ends with one, as in PEFT."""
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 

@@ -1,4 +1,4 @@
-"""Adapters' weights in PEFT's folders: save, load, and merge into the model that they adapt.
+"""The weights of adapters in PEFT's folders: saves, loads and merges them into their base.
 
 `gptray.model.adapter_folder` checks what a folder must contain.
 """
@@ -56,12 +56,12 @@ def adapted_network(
     seed: int = 0,
     load: Callable[[GPT, Base], None] = load_base,
 ) -> GPT:
-    """The base, frozen, with a new adapter; on the CPU, to compute in `dtype`.
+    """The frozen base with a new adapter, on the CPU, computing in `dtype`.
 
-    config: the base's network, its dropout and context maybe other ones. vocab_size: rows of the
-    embedding that stand for tokens. native: by the project's kernels. load: one of
-    `gptray.model.frozen_base`. Raises UserError for targets that the base does not have,
-    and like `load_weights`.
+    config: the base's network, perhaps with another dropout or context. vocab_size: rows of the
+    embedding that are tokens. native: use the native kernels. load: a function of
+    `gptray.model.frozen_base`. Raises UserError for targets that the base does not have, and as
+    `load_weights` does.
     """
     adapted, replaced = adapted_parts(base, lora.targets), replaced_parts(base, lora.train)
     with torch.device("meta"):
@@ -69,7 +69,7 @@ def adapted_network(
     model.compute_dtype = dtype
     if native:
         model.use_kernels()
-    # Before there are numbers: they are to arrive in the dtype that they are kept in.
+    # Before loading, so that the weights arrive in the dtype in which they are kept.
     freeze(model, replaced, base.quantized)
     model.valid_vocab_size = base.config.rows
     load(model, base)
@@ -79,7 +79,7 @@ def adapted_network(
 
 
 def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None:
-    """Write the adapter of a network, and what else of it was trained, as PEFT's folder (fp32)."""
+    """Write a network's adapter, and its other trained weights, as PEFT's folder, in fp32."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     tensors = dict[str, Tensor]()
@@ -104,7 +104,7 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
 def load_adapter(model: GPT, folder: Path, base: Base) -> None:
     """Load the weights that `save_adapter` wrote into a network's adapter.
 
-    Raises UserError, also for a base that was quantized in another way.
+    Raises UserError, also if the base was quantized differently.
     """
     adapter, parameters = open_adapter(folder, base), dict(model.named_parameters())
     if adapter.quantized != base.quantized:
@@ -123,9 +123,10 @@ def load_adapter(model: GPT, folder: Path, base: Base) -> None:
 
 
 def load_merged(base: Base, adapter: Adapter) -> GPT:
-    """The base with an adapter, as an ordinary network on the CPU, in fp32. Raises UserError.
+    """The base with the adapter merged, an ordinary network on the CPU in fp32. Raises UserError.
 
-    A base that was quantized while the adapter was trained is rounded as it was then.
+    If the base was quantized while the adapter was trained, its weights are rounded in the same
+    way.
     """
     model, stored = load_pretrained(base.folder), _tensors(adapter)
     _merge(base, dict(model.named_parameters()), adapter, stored)
@@ -146,10 +147,10 @@ def save_merged(
     eos_token_id: int | None,
     bos_token_id: int | None,
 ) -> None:
-    """Write what `load_merged` gives, one weight at a time: there is no second model in memory.
+    """Write the model of `load_merged` one weight at a time, without a model in memory.
 
-    vocab_size: rows of the embedding that stand for tokens; the others are left out.
-    Raises UserError for files that are damaged.
+    vocab_size: rows of the embedding that are tokens; the others are left out.
+    Raises UserError for damaged files.
     """
     model = unread_network(base.folder)
     model.valid_vocab_size = vocab_size
@@ -167,9 +168,10 @@ def save_merged(
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to a linear layer: x A^T B^T, a (R, inputs) and b (outputs, R), fp32.
+    """The term that an adapter adds to a linear layer: x A^T B^T, a (R, inputs), b (outputs, R).
 
-    Its scale is in B. Of layers that lie side by side in the network, R is the sum of their ranks.
+    In fp32, with the scale folded into B. For layers that are fused in the network, R is the sum of
+    their ranks.
     """
 
     a: Tensor
@@ -177,10 +179,10 @@ class LowRank:
 
 
 def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
-    """What an adapter adds to parameters of the base, by their names in the network.
+    """The low-rank terms of an adapter, by the names of the network's parameters.
 
     Raises UserError for files that are damaged or not finite, and for an adapter that replaces
-    weights: see `gptray.model.adapter_folder.check_products`.
+    weights (see `gptray.model.adapter_folder.check_products`).
     """
     check_products(adapter)
     stored = _tensors(adapter)
@@ -203,7 +205,7 @@ def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
 
 
 def load_adapted(source: str | Path, adapter: str | Path | None) -> GPT:
-    """As `load_pretrained`, with the adapter in a folder, if there is one. Raises UserError."""
+    """As `load_pretrained`, with the adapter in a folder merged if there is one."""
     if adapter is None:
         return load_pretrained(source)
     base = Base.of(str(source))
@@ -211,7 +213,7 @@ def load_adapted(source: str | Path, adapter: str | Path | None) -> GPT:
 
 
 def _pair(model: GPT, part: Part) -> tuple[Tensor, Tensor]:
-    """A and B of a layer that is adapted, of which `part` is a part."""
+    """A and B of an adapted part."""
     layer = model.get_submodule(part.parameter.removesuffix(".weight"))
     assert isinstance(layer, LoRALinear)
     return next(
@@ -222,15 +224,15 @@ def _pair(model: GPT, part: Part) -> tuple[Tensor, Tensor]:
 def _rows(
     b: Tensor, part: Part, config: ModelConfig, turn: Callable[[Tensor, Part, ModelConfig], Tensor]
 ) -> Tensor:
-    """B with its outputs in the file's order, or in the network's: B is never transposed."""
-    return turn(b, part, config) if part.turned == "by_head" else b
+    """B with its outputs in the file's or the network's order; B is never transposed."""
+    return turn(b, part, config) if part.layout == "by_head" else b
 
 
 @torch.no_grad()
 def _merge(
     base: Base, parameters: Mapping[str, Tensor], adapter: Adapter, stored: Mapping[str, Tensor]
 ) -> None:
-    """Change parameters of the base, by their names in the network, to what the adapter makes."""
+    """Merge the adapter into parameters of the base, by their names in the network, in place."""
     config = base.config
     if adapter.quantized != "none":
         importance = base_importance(base, adapter.quantized)
@@ -246,14 +248,14 @@ def _merge(
 
 
 def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
-    """Those of the parts that parameters have, each with its rows."""
+    """Yield the parts that lie in `parameters`, each with its rows."""
     for part in parts:
         if part.parameter in parameters:
             yield part, parameters[part.parameter][part.start : part.start + part.rows]
 
 
 def _tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """What the file of weights holds. Raises UserError if it is damaged or not finite."""
+    """The tensors of the weight file. Raises UserError if they are damaged or not finite."""
     path = adapter.folder / WEIGHTS
     try:
         tensors = load_file(path)
@@ -261,5 +263,5 @@ def _tensors(adapter: Adapter) -> dict[str, Tensor]:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
     for name, tensor in tensors.items():
         if not bool(tensor.float().sum().isfinite()):
-            raise UserError(f"{path}: the numbers of {name} are not finite")
+            raise UserError(f"{path}: {name} has numbers that are not finite")
     return tensors

@@ -1,6 +1,6 @@
-"""Whether a folder of PEFT's is an adapter that fits a model; no torch, so that jobs can ask early.
+"""Checks whether a PEFT folder is an adapter that fits a model; no torch, so jobs can ask early.
 
-What is not plain LoRA is refused by name: what it would add is not computed here.
+Anything but plain LoRA is refused by name, because gptray does not compute it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ from gptray.model.parameters import HEAD, WTE, Part
 from gptray.model.tensor_file import FLOATS, read_header
 from gptray.stored import read_foreign
 
-# Keys that leave out some of target_modules.
+# Keys that exclude some of target_modules.
 _EXCEPTIONS = ("exclude_modules", "layers_to_transform")
-# The end of a name, after the layer's, in folders of all kinds of adapters.
+# What follows a layer's name in the weights of any kind of adapter.
 _PIECE = re.compile(r"\.(?:base_layer|lora_\w+)(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A folder that fits a base. lora, own: its settings, and those of modules with another rank or
-    alpha; adapted: what it adds products to, scale times; replaced: what it has in the place of the
-    base's; quantized: as the base was when it was trained."""
+    """An adapter folder that fits a base.
+
+    lora, own: its settings, and those of modules with another rank or alpha. adapted: the weights
+    with a low-rank term. replaced: the weights that replace the base's. quantized: how the base was
+    quantized in training.
+    """
 
     folder: Path
     lora: LoraConfig
@@ -67,9 +70,9 @@ def adapter_folder(source: str | Path) -> Path:
 
 
 def open_adapter(source: str | Path, base: Base) -> Adapter:
-    """The adapter in a folder, for this base; reads no weights.
+    """Open the adapter in a folder for this base, without reading weights.
 
-    Raises UserError naming the file, and what of it is damaged, not supported or another model's.
+    Raises UserError, naming the file and what is damaged, unsupported or for another model.
     """
     folder = adapter_folder(source)
     path = folder / WEIGHTS
@@ -88,7 +91,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
     replaced = []
     for name in stored:
         if name == PREFIX + HEAD and base.config.tie_word_embeddings:
-            continue  # where the weights are read, it is compared with the embedding
+            continue  # compared with the embedding when the weights are read
         bare = name.removeprefix(PREFIX)
         module = bare.removesuffix(A).removesuffix(B)
         if bare == name or not (bare in whole or (module != bare and module in parts)):
@@ -106,10 +109,7 @@ def open_adapter(source: str | Path, base: Base) -> Adapter:
 
 
 def check_products(adapter: Adapter) -> None:
-    """Refuse an adapter that replaces weights: it cannot share them with its base.
-
-    Raises UserError.
-    """
+    """Raise UserError for an adapter that replaces weights, which it cannot share with its base."""
     if adapter.replaced:
         names = ", ".join(sorted({module_of(part) for part in adapter.replaced})[:3])
         raise UserError(
@@ -119,7 +119,7 @@ def check_products(adapter: Adapter) -> None:
 
 
 def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
-    """How the weights say that their base was quantized. Raises UserError for another base."""
+    """How the base was quantized, by the weights' metadata. Raises UserError for another base."""
     trained_on = metadata.get(BASE_SHA256)
     quantized = metadata.get(BASE_QUANTIZED, "none")
     if trained_on and trained_on != base.sha256:
@@ -128,7 +128,7 @@ def _check_base(path: Path, metadata: Mapping[str, str], base: Base) -> str:
             f"have sha256 {trained_on}, not {base.sha256}"
         )
     if quantized != "none" and quantized not in PACKINGS:
-        raise UserError(f"{path}: its base was quantized to {quantized:.60}, which is not known")
+        raise UserError(f"{path}: its base was quantized to an unknown kind, {quantized:.60}")
     return quantized
 
 
@@ -139,7 +139,7 @@ def _check_types(path: Path, stored: Mapping[str, tuple[list[int], str]]) -> Non
 
 
 def _unknown(path: Path, name: str, base: Base) -> UserError:
-    """For a weight that is no adapter's of this base's linear layers."""
+    """The error for a weight that does not belong to an adapter of this base."""
     module, pieces = _PIECE.subn("", name.removeprefix(PREFIX))
     if pieces and module not in map(module_of, base.linear):
         return UserError(f"{path}: {module} is not a linear layer in the blocks of {base.source}")
@@ -149,12 +149,12 @@ def _unknown(path: Path, name: str, base: Base) -> UserError:
 def _check_shapes(
     path: Path, stored: Mapping[str, tuple[list[int], str]], adapter: Adapter
 ) -> None:
-    """Raise UserError for a weight that is missing or has another shape."""
+    """Raise UserError for a weight that is missing or has the wrong shape."""
     expected = {PREFIX + part.name: part.dims for part in adapter.replaced}
     for part in adapter.adapted:
         rank = adapter.lora_of(part).rank
         assert rank
-        outputs, inputs = part.dims[::-1] if part.turned == "transposed" else part.dims
+        outputs, inputs = part.dims[::-1] if part.layout == "transposed" else part.dims
         expected[PREFIX + module_of(part) + A] = [rank, inputs]
         expected[PREFIX + module_of(part) + B] = [outputs, rank]
     for name, dims in expected.items():
@@ -162,8 +162,8 @@ def _check_shapes(
             raise UserError(f"{path}: {name} is missing")
         if stored[name][0] != dims:
             raise UserError(
-                f"{path}: {name} has shape {stored[name][0]}; by {CONFIG} and this base it is "
-                f"{dims}"
+                f"{path}: {name} has shape {stored[name][0]}, but {CONFIG} and this base ask "
+                f"for {dims}"
             )
 
 
@@ -181,11 +181,9 @@ def _check_head(
 
 
 def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Adapter) -> None:
-    """Raise UserError where layers that the config names have no weights, or others have some."""
+    """Raise UserError if layers that the config names lack weights, or others have some."""
     config = path.parent / CONFIG
-    targets = raw.get("target_modules")
-    is_target = _pattern(config, targets) if isinstance(targets, str) else None
-    names = [] if is_target else _names(config, "target_modules", targets)
+    is_target = _targets(config, raw.get("target_modules"))
     saved = _names(config, "modules_to_save", raw.get("modules_to_save") or [])
     adapted = {part.name for part in adapter.adapted}
     have = adapted | {part.name for part in adapter.replaced}
@@ -193,7 +191,7 @@ def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Ada
     expected = [part for part in base.parts if is_named(module_of(part), saved)]
     for part in base.linear:
         module = module_of(part)
-        if is_target(module) if is_target else is_named(module, names):
+        if is_target(module):
             expected += [] if with_exceptions else [part]
         elif part.name in adapted:
             raise UserError(f"{path}: {module} has weights, but {CONFIG} does not name it")
@@ -204,21 +202,23 @@ def _check_named(path: Path, raw: Mapping[str, object], base: Base, adapter: Ada
         raise UserError(f"{path}: it has no weights")
 
 
-def _pattern(config: Path, targets: str) -> Callable[[str], object]:
-    """Whether target_modules means a module, where it is one word: as PEFT, a regular expression.
-
-    Raises UserError.
+def _targets(config: Path, given: object) -> Callable[[str], object]:
+    """A function that says whether target_modules selects a module: by its name in a list, or by a
+    regular expression, as in PEFT. Raises UserError.
     """
-    if targets == "all-linear":
+    if not isinstance(given, str):
+        names = _names(config, "target_modules", given)
+        return lambda module: is_named(module, names)
+    if given == "all-linear":
         return lambda module: True
     try:
-        return re.compile(targets).fullmatch
+        return re.compile(given).fullmatch
     except re.error as error:
-        raise UserError(f"{config}: target_modules={targets!r:.60}: {error}") from None
+        raise UserError(f"{config}: target_modules={given!r:.60}: {error}") from None
 
 
 def _names(config: Path, key: str, given: object) -> list[str]:
-    """Names of modules. Raises UserError."""
+    """Check a list of module names. Raises UserError."""
     if isinstance(given, list) and all(isinstance(name, str) for name in given):
         return given
     raise UserError(f"{config}: {key}={given!r:.60} is not a list of names")

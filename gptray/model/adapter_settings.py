@@ -1,4 +1,4 @@
-"""The settings of an adapter in PEFT's adapter_config.json; what is not plain LoRA is refused."""
+"""Reads an adapter's settings from PEFT's adapter_config.json; only plain LoRA is supported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from gptray.config import LoraConfig, UserError
 from gptray.stored import is_whole
 
-# Keys of adapter_config.json that are read, and that change nothing once an adapter is trained.
+# Keys of adapter_config.json that are read, and those without effect on a trained adapter.
 _READ = {
     "r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "peft_type",
     "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -20,7 +20,7 @@ _WITHOUT_EFFECT = {
     "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "peft_version", "qalora_group_size", "revision", "task_type",
 }  # fmt: skip
-# Ways to begin that leave the model's own weights as they are.
+# Initialisations that leave the base's weights unchanged.
 _BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -62,10 +62,7 @@ def _alpha(path: Path, key: str, given: object) -> float:
 def own_settings(
     path: Path, raw: Mapping[str, object], lora: LoraConfig, modules: Iterable[str]
 ) -> dict[str, LoraConfig]:
-    """Settings of the modules to which rank_pattern or alpha_pattern gives other ones.
-
-    Raises UserError.
-    """
+    """The settings of modules with their own rank_pattern or alpha_pattern. Raises UserError."""
     ranks = _by_pattern(path, raw, "rank_pattern", _rank)
     alphas = _by_pattern(path, raw, "alpha_pattern", _alpha)
     found = {}
@@ -79,7 +76,7 @@ def own_settings(
 def _by_pattern(
     path: Path, raw: Mapping[str, object], key: str, read: Callable[[Path, str, object], float]
 ) -> dict[re.Pattern[str], float]:
-    """Numbers by regular expressions for the end of a module's name, as PEFT reads them."""
+    """Numbers by regular expressions for the ends of module names, as in PEFT."""
     given = raw.get(key) or {}
     if not isinstance(given, dict):
         raise UserError(f"{path}: {key}={given!r:.60} is not a JSON object")

@@ -1,8 +1,8 @@
-"""Causal self-attention on packed q, k, v, the fastest exact way for the device, dtype and length.
+"""Causal self-attention on packed q, k, v, by the fastest exact method for device and dtype.
 
-On a CPU in bf16, and with dropout, batched GEMMs over blocks of queries that never touch a key
-beyond their block; elsewhere PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has the
-project's own for bf16 on a CPU, without dropout.
+On a CPU, in bf16 or with dropout: batched GEMMs over blocks of queries that never touch a key
+beyond their block. Elsewhere: PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has
+the native attention for bf16 on a CPU without dropout.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def causal_attention(
     """softmax(q k^T / sqrt(D) + causal mask) v, with dropout on the probabilities.
 
     qkv (B, T, 3C) holds q, k and v side by side, each of n_head heads of D = C / n_head.
-    Returns (B, T, C). Dropout draws from torch's global generator. window: how many tokens a token
-    looks back over, itself included; None: all.
+    Returns (B, T, C). Dropout draws from torch's global generator. window: tokens that a token
+    attends to, including itself; None: all.
     """
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     back = window if window is not None and window < T else 0
     if qkv.device.type == "cpu" and (qkv.dtype == torch.bfloat16 or dropout):
         return _BLOCKED([qkv], numbers=[n_head, dropout, back])
-    # In this order the gradients of q, k and v, (B, T, H, D) in memory, join by one copy.
+    # In this layout one copy joins the gradients of q, k and v, (B, T, H, D) in memory.
     q, k, v = (part.transpose(1, 2) for part in qkv.view(B, T, 3, n_head, C // n_head).unbind(2))
     if back:
         seen = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril().triu(1 - back)
@@ -44,15 +44,15 @@ def causal_attention(
 
 
 def _heads(qkv: Tensor, n_head: int) -> Tensor:
-    """(B, T, 3C) -> (3, B*H, T, D), a copy."""
+    """Copy (B, T, 3C) to (3, B*H, T, D)."""
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     heads = qkv.reshape(B, T, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)
-    copy = heads.clone(memory_format=torch.contiguous_format)  # even of a single token
+    copy = heads.clone(memory_format=torch.contiguous_format)  # even for a single token
     return copy.view(3, B * n_head, T, C // n_head)
 
 
 def _blocks(tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Blocks of queries, start and stop, and the first key that one of them sees; window 0: all."""
+    """Yield each block of queries: start, stop, and the first key that it sees; window 0: all."""
     for start in range(0, tokens, QUERY_BLOCK):
         first = max(0, start - window + 1) if window else 0
         yield start, min(start + QUERY_BLOCK, tokens), first
@@ -64,7 +64,7 @@ def _future(length: int, like: Tensor) -> Tensor:
 
 
 def _mask(scores: Tensor, start: int, first: int, window: int) -> None:
-    """Hide keys after each query, and those before its window. scores (B*H, queries, keys)."""
+    """Mask keys after each query, and those before its window. scores (B*H, queries, keys)."""
     queries, keys = scores.shape[-2:]
     scores[:, :, start - first :].add_(_future(queries, scores))
     if window:
@@ -96,7 +96,7 @@ def _forward(given: Given) -> list[Tensor]:
 
 
 def _backward(grad: Tensor, given: Given, saved: list[Tensor]) -> list[Tensor]:
-    """The gradient of qkv (B, T, 3C): four GEMMs a block, none of them to make scores again."""
+    """The gradient of qkv (B, T, 3C): four GEMMs per block, none to recompute the scores."""
     (heads, *kept), (H, dropout, window) = saved, _read(given.numbers)
     q, k, v = heads.unbind(0)
     B, T, D = grad.size(0), q.size(1), q.size(2)
@@ -137,6 +137,5 @@ def _read(numbers: list[float]) -> tuple[int, float, int]:
     return int(n_head), dropout, int(window)
 
 
-# torch.compile does not look into it: the softmax that inductor would make is several times slower
-# than PyTorch's.
+# Opaque to torch.compile, because inductor's softmax is several times slower than PyTorch's.
 _BLOCKED = Operator("blocked_attention", _forward, _backward, _shapes, keeps_inputs=False)

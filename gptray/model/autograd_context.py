@@ -1,4 +1,4 @@
-"""What autograd functions keep from their forward for their backward pass."""
+"""Types of the context that autograd functions pass from forward to backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Context(Protocol):
-    """The tensors that were saved; functions add what else they need as attributes."""
+    """The saved tensors; functions add other values as attributes."""
 
     needs_input_grad: tuple[bool, ...]
 
@@ -40,7 +40,7 @@ class NormContext(Context, Protocol):
 
 
 class OperatorContext(Context, Protocol):
-    """Of a function of `count` tensors, `constant_count` without a gradient, and numbers."""
+    """For an `Operator`: how many tensors and constants (without gradient) it has; its numbers."""
 
     count: int
     constant_count: int

@@ -1,8 +1,8 @@
-"""The head's loss against teachers: their predictions are targets, besides the text's own tokens.
+"""The distillation loss of the head: the targets are teachers' predictions and the text's tokens.
 
-Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at a temperature of 1; several
-teachers count as one by the average of their probabilities, as an ensemble is scored. In pieces of
-rows, as in `gptray.model.loss`: of the model and of a teacher, one piece's logits exist.
+Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at temperature 1. Several teachers
+count as one ensemble: their probabilities are averaged. Computed in pieces of rows, as in
+`gptray.model.loss`: only one piece's logits exist at a time, the model's and one teacher's.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from gptray.model.autograd_context import Context
 from gptray.model.loss import (
     add_product,
-    how_many_count,
     log_probabilities,
     mean_of_counted,
+    num_counted,
     pieces_of,
     without_uncounted,
 )
 
-# The model's logits and probabilities, and those of one teacher and of their average.
+# How many times as much memory as in `gptray.model.loss` a piece needs, for the teachers' part.
 COPIES = 2
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What teachers make of the same N tokens, before their heads; no gradients.
+    """The teachers' hidden states for the same N tokens; no gradients.
 
-    hidden: of each teacher (N, C) in the dtype that is computed in. heads: the weights (V, C) of
-    theirs. share: of the loss that is against the teachers, above 0 and at most 1.
+    hidden: each teacher's, (N, C), in the dtype of the computation. heads: each teacher's head,
+    (V, C). share: the teachers' share of the loss, above 0 and at most 1.
     """
 
     hidden: Sequence[Tensor]
@@ -45,9 +45,9 @@ def taught_cross_entropy(
 ) -> Tensor:
     """The loss to minimise, and that of the text alone: (2,) fp32; only the first has a gradient.
 
-    The first is the mean over the tokens that count of the cross-entropy with the distribution
-    (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T), the
-    second that with the target. Arguments as `linear_cross_entropy`'s.
+    The first is the mean, over the tokens that count, of the cross-entropy with the distribution
+    (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T); the
+    second is the cross-entropy with the target. Arguments as in `linear_cross_entropy`.
     """
     losses: Tensor = _TaughtCrossEntropy.apply(x, weight, targets, soft, valid)  # type: ignore[no-untyped-call]
     return losses
@@ -64,7 +64,7 @@ def _teachers_probabilities(soft: SoftTargets, rows: slice, valid: int) -> Tenso
 
 
 class _TaughtCrossEntropy(torch.autograd.Function):
-    """The gradient is made in the forward pass, as that of `linear_cross_entropy` is."""
+    """Computes the gradient in the forward pass, as `linear_cross_entropy` does."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class _TaughtCrossEntropy(torch.autograd.Function):
             of_text = -log_p.gather(1, target).squeeze(1)
             of_teachers = -torch.linalg.vecdot(q, log_p[:, :valid])
             losses.append(torch.stack([torch.lerp(of_text, of_teachers, soft.share), of_text]))
-            # d loss / d logits = softmax - the distribution that is the target
+            # d loss / d logits = softmax - target distribution
             grad = log_p.exp_()
             grad[:, :valid].sub_(q, alpha=soft.share)
             grad.scatter_(1, target, grad.gather(1, target) - (1 - soft.share))
@@ -92,7 +92,7 @@ class _TaughtCrossEntropy(torch.autograd.Function):
             if needs_weights:
                 add_product(grad_weight, grad, piece)
         of_x = without_uncounted(torch.cat(grad_x), targets)
-        ctx.save_for_backward(of_x, grad_weight, how_many_count(targets))
+        ctx.save_for_backward(of_x, grad_weight, num_counted(targets))
         return mean_of_counted(torch.cat(losses, dim=1), targets)
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""How each family of models writes a network: the keys of its config.json, the names of weights.
+"""How each model family writes a network: the keys of its config.json and the names of its weights.
 
 A family is a row of the table below; `gptray.model.hf_config` and `gptray.model.parameters` read
-and write all of them in the same way. Names and defaults are those of the classes in Hugging Face's
-transformers.
+and write all families in the same way. Names and defaults are those of the classes in Hugging
+Face's transformers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gptray.config import ModelConfig
 
 @dataclass(frozen=True)
 class Key:
-    """A key of config.json: its default where a file leaves it out.
+    """A key of config.json, and its default if a file omits it.
 
-    words: what values of a choice are called there, several times where they have several names.
-    also: further keys that are written with the same value.
+    words: the file's names for the values of a choice; a value may have several.
+    also: other keys to write with the same value.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Key:
 class Family:
     """One model_type.
 
-    architecture: transformers' class; None: transformers does not know it. keys: the fields of
-    ModelConfig that it leaves open. always: those that it does not. fixed: what else a file may
-    say, since this network does it; the first value is the default. windows: how sliding windows
-    are written. rope_base, rope_part: of rotary positions, for files without rope_parameters; no
-    rope_part: whole heads are rotated. prefix, layers: what names of weights and of layers begin
-    with. modules: the modules of `gptray.model.parameters` -> theirs; several lie side by side in
-    ours. transposed: linear layers are stored (in, out). by_head: q, k and v are side by side for
-    each head, not each for all heads. even_heads: n_head must divide n_embd even with a head_dim.
+    architecture: transformers' class; None: transformers has none. keys: the fields of ModelConfig
+    that its config.json sets. always: the fields that are the same in all its models. fixed: other
+    keys of config.json, with the values that gptray supports, the default first. windows: how it
+    writes sliding windows. rope_base, rope_part: its keys for rotary positions in files without
+    rope_parameters; no rope_part: whole heads are rotated. prefix, layers: how the names of weights
+    and of layers begin. modules: its modules for each of `gptray.model.parameters`'s, which may
+    fuse several. transposed: linear layers are stored (in, out). by_head: q, k and v are
+    interleaved head by head. even_heads: n_head must divide n_embd even if head_dim is set.
     """
 
     architecture: str | None
@@ -59,7 +59,7 @@ class Family:
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
-# GPT-2's names are those of `gptray.model.parameters`.
+# `gptray.model.parameters` uses GPT-2's names.
 _MODULES = (
     "wte", "wpe", "ln_f", "ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj",
 )  # fmt: skip
@@ -224,7 +224,7 @@ EXAONE4 = replace(
     even_heads=False,
 )
 
-# By model_type, in the order in which a network's family is looked for.
+# By model_type, in the order in which `family_of` tries them.
 KNOWN: dict[str, Family] = {
     "gpt2": GPT2,
     "llama": LLAMA,
@@ -237,17 +237,18 @@ KNOWN: dict[str, Family] = {
 
 
 def _ablation(**fields: object) -> Family:
-    """GPT-2's weights under another model_type, since GPT-2's classes would compute otherwise."""
+    """GPT-2's weights under another model_type, because GPT-2's classes would compute with norms
+    and skip connections."""
     return replace(GPT2, architecture=None, always=fields)
 
 
-# The fields of ModelConfig that shape a network.
+# The fields of ModelConfig that define a network.
 SHAPE = tuple(
     name
     for name in ModelConfig.model_fields
     if name not in ("vocab_size", "init_from", "resize_vocab", "checkpoint_blocks")
 )
-# Any other mix of choices, in the config's own words.
+# Any other combination of fields, under the names of ModelConfig.
 OWN = "gptray"
 _OWN = Family(
     architecture=None,

@@ -1,8 +1,8 @@
-"""The weights of a frozen base, shared by all processes of a machine that train adapters of it.
+"""The weights of a frozen base, shared by all processes on a machine that train adapters of it.
 
-They are in a file of the node's cache as training holds them, rounded or in few bits, which each
-process maps: the pages are the kernel's, and all share them. A mapping is private, so that no write
-reaches the file; nor is any made, because what is trained is copied out of it.
+A file in the node's cache holds them in the form that training uses, rounded or quantized. All
+processes map it and so share its pages. The mapping is private, so no write could reach the file;
+none is made, because weights to train are copied out of it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from gptray.record import versions
 log = logging.getLogger("gptray")
 
 _FILE = "frozen.bin"
-# Bytes of which the place of each tensor in the file is a multiple, as PyTorch's own are.
+# Alignment of tensors in the file, in bytes, as PyTorch aligns its own.
 _ALIGNMENT = 64
 
 
 def load_base(model: GPT, base: Base) -> None:
-    """Give a frozen network on the meta device its base's numbers, in memory of this process.
+    """Load the base's weights into a frozen network on the meta device, in this process's memory.
 
-    Raises UserError like `load_weights`.
+    Raises UserError as `load_weights` does.
     """
     model.to_empty(device="cpu")
     _load(model, base)
 
 
 def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warning) -> None:
-    """As `load_base`, in memory that other processes share.
+    """As `load_base`, but in memory shared with other processes.
 
     If the cache cannot be written, this process keeps its own copy, and `tell` says so.
     """
@@ -67,7 +67,7 @@ def map_base(model: GPT, base: Base, *, tell: Callable[[str], None] = log.warnin
 
 
 def _digest(model: nn.Module, base: Base) -> str:
-    """Of all that the file depends on."""
+    """A hash of everything that the file depends on."""
     layout = [(name, one.dtype, list(one.shape)) for name, one in model.state_dict().items()]
     rounded = base.quantized, ROUNDING
     text = repr((base.sha256, base.family, base.config, rounded, layout, versions()))
@@ -75,13 +75,16 @@ def _digest(model: nn.Module, base: Base) -> str:
 
 
 def _write(model: GPT, base: Base, draft: Path) -> None:
-    """Make the file in a folder. Raises UserError like `load_weights`, CannotWrite without room."""
-    size = sum(map(_room, model.state_dict().values()))
+    """Write the file to a folder.
+
+    Raises UserError as `load_weights` does, CannotWrite if the disk is full.
+    """
+    size = sum(map(_aligned_size, model.state_dict().values()))
     make_room(size)
     log.info(
         "writing the frozen weights of %s to the cache, once (%.1f MB)", base.source, size / 1e6
     )
-    memory = mmap.mmap(-1, size)  # goes back to the system at once, unlike what is allocated
+    memory = mmap.mmap(-1, size)  # unlike allocated memory, returned to the system at once
     _place(model, memory)
     _load(model, base)
     with storing(draft.parent), (draft / _FILE).open("wb") as file:
@@ -89,7 +92,7 @@ def _write(model: GPT, base: Base, draft: Path) -> None:
 
 
 def _load(model: GPT, base: Base) -> None:
-    """Fill the memory that a network has. Raises UserError like `load_weights`."""
+    """Load the weights into a network's memory. Raises UserError as `load_weights` does."""
     if layers := quantized_layers(model):
         found = base_importance(base, base.quantized)
         for name, layer in layers.items():
@@ -98,15 +101,15 @@ def _load(model: GPT, base: Base) -> None:
 
 
 def _place(model: nn.Module, memory: mmap.mmap) -> None:
-    """Have the tensors of a network in this memory, one after the other."""
+    """Place the tensors of a network in this memory, one after the other."""
     tensors, at = dict[str, Tensor](), 0
     for name, like in model.state_dict().items():
         flat = torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=at)
         tensors[name] = flat.view(like.shape)
-        at += _room(like)
+        at += _aligned_size(like)
     model.load_state_dict(tensors, assign=True)
 
 
-def _room(tensor: Tensor) -> int:
-    """Bytes of a tensor up to the place of the next."""
+def _aligned_size(tensor: Tensor) -> int:
+    """The aligned size of a tensor, in bytes."""
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT

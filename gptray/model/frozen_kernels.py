@@ -1,10 +1,11 @@
-"""Frozen linear layers and MLPs with adapters beside them, in bf16 on a CPU by `gptray.native`.
+"""Frozen linear layers and MLPs with adapters, in bf16 on a CPU by `gptray.native`.
 
-Hu et al. 2022, LoRA: y = x W^T + b + scale (x A^T) B^T. The kernels' sums run through W and B at
-once, and those of x's gradient through W and A; W, in bf16 or expanded from fewer bits (Dettmers et
-al. 2023, QLoRA), is packed each time, and gets no gradient. The same bits at any number of threads.
+Hu et al. 2022, LoRA: y = x W^T + b + scale (x A^T) B^T. The kernels fuse the products: a sum runs
+through W and B, and for x's gradient through W and A. W, in bf16 or dequantized (Dettmers et al.
+2023, QLoRA), is packed on each call and gets no gradient. The bits are the same at any number of
+threads.
 
-Shapes: M rows, K inputs, N outputs, R numbers of all adapters of a layer, one more where R is odd.
+Shapes: M rows, K inputs, N outputs, R the ranks of a layer's adapters together, padded to even.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU}
 
 
 def linear(x: Tensor, layer: FrozenLayer) -> Tensor:
-    """What a layer with its adapters makes of x (..., K) bf16; K and N even."""
+    """A layer with its adapters, for x (..., K) in bf16; K and N even."""
     return _LINEAR([x, *layer.tensors], layer.constants, layer.numbers)
 
 
 def mlp(x: Tensor, first: FrozenLayer, second: FrozenLayer, *, kind: str) -> Tensor:
-    """What two layers make of x, with `gptray.model.layers.activation` of a kind between them."""
+    """Two layers with `gptray.model.layers.activation` of a kind between them."""
     tensors, constants = first.tensors + second.tensors, first.constants + second.constants
     numbers = [float(_ACTIVATIONS[kind]), *first.numbers, *second.numbers]
     return _MLP([x, *tensors], constants, numbers)
@@ -49,7 +50,7 @@ def mlp(x: Tensor, first: FrozenLayer, second: FrozenLayer, *, kind: str) -> Ten
 def _forward(
     x: Tensor, layer: FrozenLayer, activation: int = NONE
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The output, with an activation its slopes, and u (..., R), what the adapters make of x."""
+    """The output, the activation's slopes if there is one, and u = x A^T (..., R)."""
     weight, u, up = _weight(layer, x), x.new_empty(*x.shape[:-1], 0), None
     if layer.adapters:
         u, up = product(_read(x, layer.adapters), _down(layer.adapters)), _up(layer)
@@ -59,8 +60,8 @@ def _forward(
     if activation != NONE:
         slopes = x.new_empty(*x.shape[:-1], rows)
     R = u.size(-1)
-    room = panels(gated_columns(N) if activation == SWIGLU else N, (K + R) // 2)
-    call("frozen_linear", x, weight, layer.bias, u, up, y, slopes, room, M, N, K, R, activation)
+    scratch = panels(gated_columns(N) if activation == SWIGLU else N, (K + R) // 2)
+    call("frozen_linear", x, weight, layer.bias, u, up, y, slopes, scratch, M, N, K, R, activation)
     return y, slopes, u
 
 
@@ -72,8 +73,8 @@ def _backward(
     slopes: Tensor | None = None,
     activation: int = NONE,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The gradient of x, times the slopes of the activation that x came from, and those of A and B
-    if there are any."""
+    """The gradient of x, times the slopes of the activation that made x, and the gradients of A and
+    B if there are adapters."""
     weight, adapters = _weight(layer, x), layer.adapters
     grad_u = mask = down = None
     grads = list[Tensor]()
@@ -105,7 +106,7 @@ def _down(adapters: Adapters) -> Tensor:
 
 
 def _up(layer: FrozenLayer) -> Tensor:
-    """scale B (N, R), each adapter's B in its own rows and columns, the rest 0."""
+    """scale B (N, R), block by block: each adapter's B in its own rows and columns."""
     adapters = layer.adapters
     assert adapters
     count = len(adapters.a)
@@ -116,7 +117,7 @@ def _up(layer: FrozenLayer) -> Tensor:
 
 
 def _adapted(grad: Tensor, adapters: Adapters) -> Tensor:
-    """The gradient of B, of that of `_up`'s, transposed, (R, N), without its scale."""
+    """The gradient of B, from the transposed gradient (R, N) of `_up`."""
     found = torch.empty_like(adapters.b)
     for span, columns, part in _each(adapters, found):
         torch.mul(grad[columns, span].t(), adapters.scale, out=part)
@@ -124,7 +125,7 @@ def _adapted(grad: Tensor, adapters: Adapters) -> Tensor:
 
 
 def _each(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Of each adapter its outputs, its numbers of u, and its part of what has B's shape."""
+    """Yield each adapter's outputs, its columns of u, and its part of a tensor of B's shape."""
     rank, widths = b.size(1), [span.stop - span.start for span in adapters.spans]
     for number, (span, part) in enumerate(zip(adapters.spans, torch.split(b, widths), strict=True)):
         yield span, slice(number * rank, (number + 1) * rank), part
@@ -134,12 +135,12 @@ def _each(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]
 
 
 def _layer(given: Given, tensors: list[Tensor]) -> FrozenLayer:
-    """A layer, of all tensors but its input."""
+    """The layer; `tensors` are all but its input."""
     return FrozenLayer.read(iter(tensors), iter(given.constants), iter(given.numbers))
 
 
 def _linear(given: Given) -> list[Tensor]:
-    """The output, and u."""
+    """The output, and u for the backward pass."""
     x, *tensors = contiguous(given.tensors)
     y, _, u = _forward(x, _layer(given, tensors))
     return [y, u]
@@ -159,20 +160,20 @@ def _linear_shapes(given: Given) -> list[Tensor]:
 
 
 def _narrow(x: Tensor, layer: FrozenLayer) -> Tensor:
-    """Of u's shape."""
+    """An empty tensor of u's shape."""
     count = len(layer.adapters.a) if layer.adapters else 0
     return x.new_empty(*x.shape[:-1], count + count % 2)
 
 
 def _layers(given: Given, tensors: list[Tensor]) -> tuple[int, FrozenLayer, FrozenLayer]:
-    """An MLP's activation and its layers, of all tensors but its input."""
+    """An MLP's activation and layers; `tensors` are all but its input."""
     rest = iter(tensors), iter(given.constants), iter(given.numbers)
     activation = int(next(rest[2]))
     return activation, FrozenLayer.read(*rest), FrozenLayer.read(*rest)
 
 
 def _mlp(given: Given) -> list[Tensor]:
-    """The output, and for the backward pass the activation's values and slopes, and u of both."""
+    """The output, and for the backward pass the activation's values and slopes, and both u."""
     x, *tensors = contiguous(given.tensors)
     activation, first, second = _layers(given, tensors)
     inner, slopes, u = _forward(x, first, activation)

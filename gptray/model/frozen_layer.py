@@ -1,6 +1,6 @@
-"""What a frozen linear layer computes with: its weight, whole or quantized, and adapters.
+"""The data of a frozen linear layer: its weight, whole or quantized, and its adapters.
 
-`gptray.model.frozen_kernels` computes. Shapes: K inputs, N outputs.
+`gptray.model.frozen_kernels` computes with it. Shapes: K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import QuantizedWeight
 
-# Weights that a CPU makes whole at a time: what is made of them meanwhile stays in its cache.
+# Weights that a CPU dequantizes at a time, so that intermediate results stay in its cache.
 _AT_ONCE = 1 << 17
 _KINDS = ("none", *PACKINGS)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What is added to a layer's outputs, each span of them by an adapter of its own.
+    """The adapters of a layer, one for each span of its outputs.
 
-    a: (P r, K) of P adapters of rank r, below each other; b: (outputs that are adapted, r); fp32.
-    mask: dropout's of x, (..., K) bf16, or None.
+    a: (P r, K), the A of P adapters of rank r, stacked; b: (adapted outputs, r); both fp32.
+    mask: the dropout mask of x, (..., K) bf16, or None.
     """
 
     a: Tensor
@@ -36,8 +36,8 @@ class Adapters:
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """A weight, whole in bf16 or the values and scales of a `QuantizedWeight`; a bias, fp32; and
-    adapters. kind: what the weight is in, "none" where it is whole."""
+    """A weight, whole in bf16 or as values and scales of a `QuantizedWeight`; a bias in fp32; and
+    adapters. kind: the kind of quantization, or "none"."""
 
     values: Tensor
     scales: Tensor | None
@@ -47,18 +47,18 @@ class FrozenLayer:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that get gradients."""
+        """The tensors with gradients."""
         return [self.adapters.a, self.adapters.b] if self.adapters else []
 
     @property
     def constants(self) -> list[Tensor]:
-        """The others."""
+        """The tensors without gradients."""
         mask = self.adapters.mask if self.adapters else None
         return [one for one in (self.values, self.scales, self.bias, mask) if one is not None]
 
     @property
     def numbers(self) -> list[float]:
-        """What `read` needs besides."""
+        """The numbers from which `read` restores the layer, besides its tensors."""
         has = [float(_KINDS.index(self.kind)), float(self.bias is not None)]
         if not self.adapters:
             return [*has, 0.0]
@@ -70,7 +70,7 @@ class FrozenLayer:
     def read(
         cls, tensors: Iterator[Tensor], constants: Iterator[Tensor], numbers: Iterator[float]
     ) -> FrozenLayer:
-        """The layer whose `tensors`, `constants` and `numbers` come next."""
+        """The next layer in iterators of layers' `tensors`, `constants` and `numbers`."""
         values, kind = next(constants), _KINDS[int(next(numbers))]
         scales = None if kind == "none" else next(constants)
         bias = next(constants) if next(numbers) else None
@@ -86,9 +86,9 @@ class FrozenLayer:
 def dequantized(
     values: Tensor, scales: Tensor | None, kind: str, inputs: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight (out, inputs) that `values` and `scales` hold in `kind`, in `dtype`.
+    """The weight (out, inputs) of `values` and `scales` in `kind`, in `dtype`.
 
-    One that is whole, without scales, stays as it is.
+    Without scales, the values are the weight and are returned unchanged.
     """
     if scales is None:
         return values

@@ -1,4 +1,4 @@
-"""Writes a GGUF file, one tensor at a time, by the `gguf` package of llama.cpp's authors."""
+"""Writes a GGUF file, one tensor at a time, with the `gguf` package of llama.cpp's authors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_gguf(
 ) -> None:
     """Write a model's fields and tensors.
 
-    fields: by GGUF's keys, of the types that `_add` takes. vectors: tensors in fp32 that are no
-    weights, by name. quantized: makes those of 4 bits, transposed where told. Raises UserError as
-    `rounded`, OSError.
+    fields: by GGUF's keys, of the types that `add_field` takes. vectors: fp32 tensors that are not
+    weights, by name. quantized: makes the 4-bit weights. Raises UserError as `rounded` does, and
+    OSError.
     """
     writer = gguf.GGUFWriter(path, architecture)
     try:
@@ -67,7 +67,7 @@ def write_gguf(
 
 
 def add_field(writer: gguf.GGUFWriter, key: str, value: object) -> None:
-    """Write a field of metadata, in the type of GGUF that its value has."""
+    """Write a field of metadata, as the GGUF type of its value."""
     match value:
         case bool():
             writer.add_bool(key, value)
@@ -77,20 +77,20 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: object) -> None:
             writer.add_float32(key, value)
         case str():
             writer.add_string(key, value)
-        case list() | bytes():  # of texts, of whole numbers (int32), of floats; bytes: of uint8
+        case list() | bytes():  # a list of texts, integers (int32) or floats; bytes: uint8
             writer.add_array(key, value)
         case _:
             raise AssertionError(f"{key}: GGUF cannot hold {type(value)}")
 
 
 def _encoded(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
-    """A tensor's bytes as they are in the file, for NumPy has no bf16."""
+    """A tensor's bytes for the file, because NumPy has no bf16."""
     import torch
 
     if tensor.precision in FOUR_BITS:
         return _four_bits(tensor, quantized)
     weight = rounded(tensor.stored, dtype_of(tensor.precision))
-    weight = (weight.t() if tensor.turned else weight).contiguous()
+    weight = (weight.t() if tensor.transposed else weight).contiguous()
     if tensor.order:
         weight = weight[torch.tensor(tensor.order)]
     assert tuple(weight.shape) == tensor.shape, tensor.name
@@ -103,9 +103,9 @@ def _encoded(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
 
 
 def _four_bits(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
-    """A kind of `gptray.model.quantized` in GGUF's blocks: a scale, and 16 bytes that hold the
-    codes of the group's first half in their lower bits, those of the second in the upper ones."""
-    held = quantized(tensor.stored, tensor.turned)
+    """A weight of `gptray.model.quantized` in GGUF's blocks: a scale, then 16 bytes with the codes
+    of the group's first half in the lower bits and those of the second half in the upper."""
+    held = quantized(tensor.stored, tensor.transposed)
     codes = held.codes().numpy().reshape(len(held.scales), -1, 2, 16)
     values = codes[:, :, 0] | codes[:, :, 1] << 4
     scales = held.scales.numpy()[..., None].view(np.uint8)

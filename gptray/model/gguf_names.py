@@ -1,4 +1,4 @@
-"""What the GGUF file of a network holds, by name, shape and precision; no torch here."""
+"""The tensors of a network's GGUF file, by name, shape and precision; no torch here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
 
-# Of 4 bits: the kind of `gptray.model.quantized` that each holds.
+# GGUF's 4-bit precisions, and the kind of `gptray.model.quantized` for each.
 FOUR_BITS = {"q4_0": "int4", "iq4_nl": "iq4_nl"}
-# Bytes of so many weights: Q8_0 has a scale of two bytes for 32 of one byte, those of 4 bits for
-# 32 of half a byte.
+# (bytes, weights) of a block: Q8_0 has a scale of two bytes for 32 weights of one byte, the 4-bit
+# precisions for 32 of half a byte.
 BLOCKS = {
     **{"fp32": (4, 1), "fp16": (2, 1), "bf16": (2, 1), "q8_0": (34, 32)},
     **dict.fromkeys(FOUR_BITS, (18, 32)),
@@ -26,25 +26,25 @@ BLOCKS = {
 class GgufTensor:
     """A tensor of a GGUF file; `shape` is NumPy's, with rows last.
 
-    turned: stored transposed. order: for each of its rows, the row as it is stored.
+    transposed: the folder stores it transposed. order: for each of its rows, the row in the folder.
     """
 
     name: str
     stored: StoredWeight
     shape: tuple[int, ...]
     precision: str
-    turned: bool
+    transposed: bool
     order: list[int] | None
 
     @property
     def size(self) -> int:
-        """Bytes, without padding."""
+        """The size in bytes, without padding."""
         size, weights = BLOCKS[self.precision]
         return math.prod(self.shape) // weights * size
 
 
 def family_of(model: StoredModel) -> Family:
-    """The family of a network. Raises UserError for one that is not written as GGUF."""
+    """The family of a network. Raises UserError for one that cannot be written as GGUF."""
     if model.model_type not in KNOWN:
         raise own_network(model)
     for family in FAMILIES:
@@ -56,7 +56,7 @@ def family_of(model: StoredModel) -> Family:
 
 
 def _check_computed(config: ModelConfig, family: Family) -> None:
-    """Refuse what llama.cpp does not compute. Raises UserError."""
+    """Raise UserError for a network that llama.cpp cannot compute."""
     windows = [config.window(layer) for layer in range(config.n_layer)]
     refused = None
     if any(one is not None and one < config.n_positions for one in windows):
@@ -72,14 +72,14 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
 
 
 def own_network(model: StoredModel) -> UserError:
-    """What to say of a network that is gptray's own."""
+    """The error for a network that is gptray's own."""
     return UserError(
         f"its model_type {model.model_type} is gptray's own, which no other program can run"
     )
 
 
 def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
-    """The numbers of a network under GGUF's keys. Raises UserError like `rotary_fields`."""
+    """A network's numbers by GGUF's keys. Raises UserError as `rotary_fields` does."""
     numbers = network_json(config, family.model_type)
     fields = {key: numbers[name] for name, key in family.numbers.items()}
     if config.n_inner is None:
@@ -92,12 +92,12 @@ def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
 
 
 def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[GgufTensor]:
-    """The tensors of a network's GGUF file, but for Llama 3's scaling of positions.
+    """The tensors of a network's GGUF file, except those of `gguf_vectors`.
 
     Vectors and position tables stay in fp32. q8_0, q4_0 and iq4_nl need rows of a multiple of 32
-    weights; other matrices are fp16 then, as in llama.cpp's own converters. Beside 4 bits embedding
-    and head, which the loss depends on most, are q8_0. Raises UserError for a bias that the family
-    has not.
+    weights; other matrices become fp16, as in llama.cpp's own converters. With 4 bits, embedding
+    and head, on which the loss depends most, are q8_0. Raises UserError for a bias that the family
+    does not have.
     """
     numbers = network_json(model.shape, family.model_type)
     tensors = []
@@ -105,8 +105,8 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
         gguf_name, part = family.gguf_name(name)
         if name.endswith(".bias") and part in family.in_block and part not in family.biased:
             raise UserError(f"llama.cpp's {family.architecture} does not support a bias of {part}")
-        turned = part in family.transposed and len(stored.shape) == 2
-        shape = stored.shape[::-1] if turned else stored.shape
+        transposed = part in family.transposed and len(stored.shape) == 2
+        shape = stored.shape[::-1] if transposed else stored.shape
         own = precision
         if len(shape) == 1 or part in family.whole:
             own = "fp32"
@@ -115,7 +115,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
         elif precision in FOUR_BITS and gguf_name in (EMBEDDING, HEAD):
             own = "q8_0"
         order = family.row_order(part, shape[0], numbers)
-        tensors.append(GgufTensor(gguf_name, stored, shape, own, turned, order))
+        tensors.append(GgufTensor(gguf_name, stored, shape, own, transposed, order))
     if family.is_strict and HEAD not in {one.name for one in tensors}:
         embedding = next(one for one in tensors if one.name == EMBEDDING)
         tensors.append(replace(embedding, name=HEAD))
@@ -123,7 +123,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
 
 
 def gguf_vectors(config: ModelConfig) -> dict[str, list[float]]:
-    """What a GGUF file has as tensors and Hugging Face as numbers: Llama 3's scaling."""
+    """Numbers of config.json that a GGUF file holds as tensors: Llama 3's scaling of positions."""
     scaling = config.rope_scaling
     if not scaling or scaling["rope_type"] != "llama3":
         return {}

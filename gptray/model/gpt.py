@@ -1,9 +1,9 @@
 """The decoder: GPT-2's network or, with other settings, that of Llama, Qwen, GPT-NeoX and more.
 
-Its parameters have GPT-2's names in Hugging Face's files, whatever the family, and (out, in)
-weights; `gptray.model.parameters` has them all. They are fp32 masters; the forward pass computes in
-`compute_dtype` and casts each weight where it is used, so gradients arrive on the masters in fp32.
-Files are `gptray.model.hf`'s.
+Its parameters have the names of Hugging Face's GPT-2, whatever the family, and (out, in) weights;
+`gptray.model.parameters` lists them. They are fp32 masters: the forward pass computes in
+`compute_dtype` and casts each weight on use, so gradients arrive at the masters in fp32.
+`gptray.model.hf` handles files.
 
 Radford et al. 2019, Language Models are Unsupervised Multitask Learners.
 Shapes: B batch, T tokens, C = n_embd, V rows of the embedding; x is (B, T, C) everywhere.
@@ -42,7 +42,7 @@ def _norm(config: ModelConfig) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; kv_heads below n_head: heads of queries share keys and values."""
+    """Causal self-attention; with kv_heads below n_head, query heads share keys and values."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -73,12 +73,12 @@ class Attention(nn.Module):
         norms, eps = None, 0.0
         if self.q_norm and self.k_norm:
             norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
-        turned = angles if self.rotates else None
+        rotation = angles if self.rotates else None
         heads = self.n_head, self.kv_heads
-        return kernels.attention(qkv, *heads, angles=turned, norms=norms, eps=eps)
+        return kernels.attention(qkv, *heads, angles=rotation, norms=norms, eps=eps)
 
     def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """q, k and v of n_head heads each, normalised and rotated, (B, T, 3 n_head head_width)."""
+        """Normalised and rotated q, k, v with n_head heads each, (B, T, 3 n_head head_width)."""
         is_grouped = self.kv_heads != self.n_head
         if not (is_grouped or self.rotates or self.q_norm):
             return qkv
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; of swiglu c_fc makes gate and input."""
+    """Two linear layers with an activation between them; for swiglu, c_fc makes gate and input."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Block(nn.Module):
         super().__init__()
         self.residual, self.parallel = config.residual, config.parallel_residual
         self.post_norm = config.post_norm
-        # `compute` compiled, for training: see `gptray.training.device`.
+        # `compute`, compiled for training: see `gptray.training.device`.
         self.compiled: Callable[[Tensor, Angles | None], Tensor] | None = None
         self.ln_1, self.attn = _norm(config), Attention(config, layer)
         self.ln_2, self.mlp = _norm(config), MLP(config)
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and a last norm: all but the head. rows: V."""
+    """Embeddings, blocks and the final norm: everything but the head. rows: V."""
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         self.ln_f = _norm(config)
 
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
-        """The normed output of the last block for idx (B, T), computed in dtype."""
+        """The normalised output of the last block for idx (B, T), computed in dtype."""
         T, p = idx.size(1), self.dropout if self.training else 0.0
         x, angles = F.embedding(idx, self.wte.weight), None
         if self.rotary:
@@ -178,9 +178,9 @@ class Transformer(nn.Module):
 class GPT(nn.Module):
     """The network of `config` for a tokenizer of `vocab_size` entries.
 
-    `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding: always zero,
-    and without probability in the loss or in the logits.
-    initialised: whether weights have numbers yet; on the meta device they never do.
+    `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding, always zero,
+    and have no probability in the loss or the logits.
+    initialised: draw initial weights; never on the meta device.
     Raises UserError if `config.vocab_size` is smaller than the tokenizer.
     """
 
@@ -193,11 +193,11 @@ class GPT(nn.Module):
             )
         self.config = config
         self.valid_vocab_size = vocab_size
-        # What goes along with the weights from folder to folder.
+        # Travels with the weights from folder to folder.
         self.usage = Usage()
         self.compute_dtype = torch.float32
         self.head_loss, self.native_head = linear_cross_entropy, False
-        # All of a parameter, which may be sharded over processes, merged or not read yet.
+        # Gives a whole parameter, which may be sharded, merged with an adapter or not read yet.
         self.full_tensor: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
         self.lm_head = None if config.tie_word_embeddings else _embedding(rows, config.n_embd)
@@ -206,31 +206,31 @@ class GPT(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The weight (V, C) that makes logits: the embedding, unless the head has its own."""
+        """The weight (V, C) of the head: the embedding, unless the head has its own."""
         weight: Tensor = (self.lm_head or self.transformer.wte).weight
         return weight
 
     @property
     def device(self) -> torch.device:
-        """Where weights are, once they are read."""
+        """The device of the weights, or the CPU if they have not been read."""
         device: torch.device = self.transformer.wte.weight.device
         return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def num_params(self) -> int:
-        """Parameters, a tied head counted once."""
+        """The number of parameters, counting a tied head once."""
         held = [m.weight for m in self.modules() if isinstance(m, QuantizedLinear)]
         return sum(p.numel() for p in [*self.parameters(), *held])
 
     @property
     def is_native(self) -> bool:
-        """Whether parts of it use `gptray.model.kernels`."""
+        """Whether any module uses `gptray.model.kernels`."""
         return any(getattr(module, "native", False) for module in self.modules())
 
     def use_kernels(self) -> None:
-        """Use `gptray.model.kernels` for bf16 on a CPU where widths are even.
+        """Use `gptray.model.kernels` for bf16 on a CPU in all modules of even width.
 
-        PyTorch computes attention with dropout, and attention over windows shorter than a sequence.
+        PyTorch still computes attention with dropout, and with windows shorter than the sequence.
         """
         assert self.compute_dtype == torch.bfloat16
         width, inner = self.config.n_embd, self.config.inner
@@ -247,9 +247,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Initial weights as GPT-2's: N(0, initializer_range), less in the residual projections.
+        """Draw GPT-2's initial weights: N(0, initializer_range), less for residual projections.
 
-        The same for a seed on every device: drawn on the CPU, in the order of the parameters.
+        Drawn on the CPU, in the parameters' order, so a seed gives the same on every device.
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
@@ -259,7 +259,7 @@ class GPT(nn.Module):
             elif parameter.dim() == 1:  # of a norm
                 parameter.fill_(1.0)
             else:
-                # Each block adds twice to the residual stream: keep its variance flat with depth.
+                # Each block adds to the residual stream twice: keep its variance flat with depth.
                 depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1
                 fresh = torch.empty(parameter.shape, device="cpu")
                 parameter.copy_(fresh.normal_(0.0, std / math.sqrt(depth), generator=generator))
@@ -269,9 +269,9 @@ class GPT(nn.Module):
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, soft: SoftTargets | None = None
     ) -> Tensor:
-        """Logits (B, T, V) of idx (B, T), or with targets (B, T) the mean cross-entropy, fp32.
+        """Logits (B, T, V) for idx (B, T), or with targets (B, T) the mean cross-entropy in fp32.
 
-        With `soft` targets two losses, see `taught_cross_entropy`. Padding has logits of -inf.
+        With `soft` targets, two losses: see `taught_cross_entropy`. Padding has logits of -inf.
         """
         x, weight, valid = self.hidden(idx), self.head, self.valid_vocab_size
         if targets is None:

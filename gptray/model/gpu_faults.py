@@ -1,4 +1,4 @@
-"""Messages for what can be wrong with a GPU: no driver or code for it, or not enough memory."""
+"""Messages for GPU faults: no driver, a PyTorch not built for the GPU, or not enough memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gptray.gpus import BUILT_FOR_CPUS
 
 
 def check_gpu() -> None:
-    """Refuse to compute on a GPU if this PyTorch sees none.
+    """Raise UserError if this PyTorch cannot use a GPU here.
 
-    Raises UserError with the reason (a build for CPUs or for other GPUs, no driver or an old one)
-    and what to do.
+    The message has the reason (a build for CPUs or for other GPUs, no driver or an old one) and
+    what to do.
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:
@@ -24,7 +24,7 @@ def check_gpu() -> None:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        # Its first sentence says which: no driver, or one that is too old.
+        # Its first sentence says whether the driver is missing or too old.
         reason = str(error).strip().partition(". ")[0].rstrip(".")
         kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
         raise UserError(
@@ -42,9 +42,9 @@ def check_gpu() -> None:
 
 
 def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
-    """Whether code that is built for some architectures runs on a GPU of a compute capability.
+    """Whether code built for these architectures runs on a GPU of this compute capability.
 
-    sm_86 is for GPUs from 8.6 to below 9.0; from compute_90 drivers make code for any from 9.0.
+    sm_86 runs on GPUs from 8.6 to below 9.0; drivers compile compute_90 for any GPU from 9.0.
     """
     for kind, major, minor in re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built_for)):
         code = int(major), int(minor)
@@ -54,7 +54,7 @@ def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
 
 
 def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> RunFailed:
-    """What to say of a GPU whose memory was too small for `size` sequences at a time."""
+    """The error for a GPU whose memory is too small for `size` sequences at a time."""
     # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ... ..."
     said = str(error).strip().split(". ")
     facts = ". ".join(said[1:3]).rstrip(".")
@@ -69,7 +69,7 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
 
 @contextmanager
 def memory_told(key: str, size: int) -> Iterator[None]:
-    """Say which key to lower from `size` where a GPU's memory is too small. Raises RunFailed."""
+    """Turn out-of-memory errors into RunFailed that says to lower `key` from `size`."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -77,5 +77,5 @@ def memory_told(key: str, size: int) -> Iterator[None]:
 
 
 def _half(size: int) -> int:
-    """The largest divisor of a size below it: with it, a batch that was divisible still is."""
+    """The largest proper divisor, so that a batch divisible by `size` stays divisible."""
     return max(number for number in range(1, size) if size % number == 0)

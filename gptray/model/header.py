@@ -1,6 +1,6 @@
 """Compares the headers of weight files with config.json before a model is built.
 
-Otherwise a config that promises more than its files hold would first be built, layer by layer.
+Otherwise a huge config would be built, layer by layer, before its files turned out not to fit.
 Without torch, so a job can refuse a folder at once; `gptray.model.hf` reads the weights.
 """
 
@@ -17,10 +17,9 @@ from gptray.model.tensor_file import FLOATS
 
 
 def check_weights(folder: Path, shape: ModelConfig) -> None:
-    """Refuse a folder whose weight files are damaged or do not fit its network, see `read_shape`.
+    """Raise UserError if a folder's weight files are damaged or do not fit `shape`.
 
-    Reads only headers.
-    Raises UserError naming the file, and the first weight that is missing, misshapen or strange.
+    Reads only headers. Names the file, and the first weight that is missing, misshapen or unknown.
     """
     family = family_in(folder)
     stored = {stored_name(one.key, family): one for one in stored_weights(folder)}
@@ -37,7 +36,7 @@ def check_weights(folder: Path, shape: ModelConfig) -> None:
     for part in stored_parts(shape, family, shape.rows):
         _compare(folder, part, stored.pop(part.name, None))
     for name, one in stored.items():
-        # A tied head may have its copy; `gptray.model.hf` compares the two.
+        # A tied head may be stored too; `gptray.model.hf` compares it with the embedding.
         if not (name.endswith(IGNORED) or (name == HEAD and shape.tie_word_embeddings)):
             raise UserError(f"{one.path}: {name} is not a weight of this network")
 

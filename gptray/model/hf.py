@@ -1,7 +1,7 @@
-"""Weights in Hugging Face's layout: save, load, and refuse damaged files and other networks.
+"""Saves and loads weights in Hugging Face's layout; refuses damaged files and other networks.
 
-config.json is `gptray.model.shape`'s. Only safetensors are written or read, never a pickle.
-Every file appears whole: it is written under another name and then renamed.
+`gptray.model.shape` reads config.json. Only safetensors are written or read, never a pickle. Files
+are written atomically: under another name, then renamed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptray.model.stored_weights import stored_weights
 from gptray.model.tensor_file import write_tensors
 from gptray.model.usage import Usage
 
-# Parameters with a row for each token.
+# Parameters with one row per token.
 BY_TOKEN = (WTE, HEAD)
 
 
@@ -39,12 +39,12 @@ def save_pretrained(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
 ) -> None:
-    """Write config.json and model.safetensors (fp32), as the network's family has them, and how the
-    model is used.
+    """Write config.json and model.safetensors (fp32) in the network's family's format, and the
+    files of `model.usage`.
 
-    Padding of the vocabulary is left out, so no reader can ever sample it. eos_token_id: ends
-    a text, besides those of `model.usage`. bos_token_id: comes before one; None: as the usage says,
-    or the end of another.
+    Padding of the vocabulary is left out, so no reader can sample it. eos_token_id: ends a text, in
+    addition to those of `model.usage`. bos_token_id: begins a text; None: the usage's, else
+    eos_token_id.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def save_pretrained(
 def load_pretrained(source: str | Path) -> GPT:
     """The network in a model folder, a run folder or on the hub; on the CPU, in fp32.
 
-    Raises UserError naming the file and what is wrong with it.
+    Raises UserError, naming the file and what is wrong with it.
     """
     folder = model_folder(source)
     model = network_of(folder, device="cpu")
@@ -85,9 +85,9 @@ def load_pretrained(source: str | Path) -> GPT:
 
 
 def network_of(folder: Path, *, device: str) -> GPT:
-    """The network in a model folder, its weights checked but not read; on "meta" they take no room.
+    """The network in a model folder, its weights checked but not read; "meta" takes no memory.
 
-    Raises UserError like `load_pretrained`.
+    Raises UserError as `load_pretrained` does.
     """
     shape = read_shape(folder)
     check_weights(folder, shape)
@@ -98,10 +98,10 @@ def network_of(folder: Path, *, device: str) -> GPT:
 
 @dataclass(frozen=True)
 class Rows:
-    """How a network's embedding is made from a file's.
+    """How to make a network's embedding from a file's.
 
-    kept: for each of the network's tokens, its row in the file; -1: a new one. known: rows of the
-    file that stand for tokens, padding left out. seed: rules the new rows.
+    kept: for each of the network's tokens, its row in the file; -1: a new row. known: rows of the
+    file that are tokens, not padding. seed: of the new rows.
     """
 
     kept: Sequence[int]
@@ -109,11 +109,11 @@ class Rows:
     seed: int
 
     def of(self, stored: Tensor) -> Tensor:
-        """The rows (tokens, width) from the stored ones.
+        """Make the rows (tokens, width) from the stored ones.
 
-        New ones are the mean of those known with a tenth of their spread as noise: the model then
-        gives a new token about the probability of an average one, whereas rows near zero would
-        take probability from all others. (Hewitt 2021)
+        New rows are the mean of the known ones plus noise of a tenth of their spread: the model
+        then gives a new token about an average probability, whereas rows near zero would take
+        probability from all others. (Hewitt 2021)
         """
         stored = stored.float()
         kept = torch.tensor(self.kept)
@@ -128,11 +128,10 @@ class Rows:
 
 @torch.no_grad()
 def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
-    """Copy a folder's weights into a network of the same shape; padding of the vocabulary is zero.
+    """Copy a folder's weights, and its `Usage`, into a network of the same shape.
 
-    The network also takes over the folder's `Usage`.
-    rows: embedding and head are not the file's, but made from it.
-    Raises UserError naming the file and the first weight that is missing, strange or misshapen.
+    Padding of the vocabulary is zeroed. rows: how to make embedding and head, if not the file's.
+    Raises UserError, naming the file and the first weight that is missing, unknown or misshapen.
     """
     folder = Path(folder)
     family, config = family_in(folder), model.config
@@ -151,7 +150,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             head = tensor
             continue
         if name not in missing:
-            raise UserError(f"{path}: {key} is not a weight of this network, or is there twice")
+            raise UserError(f"{path}: {key} is not a weight of this network, or is stored twice")
         part = missing.pop(name)
         if part.parameter == WTE:
             embedding = tensor
@@ -180,14 +179,14 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
 
 
 def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    """A part's numbers as its file has them."""
-    if part.turned == "by_head":
+    """A part's weight in the layout of its file."""
+    if part.layout == "by_head":
         return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
-    return weight.t() if part.turned == "transposed" else weight
+    return weight.t() if part.layout == "transposed" else weight
 
 
 def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
-    """A tensor of a file as it lies in the network's parameter."""
-    if part.turned == "by_head":
+    """A file's tensor in the layout of the network's parameter."""
+    if part.layout == "by_head":
         return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
-    return stored.t() if part.turned == "transposed" else stored
+    return stored.t() if part.layout == "transposed" else stored

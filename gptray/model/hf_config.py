@@ -17,8 +17,8 @@ from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE, Family
 from gptray.model.usage import one_or_all
 from gptray.stored import is_whole, read_foreign
 
-# Of a dimension; what is beyond is no network.
-_MOST = 2**31 - 1
+# The largest plausible dimension.
+_MAX_DIMENSION = 2**31 - 1
 # transformers' defaults.
 _THETA, _WINDOW, _WINDOWS_FROM, _PATTERN = 10000.0, 4096, 28, 4
 _ORIGINAL = "original_max_position_embeddings"
@@ -27,9 +27,9 @@ Raw = Mapping[str, object]
 
 
 def read_config(path: Path) -> tuple[str, ModelConfig]:
-    """The model_type of a config.json, and its network; `rows`: of the embedding.
+    """The model_type of a config.json, and its network; vocab_size is the embedding's rows.
 
-    Raises UserError naming the file and what in it is not supported.
+    Raises UserError, naming the file and what in it is not supported.
     """
     raw = read_foreign(path)
     model_type = raw.get("model_type")
@@ -43,27 +43,27 @@ def read_config(path: Path) -> tuple[str, ModelConfig]:
         key = FAMILIES[model_type].keys.get(part)
         name = key.name if key else part
         message = f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}"
-    except _Unlike as error:
+    except _Unsupported as error:
         message = str(error)
     raise UserError(f"{path}: {message}")
 
 
 def family_in(folder: Path) -> Family:
-    """The family whose names a model folder's weights have. Raises UserError."""
+    """The family of a model folder. Raises UserError."""
     return FAMILIES[read_config(folder / "config.json")[0]]
 
 
 def family_of(config: ModelConfig) -> str:
-    """The model_type that a network is saved as: that of the first family that expresses it."""
+    """The model_type to save a network as: that of the first family that can express it."""
     for model_type, family in FAMILIES.items():
         try:
             written = {**_written(config, family), "vocab_size": 1}
             read = _fields(written, family)
-        except (ValidationError, _Unlike):
+        except (ValidationError, _Unsupported):
             continue
         if family.even_heads and config.n_embd % config.n_head:
             continue
-        if _meaning(read) == _meaning(config):
+        if _canonical(read) == _canonical(config):
             return model_type
     raise AssertionError(f"{OWN} expresses all")
 
@@ -71,7 +71,7 @@ def family_of(config: ModelConfig) -> str:
 def hf_config(
     config: ModelConfig, vocab_size: int, *, bos_token_id: int | None, eos_ids: list[int]
 ) -> dict[str, object]:
-    """config.json of a network, as its family's class in transformers reads it."""
+    """The config.json of a network, for its family's class in transformers."""
     model_type = family_of(config)
     family = FAMILIES[model_type]
     return {
@@ -86,32 +86,32 @@ def hf_config(
 
 
 def network_json(config: ModelConfig, model_type: str) -> dict[str, object]:
-    """The config.json of a network for a model_type that can express it."""
+    """A network's keys in the config.json of a model_type that can express it."""
     return _written(config, FAMILIES[model_type])
 
 
-class _Unlike(ValueError):
-    """What a file says and no network here does."""
+class _Unsupported(ValueError):
+    """A setting of a file that gptray's network does not support."""
 
 
 def _fields(raw: Raw, family: Family) -> ModelConfig:
-    """Raises _Unlike and ValidationError."""
+    """The network of a config.json. Raises _Unsupported and ValidationError."""
     for name, allowed in family.fixed.items():
         if raw.get(name, allowed[0]) not in allowed:  # a list or an object is simply not in it
-            raise _Unlike(f"{name}={raw[name]!r:.60} is not supported, only {allowed[0]!r}")
+            raise _Unsupported(f"{name}={raw[name]!r:.60} is not supported, only {allowed[0]!r}")
     values: dict[str, object] = dict(family.always)
     for field, key in family.keys.items():
         value = raw.get(key.name, key.default)
         if key.words is not None:
             if not isinstance(value, str) or value not in key.words:
                 words = ", ".join(map(repr, key.words))
-                raise _Unlike(f"{key.name}={value!r:.60} is not supported, only {words}")
+                raise _Unsupported(f"{key.name}={value!r:.60} is not supported, only {words}")
             value = key.words[value]
-        if is_whole(value, least=_MOST + 1):
-            raise _Unlike(f"{key.name} is above {_MOST:,}, which is implausible")
+        if is_whole(value, least=_MAX_DIMENSION + 1):
+            raise _Unsupported(f"{key.name} is above {_MAX_DIMENSION:,}, which is implausible")
         values[field] = value
     if values["vocab_size"] is None:
-        raise _Unlike("vocab_size is null; it must be the number of rows of the embedding")
+        raise _Unsupported("vocab_size is null; it must be the number of rows of the embedding")
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
@@ -119,37 +119,37 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
 
 
 def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, object]:
-    """The fields of rotary positions, as transformers reads them: where a file has rope_scaling and
-    rope_parameters, the older key counts."""
+    """The fields of rotary positions, read as in transformers: of rope_scaling and rope_parameters,
+    the older key, rope_scaling, takes precedence."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise _Unlike(f"rope_scaling={given!r:.60} is not a JSON object")
+        raise _Unsupported(f"rope_scaling={given!r:.60} is not a JSON object")
     scaling = {key: value for key, value in given.items() if value is not None}
     part = family.rope_part
     theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
     key, default = (part.name, part.default) if part else ("partial_rotary_factor", 1.0)
     share = scaling.pop("partial_rotary_factor", raw.get(key, default))
     if part is None and share not in (1, None):
-        raise _Unlike(f"partial_rotary_factor={share!r:.60} is not supported, only 1")
+        raise _Unsupported(f"partial_rotary_factor={share!r:.60} is not supported, only 1")
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     fields = {"rope_theta": theta, "partial_rotary_factor": 1.0 if share is None else share}
     if any(isinstance(value, dict) for value in scaling.values()):
-        raise _Unlike("rope_parameters for each kind of layer are not supported")
-    if kind in ("default", "dynamic"):  # dynamic NTK scaling begins where the context ends
+        raise _Unsupported("rope_parameters for each kind of layer are not supported")
+    if kind in ("default", "dynamic"):  # dynamic NTK scaling starts beyond the context
         return fields
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         kinds = ", ".join(ROPE_SCALINGS)
-        raise _Unlike(f"rope_scaling of rope_type {kind!r:.60} is not supported, only {kinds}")
+        raise _Unsupported(f"rope_scaling of rope_type {kind!r:.60} is not supported, only {kinds}")
     if kind != "linear":
         own = scaling.get(_ORIGINAL, values["n_positions"])
         scaling[_ORIGINAL] = raw.get(_ORIGINAL) or own
     needed, optional = ROPE_SCALINGS[kind]
-    # Other keys say where a model comes from, such as YaRN's `finetuned`.
+    # Drop keys that only describe the model's origin, such as YaRN's `finetuned`.
     scaling = {key: value for key, value in scaling.items() if key in {*needed, *optional}}
     for key, value in scaling.items():
-        if is_whole(value, least=_MOST + 1):
-            raise _Unlike(f"rope_scaling's {key} is above {_MOST:,}")
+        if is_whole(value, least=_MAX_DIMENSION + 1):
+            raise _Unsupported(f"rope_scaling's {key} is above {_MAX_DIMENSION:,}")
     return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
 
 
@@ -165,28 +165,28 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
         return {}
     types = raw.get("layer_types")
     if types is None:
-        layers = range(n_layer if is_whole(n_layer) and n_layer <= _MOST_LAYERS else 0)
+        layers = range(n_layer if is_whole(n_layer) and n_layer <= _MAX_LAYERS else 0)
         if is_by_layer:
             every = raw.get("sliding_window_pattern", _PATTERN)
             if not is_whole(every, least=1):
-                raise _Unlike(f"sliding_window_pattern={every!r:.60} needs layer_types")
+                raise _Unsupported(f"sliding_window_pattern={every!r:.60} needs layer_types")
             types = [SLIDING if (layer + 1) % every else FULL for layer in layers]
         else:
             first = raw.get("max_window_layers", _WINDOWS_FROM)
             if not is_whole(first):
-                raise _Unlike(f"max_window_layers={first!r:.60} is not a number of layers")
+                raise _Unsupported(f"max_window_layers={first!r:.60} is not a number of layers")
             types = [SLIDING if layer >= first else FULL for layer in layers]
     return {"sliding_window": window, "layer_types": types, "global_rope": not is_by_layer}
 
 
-# Whose kinds are listed one by one.
-_MOST_LAYERS = 100_000
+# The most layers for which layer_types is listed.
+_MAX_LAYERS = 100_000
 
 
 def _written(config: ModelConfig, family: Family) -> dict[str, object]:
-    """The keys of config.json that say what a network is, as far as the family can."""
+    """A network's keys in config.json, as far as the family can express it."""
     written: dict[str, object] = {}
-    # Null is known only to GPT-2's class.
+    # Only GPT-2's class knows null.
     resolved = {
         "n_inner": config.inner,
         "n_kv_head": config.kv_heads,
@@ -223,13 +223,19 @@ def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
     return shared | {"use_sliding_window": SLIDING in types, "max_window_layers": first}
 
 
-# Fields that several values of may mean the same.
-_AS_MEANT = {"sliding_window", "layer_types", "global_rope", "partial_rotary_factor", "rope_theta"}
+# Fields of which several values can mean the same.
+_AMBIGUOUS = {
+    "sliding_window",
+    "layer_types",
+    "global_rope",
+    "partial_rotary_factor",
+    "rope_theta",
+}
 
 
-def _meaning(config: ModelConfig) -> str:
-    """What a network computes, however its config puts it."""
-    fields = config.model_dump(include={*SHAPE} - _AS_MEANT - {"initializer_range"})
+def _canonical(config: ModelConfig) -> str:
+    """A canonical form of the network, equal for configs that compute the same."""
+    fields = config.model_dump(include={*SHAPE} - _AMBIGUOUS - {"initializer_range"})
     layers = range(config.n_layer)
     fields |= {
         "n_inner": config.inner,

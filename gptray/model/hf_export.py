@@ -1,4 +1,4 @@
-"""A model folder of Hugging Face's with its weights in another precision, one at a time."""
+"""Writes a Hugging Face folder with a model's weights in another precision, one at a time."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def write_hf(
     precision: str,
     quantized: Quantizer,
 ) -> None:
-    """Write a model's config and its weights; quantized: makes the quantized ones.
+    """Write a model's config and weights. quantized: makes the quantized weights.
 
-    Raises UserError like `rounded`, OSError.
+    Raises UserError as `rounded` does, and OSError.
     """
     dtype, packing = dtype_of(precision), PACKINGS.get(precision)
     packed = model.packable if packing else {}
     shapes, dtypes = _layout(model, precision, packed)
 
-    @lru_cache(maxsize=1)  # its parts are asked for one after another
+    @lru_cache(maxsize=1)  # a weight's parts are written one after the other
     def parts(name: str) -> dict[str, Tensor]:
         return _packed(model.weights[name], precision, quantized)
 
@@ -59,7 +59,7 @@ def write_hf(
 
     write_tensors(folder / WEIGHTS, shapes, tensor, {"format": "pt"}, dtypes=dtypes)
     config = read_foreign(source / _CONFIG)
-    for key in ("torch_dtype", KEY):  # dtype's name in older files; of weights that were packed
+    for key in ("torch_dtype", KEY):  # an older name of dtype; the source's quantization
         config.pop(key, None)
     config |= {
         "architectures": [model.family.architecture],
@@ -74,7 +74,7 @@ def write_hf(
 def _layout(
     model: StoredModel, precision: str, packed: Collection[str]
 ) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
-    """The shape and the dtype of each tensor by its name."""
+    """The shape and the dtype of each tensor, by name."""
     import torch
 
     shapes, dtypes = dict[str, torch.Size](), dict[str, torch.dtype]()
@@ -94,12 +94,12 @@ def _layout(
 
 
 def _packed(stored: StoredWeight, kind: str, quantized: Quantizer) -> dict[str, Tensor]:
-    """A weight's parts by the ends of their names."""
+    """The tensors of a packed weight, by the ends of their names."""
     import torch
 
     held = quantized(stored, False)
     values = held.values
-    if kind == "int8":  # of int4 they are packed and without a sign already
+    if kind == "int8":  # int4 values are already packed and unsigned
         values = (values.to(torch.int16) + 128).to(torch.uint8)
     return {
         VALUES: values.view(torch.int32),

@@ -1,9 +1,9 @@
-"""How much each input of a linear layer counts when its weights are rounded to 4 bits.
+"""The importance of each input of a linear layer when its weights are rounded to 4 bits.
 
-A weight's error reaches the output multiplied by the weight's input, so it counts by the mean
-square of that input, which differs a hundredfold between inputs (Lin et al. 2023, AWQ; the
-importance matrix of llama.cpp). Random tokens show it nearly as well as text does, so the numbers
-depend on the model alone.
+A weight's error is multiplied by its input, so it matters in proportion to the mean square of that
+input, which differs a hundredfold between inputs (Lin et al. 2023, AWQ; llama.cpp's importance
+matrix). Random tokens show it nearly as well as text does, so the importance depends only on the
+model.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from gptray.model.rounding import rounded
 from gptray.model.stored_weights import StoredModel, StoredWeight
 from gptray.model.unread import unread_network
 
-# Makes a weight, transposed where told; raises UserError as `rounded`.
+# Quantizes a weight, transposed if the second argument is true; raises UserError as `rounded`.
 Quantizer = Callable[[StoredWeight, bool], QuantizedWeight]
 
 TOKENS = 256
-# Of the mean: the least that an input counts, for text may make more of it.
+# The least importance of an input, relative to the mean: text may use it more.
 _LEAST = 2.0**-10
 
 
 @torch.no_grad()
 def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
-    """How much the inputs of each weight (out, in) of the blocks' linear layers count, by its name.
+    """The importance (in,), fp32, of the inputs of the blocks' linear layers, by weights' names.
 
-    (in,) in fp32: mean squares over random tokens, about 1 on average. They are computed in fp64
-    and rounded to powers of two, so that the order of a sum, which differs between machines, does
-    not show. Empty for a `kind` that asks for none. Memory holds one block. Raises UserError as
-    `GPT.full_tensor`.
+    These are mean squares over random tokens, about 1 on average, computed in fp64 and rounded to
+    powers of two, so that machines that sum in another order agree. Empty for a `kind` that does
+    not use them. Holds one block in memory. Raises UserError as `GPT.full_tensor` does.
     """
     found = dict[str, Tensor]()
     if kind not in IN_GROUPS:
@@ -64,8 +63,7 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
 
 
 def base_importance(base: Base, kind: str) -> dict[str, Tensor]:
-    """`input_importance` of a base, computed once in a process: a run merges its adapter again
-    whenever it is the best so far."""
+    """`input_importance` of a base, cached because a run merges its adapter at every new best."""
     return _importance(base.folder, base.sha256, kind) if kind in IN_GROUPS else {}
 
 
@@ -75,7 +73,7 @@ def _importance(folder: Path, sha256: str, kind: str) -> dict[str, Tensor]:
 
 
 def quantizer(folder: Path, model: StoredModel, kind: str) -> Quantizer:
-    """What makes a folder's weights `kind`, by how much their inputs count."""
+    """The function that quantizes a folder's weights to `kind`, by their inputs' importance."""
     counts = dict[StoredWeight, Tensor]()
     if kind in IN_GROUPS:
         found = input_importance(unread_network(folder), kind)
@@ -83,36 +81,35 @@ def quantizer(folder: Path, model: StoredModel, kind: str) -> Quantizer:
             if part.parameter in found and part.is_linear:
                 counts[model.weights[part.name]] = found[part.parameter]
 
-    def quantized(stored: StoredWeight, turned: bool) -> QuantizedWeight:
+    def quantized(stored: StoredWeight, transposed: bool) -> QuantizedWeight:
         weight = rounded(stored, torch.float32)
-        weight = weight.t().contiguous() if turned else weight
+        weight = weight.t().contiguous() if transposed else weight
         return quantize(weight, kind, counts.get(stored))
 
     return quantized
 
 
 def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """What the first block reads of random tokens, (1, T, C) in fp64, and the angles of rotary
-    positions."""
+    """The first block's input for random tokens, (1, T, C) in fp64, and the rotary angles."""
     transformer, length = model.transformer, min(TOKENS, model.config.n_positions)
     table = model.full_tensor(transformer.wte.weight)
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(len(table), (1, length), generator=random).to(table.device)
     x = F.embedding(idx, table).double()
     if transformer.rotary:
-        # The network's own angles are of fp32, in which machines differ.
+        # Not the network's own angles: they are fp32, which differs between machines.
         rotary = Rotary(model.config, torch.float64)
         return x, rotary.at(torch.arange(length, device=table.device), torch.float64)
     return x + model.full_tensor(transformer.wpe.weight)[:length], None
 
 
 def _keeping(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-    """A hook that keeps how much the inputs of a linear layer count."""
+    """A hook that records the importance of a linear layer's inputs."""
 
     def keep(_: nn.Module, read: tuple[Tensor]) -> None:
         energy = read[0].flatten(0, -2).square().mean(0)
         shares = energy / energy.mean().log2().round().exp2()
-        # Where all inputs are 0, or one is not finite, all count the same.
+        # If all inputs are 0, or one is not finite, all count the same.
         shares = shares.nan_to_num(nan=1.0).clamp_min(_LEAST)
         found[f"{name}.weight"] = shares.log2().round().exp2().float()
 

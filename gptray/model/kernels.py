@@ -2,11 +2,11 @@
 head with its loss.
 
 For x86 processors with AVX-512's bf16 dot product, and for ARM. Weights and their gradients are
-fp32. The same bits at any number of threads. Attention keeps no probabilities: the backward pass
-recomputes them (Dao et al. 2022, FlashAttention); of queries and keys it keeps none that are
-normalised or rotated.
+fp32. The bits are the same at any number of threads. Attention saves no probabilities: the backward
+pass recomputes them (Dao et al. 2022, FlashAttention), and also the normalised and rotated queries
+and keys.
 
-Shapes: M rows, H heads of queries, G of keys and values, D numbers in a head.
+Shapes: M rows, H query heads, G key and value heads, D numbers in a head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gptray.model.operator import Given, Operator
 from gptray.model.rotary import Angles
 from gptray.native.abi import NORM_PARTS
 
-# The library's functions for an MLP's first layer, and for the gradient of what that gives.
+# The library's functions for an MLP's first layer with its activation, and for their gradient.
 _MLPS = {
     "gelu_new": ("linear_gelu", "input_gradient_gelu"),
     "gelu": ("linear_exact_gelu", "input_gradient_gelu"),
@@ -53,10 +53,10 @@ def mlp(
     *,
     kind: str,
 ) -> Tensor:
-    """a(x W^T + b) V^T + c, a being `gptray.model.layers.activation` of a kind; weights and biases
-    as `linear`'s, both biases or none.
+    """a(x W^T + b) V^T + c, where a is `gptray.model.layers.activation` of a kind; weights and
+    biases as in `linear`, both biases or none.
 
-    Keeps the activation's slopes in place of its argument, so the backward pass computes none.
+    Saves the activation's slopes instead of its argument, so the backward pass computes none.
     """
     layers = [*_layer(weight, bias), *_layer(out_weight, out_bias)]
     return _MLP([x, *layers], numbers=[list(_MLPS).index(kind)])
@@ -71,18 +71,18 @@ def attention(
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D) + causal mask) v of n_head heads of q and kv_heads of k and v.
+    """softmax(q k^T / sqrt(D) + causal mask) v with n_head heads of q and kv_heads of k and v.
 
-    qkv (B, T, (H + 2 G) D) bf16, D even. norms: weights (D) fp32 of an RMSNorm with eps, of each
-    head's queries and of its keys. angles: of their rotation after that, bf16. Returns (B, T, H D).
+    qkv (B, T, (H + 2 G) D) bf16, D even. norms: weights (D) in fp32 of the RMSNorms, with eps, of
+    queries and of keys. angles: of the rotation after that, bf16. Returns (B, T, H D).
     """
     return _ATTENTION([qkv, *(norms or ())], angles or (), [n_head, kv_heads, eps])
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm of x (..., C) bf16, or without a bias RMSNorm; weight and bias fp32.
+    """Layer norm of x (..., C) bf16, or RMSNorm without a bias; weight and bias fp32.
 
-    In eager mode, for inductor makes its own.
+    Only for eager mode: inductor generates its own.
     """
     y: Tensor = _Norm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
     return y
@@ -91,11 +91,11 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
 def head_loss(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """-log softmax(x W^T)[target] of each row, (M) fp32, and the gradients of their sum by x, bf16,
-    and by W, fp32, or None where it is not needed.
+    """-log softmax(x W^T)[target] of each row, (M) fp32, and the gradients of their sum with
+    respect to x, bf16, and to W, fp32, or None if not needed.
 
-    x (M, C) bf16, C even; W (V, C) fp32, or bf16 where it is frozen, of which the first `valid`
-    rows are tokens; targets (M) int64. Autograd records nothing.
+    x (M, C) bf16, C even; W (V, C) fp32, or bf16 if frozen, of which the first `valid` rows are
+    tokens; targets (M) int64. Autograd records nothing.
     """
     x, weight, targets = contiguous([x, weight, targets])
     losses, grad_x = torch.empty(len(x)), torch.empty_like(x)
@@ -107,7 +107,7 @@ def head_loss(
 
 
 def _or_none(tensors: Sequence[Tensor], count: int) -> list[Tensor | None]:
-    """The tensors, or None for each that there is not."""
+    """The tensors, then None for each missing one."""
     return [*tensors, *[None] * (count - len(tensors))]
 
 
@@ -134,14 +134,14 @@ def _linear_shapes(given: Given) -> list[Tensor]:
 
 
 def _mlp(given: Given) -> list[Tensor]:
-    """The output, and for the backward pass the activation's values (..., N) and its slopes, as
-    wide as its argument."""
+    """The output, and for the backward pass the activation's values (..., N) and slopes, as wide as
+    its argument."""
     x, *layers = contiguous(given.tensors)
     (weight, *bias), out = _both(layers)
     (M, rows, K), N = sizes(x, weight), out[0].size(1)
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
-    room = panels(N if rows == N else gated_columns(N), K // 2)
-    made = inner, slopes, room
+    scratch = panels(N if rows == N else gated_columns(N), K // 2)
+    made = inner, slopes, scratch
     call(_functions(given.numbers)[0], x, weight, *_or_none(bias, 1), *made, M, N, K)
     return [product(inner, *out), inner, slopes]
 
@@ -183,7 +183,7 @@ _MLP = Operator("mlp", _mlp, _mlp_backward, _mlp_shapes)
 
 
 def _attend(given: Given) -> list[Tensor]:
-    """The output (B, T, H D), and of each query the logarithm of its sum of exponentials."""
+    """The output (B, T, H D), and each query's log2 of the sum of exponentials."""
     out, log_sums = _attention_shapes(given)
     call("attention", *_preparation(given), out, log_sums, given.numbers[2], *_head_sizes(given))
     return [out, log_sums]
@@ -196,7 +196,7 @@ def _attend_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Ten
     made = [qkv.new_empty(qkv.shape), weights, sums]
     tensors = [grad.contiguous(), *_preparation(given), *kept, *made]
     call("attention_gradient", *tensors, given.numbers[2], *sizes)
-    # Not parts of one tensor: an operator's results share no memory.
+    # Cloned, because an operator's results must not share memory.
     return [made[0], *(part.clone() for part in weights[: len(given.tensors) - 1])]
 
 
@@ -207,13 +207,13 @@ def _attention_shapes(given: Given) -> list[Tensor]:
 
 
 def _preparation(given: Given) -> list[Tensor | None]:
-    """qkv, the norms' weights and the angles, or None for what there is not."""
+    """qkv, the norms' weights and the angles; None for those that are missing."""
     qkv, *norms = contiguous(given.tensors)
     return [qkv, *_or_none(norms, 2), *_or_none(contiguous(given.constants), 2)]
 
 
 def _head_sizes(given: Given) -> tuple[int, int, int, int, int, int]:
-    """B, T, H, G, D and the pairs that are rotated."""
+    """B, T, H, G, D and the number of rotated pairs."""
     qkv, H, G = given.tensors[0], int(given.numbers[0]), int(given.numbers[1])
     half = given.constants[0].size(1) if given.constants else 0
     return qkv.size(0), qkv.size(1), H, G, qkv.size(2) // (H + 2 * G), half

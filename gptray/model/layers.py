@@ -1,9 +1,8 @@
-"""The decoder's layers, each in the form that is fastest where it runs.
+"""The decoder's layers, each in the fastest form for where it runs.
 
-bf16 on a CPU that supports it: `gptray.model.kernels`. Eager bf16 elsewhere: casts folded into
-the linear layer's own backward. Under torch.compile on a CPU: plain formulas in fp32 between the
-GEMMs, which inductor fuses; on a GPU the GEMM adds the bias. Dropout on a CPU: from whole random
-words.
+bf16 on a CPU that supports it: `gptray.model.kernels`. Other eager bf16: casts inside the linear
+layer's own backward pass. Under torch.compile on a CPU: plain fp32 formulas between the GEMMs,
+which inductor fuses; on a GPU, the GEMM adds the bias. Dropout on a CPU: from whole random words.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from gptray.model.precision import has_onednn_linear
 class Linear(nn.Linear):
     """A linear layer that computes in its input's dtype; `GPT.initialise` sets its weights.
 
-    native: whether by `gptray.model.kernels`, for bf16 on a CPU; if its weight is frozen, and in
-    bf16, by `gptray.model.frozen_kernels`.
+    native: use `gptray.model.kernels`, for bf16 on a CPU, or if the weight is frozen in bf16,
+    `gptray.model.frozen_kernels`.
     """
 
     native = False
 
     def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
-        """What the kernels of a frozen one take for x (*rows, inputs)."""
+        """The layer's data for the kernels of frozen layers, for x (*rows, inputs)."""
         return FrozenLayer(self.weight, None, self.bias)
 
     def reset_parameters(self) -> None:
-        """Draw nothing."""
+        """Draw nothing: `GPT.initialise` does."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
@@ -52,16 +51,16 @@ class _CastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: LinearContext, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Not the copy in x's dtype: one of every layer would be kept until the backward pass.
+        # Not the cast copy, or one per layer would be kept until the backward pass.
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         on_cpu = x.device.type == "cpu"
         if on_cpu and torch.compiler.is_compiling():
-            # The sum in fp32: so it joins the next pointwise kernel, and not a slower addmm.
+            # Added in fp32, the bias fuses into the next pointwise kernel, not into a slower addmm.
             y: Tensor = F.linear(x, weight)
             return y if bias is None else (y.float() + bias).to(x.dtype)
-        # It adds the bias in the GEMM, addmm before it.
+        # oneDNN adds the bias in the GEMM, addmm before it.
         if on_cpu and has_onednn_linear(torch.bfloat16):
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
             return y
@@ -78,7 +77,7 @@ class _CastLinear(torch.autograd.Function):
         if x.device.type != "cpu":
             grad_bias = grad.sum(0, dtype=torch.float32)
         elif torch.compiler.is_compiling():
-            # A product, for a sum over rows would be fused with what made grad, badly.
+            # Not a sum over rows, which inductor would fuse badly with the kernel that made grad.
             grad_bias = torch.mm(grad.new_ones(1, grad.size(0)), grad)[0]
         else:
             grad_bias = grad.sum(0)
@@ -122,7 +121,7 @@ class _CastLayerNorm(torch.autograd.Function):
             grad, x, shape, mean, rstd, weight, bias, [True, False, False]
         )[0]
         normed = torch.native_layer_norm(x, shape, None, None, ctx.eps)[0]
-        # A sum of one tensor runs in fp32 inside.
+        # The sum of a single tensor accumulates in fp32.
         grad_weight = normed.mul_(grad).flatten(0, -2).sum(0).float()
         return grad_x, grad_weight, grad.flatten(0, -2).sum(0).float(), None
 
@@ -150,14 +149,14 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What `RMSNorm` gives."""
+    """RMSNorm of x by plain formulas; the mean is in fp32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return normed.to(x.dtype) * weight.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """It keeps x alone, and the weight's gradient is summed in fp32."""
+    """Saves only x and the weight, and sums the weight's gradient in fp32."""
 
     @staticmethod
     def forward(ctx: NormContext, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -178,8 +177,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """What an MLP does between its layers: gelu_new, gelu, or swiglu, whose x (..., 2 N) holds gate
-    and input side by side, and gives silu(gate) * input, (..., N) (Shazeer 2020)."""
+    """An MLP's activation: gelu_new, gelu, or swiglu, whose x (..., 2 N) holds gate and input side
+    by side and which returns silu(gate) * input, (..., N) (Shazeer 2020)."""
     if kind == "gelu_new":
         return gelu(x)
     if kind == "gelu":
@@ -197,7 +196,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class _RationalGelu(torch.autograd.Function):
-    """GELU without a call: inductor's tanh and exp take most of a fused kernel's time on a CPU."""
+    """GELU by a rational tanh: inductor's tanh and exp would take most of a fused kernel's time."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
@@ -252,7 +251,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def drawn_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
-    """What `dropout` multiplies x of a shape by on a CPU."""
+    """A mask for x of this shape on a CPU, by which `dropout` would multiply it."""
     if torch.compiler.is_compiling():
         return F.dropout(torch.ones(shape, dtype=dtype), p)
     return dropout_mask(torch.empty(shape, dtype=dtype), p)
@@ -261,8 +260,8 @@ def drawn_mask(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """0 with probability p, else 1 / (1 - p), in x's shape and dtype; on CPU, in eager mode.
 
-    From 16 bits an element: PyTorch draws a CPU's dropout one double at a time on one thread,
-    which takes longer than the GEMMs around it. p is met to within 1/131072.
+    Uses 16 random bits per element: on a CPU, PyTorch draws dropout one double at a time on one
+    thread, which takes longer than the GEMMs around it. p is met to within 1/131072.
     """
     words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     bits = words.view(torch.int16)[: x.numel()].view(x.shape)

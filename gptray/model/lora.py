@@ -1,8 +1,8 @@
-"""LoRA: a network with frozen linear layers, each with narrow trainable matrices beside it.
+"""LoRA: a network with frozen linear layers and narrow trainable matrices beside them.
 
 Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept
-quantized or in the dtype used for computing, adapters as fp32 masters. Files are handled by
-`gptray.model.adapter_files`.
+quantized or in the dtype of the computation, adapters as fp32 masters. `gptray.model.adapter_files`
+handles files.
 Shapes: N tokens, P adapters of a layer, R rank.
 """
 
@@ -23,15 +23,14 @@ from gptray.model.frozen_layer import Adapters, FrozenLayer, dequantized
 from gptray.model.gpt import GPT, MLP
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, drawn_mask, dropout
 from gptray.model.parameters import Part
-from gptray.model.quantized_linear import QuantizedLinear, numbers_of
+from gptray.model.quantized_linear import QuantizedLinear, stored_form
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer, `base`, whose outputs get scale * B A x besides.
+    """A frozen linear layer, `base`, that also adds scale * B A x to its outputs.
 
-    Layers that lie side by side in it have an adapter each, for their own outputs. lora_A (P R,
-    inputs) has their A below each other, since all read the same; lora_B (outputs that are adapted,
-    R) their B.
+    Each of the layers that are fused in it has an adapter for its own outputs. lora_A (P R, inputs)
+    stacks their A, because all have the same input; lora_B (adapted outputs, R) stacks their B.
     """
 
     def __init__(
@@ -49,31 +48,31 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's, which `GPT.full_tensor` makes whole and merged."""
+        """The base's weight; `GPT.full_tensor` gives it dequantized and merged."""
         weight: Tensor = self.base.weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's."""
+        """The base's bias."""
         bias: Tensor | None = self.base.bias
         return bias
 
     def pairs(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Of each adapter: its outputs, A (R, inputs), B (outputs, R)."""
+        """Yield each adapter's outputs, A (R, inputs) and B (outputs, R)."""
         each_a, each_b = torch.split(self.lora_A, self.rank), _split(self.lora_B, self.spans)
         yield from zip(self.spans, each_a, each_b, strict=True)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight that computes the same alone, in fp32."""
+        """The weight with the adapters merged, in fp32."""
         weight = frozen_weight(self.base)
         for span, a, b in self.pairs():
             weight[span].addmm_(b, a, alpha=self.scale)
         return weight
 
     def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
-        """What the kernels of its base take for x (*rows, inputs), with the adapters."""
+        """The data of base and adapters for the kernels of frozen layers, for x (*rows, inputs)."""
         mask = None
         if self.training and self.dropout:
             mask = drawn_mask((*rows, self.in_features), self.dropout, torch.bfloat16)
@@ -84,14 +83,13 @@ class LoRALinear(nn.Module):
         if self.native:
             return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
         read = dropout(x, self.dropout if self.training else 0.0)
-        arguments = (x, read, *numbers_of(self.base), self.bias, self.lora_A, self.lora_B)
+        arguments = (x, read, *stored_form(self.base), self.bias, self.lora_A, self.lora_B)
         y: Tensor = _Adapted.apply(*arguments, self.spans, self.scale)  # type: ignore[no-untyped-call]
         return y
 
 
 class FrozenMLP(nn.Module):
-    """An MLP whose layers are frozen, with or without adapters, by
-    `gptray.model.frozen_kernels`."""
+    """An MLP with frozen layers, with or without adapters, by `gptray.model.frozen_kernels`."""
 
     native = True
 
@@ -109,7 +107,7 @@ class FrozenMLP(nn.Module):
 class _Adapted(torch.autograd.Function):
     """x W^T + b, and scale * (read A^T) B^T added to each adapter's outputs in place.
 
-    read: x, or x after dropout. No gradient of W and b is made.
+    read: x, or x after dropout. W and b get no gradient.
     """
 
     @staticmethod
@@ -164,8 +162,8 @@ class _Adapted(torch.autograd.Function):
 
 
 def frozen_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
-    """A copy of a frozen layer's weight, in fp32."""
-    values, scales, kind = numbers_of(base)
+    """A copy of a frozen layer's weight in fp32."""
+    values, scales, kind = stored_form(base)
     weight = dequantized(values.detach(), scales, kind, base.in_features, torch.float32)
     return weight.float().clone() if scales is None else weight
 
@@ -175,11 +173,11 @@ def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:
 
 
 def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
-    """Freeze all of a network on the meta device but `replaced`, in the dtype that it computes in;
-    with a kind of `gptray.model.quantized` its blocks' linear layers hold their weights in that.
+    """Freeze a network on the meta device, except `replaced`, and cast it to the dtype in which it
+    computes; a `kind` of `gptray.model.quantized` makes its blocks' linear layers quantized.
 
-    Kernels take norms and biases in fp32, which stay that: norms of a network that has kernels, for
-    attention reads theirs, and biases of layers that are computed by them.
+    What the kernels read in fp32 stays fp32: the norms of a network that uses kernels, because
+    attention reads them, and the biases of native layers.
     """
     learns = {part.parameter for part in replaced}
     is_native = model.is_native
@@ -200,10 +198,10 @@ def freeze(model: GPT, replaced: Sequence[Part], kind: str = "none") -> None:
 
 @torch.no_grad()
 def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed: int) -> None:
-    """Add adapters to the layers of a frozen network on the CPU that `adapted` are parts of.
+    """Add adapters for the parts `adapted` to a frozen network on the CPU.
 
-    At first they change nothing: B is zero, A is drawn as PEFT draws it, uniform with a bound of
-    1 / sqrt(inputs), the same for a seed on every device. `model.full_tensor` gives weights merged.
+    At first they change nothing: B is zero, and A is drawn as in PEFT, uniformly with a bound of
+    1 / sqrt(inputs); a seed gives the same A on every device. `model.full_tensor` then merges.
     """
     by_layer = dict[str, list[Part]]()
     for part in adapted:
@@ -216,7 +214,7 @@ def add_adapters(model: GPT, lora: LoraConfig, adapted: Sequence[Part], *, seed:
         bound = 1 / math.sqrt(linear.in_features)
         layer.lora_A.uniform_(-bound, bound, generator=generator)
         model.set_submodule(name, layer)
-    # An adapted layer after its base, in whose place it stands.
+    # By weight; an adapted layer replaces its base.
     held = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     layers: dict[int, QuantizedLinear | LoRALinear] = {id(layer.weight): layer for layer in held}
     layers |= {id(m.weight): m for m in model.modules() if isinstance(m, LoRALinear)}

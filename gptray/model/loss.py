@@ -1,11 +1,11 @@
 """The head and its cross-entropy in pieces of rows, so only one piece's logits exist at a time.
 
-In bf16 on CPUs that have them `gptray.model.kernels` does this in training.
+When training in bf16 on CPUs with native kernels, `gptray.model.kernels` computes it instead.
 
-The gradient is made in the forward pass, while a piece's logits are at hand; the backward pass
-only scales it. Weights come as fp32 masters and their gradient is summed in fp32; frozen ones get
-none. On a CPU a piece stays in its caches; on a GPU it is large, since every piece reads and writes
-the whole gradient of the weight and costs its launches.
+The gradient is computed in the forward pass, while a piece's logits exist; the backward pass only
+scales it. Weights are fp32 masters and their gradient is summed in fp32; frozen ones get none. On a
+CPU a piece fits into the caches; on a GPU it is large, because each piece reads and writes the
+whole gradient of the weight and launches kernels.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from torch import Tensor
 from gptray.model import kernels
 from gptray.model.autograd_context import Context
 
-# Of one piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which glibc
-# takes every allocation fresh from the kernel, whose page faults cost more than the arithmetic.
+# The size of a piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which
+# glibc gets every allocation from the kernel anew; the page faults would cost more than the
+# arithmetic.
 CPU_BYTES = 28 * 2**20
-# Of one piece's logits on a GPU, as they are kept: in fp32 in eager mode, in the dtype to compute
-# in under torch.compile. Two to three times as much exists at a time.
+# The size of a piece's logits on a GPU: in fp32 in eager mode, in the dtype of the computation
+# under torch.compile. The peak is two to three times as much.
 GPU_BYTES = 2 * 2**30
-# Rows of the head's gradient that are made and summed at a time, so that they stay in cache.
+# Rows of the head's gradient that are computed and added at a time, so that they stay in cache.
 GRAD_ROWS = 4096
 # A target that does not count: any number below 0.
 UNCOUNTED = -1
 
 
 def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4) -> int:
-    """How many of `rows` rows make a piece, a multiple of 32 where a piece has as many.
+    """The number of rows in a piece of `rows` rows, a multiple of 32 if it is at least 32.
 
-    logit_bytes: of one logit, as a GPU keeps it. On a GPU all pieces are about the same size.
+    logit_bytes: the size of a logit on a GPU, where all pieces are about the same size.
     """
     if on_gpu:
         most = max(1, GPU_BYTES // (logit_bytes * vocab_size))
@@ -47,12 +48,12 @@ def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, native: bool = False
 ) -> Tensor:
-    """Mean over the tokens that count of -log softmax(x @ weight.T)[target], a fp32 scalar.
+    """Mean of -log softmax(x @ weight.T)[target] over the tokens that count, an fp32 scalar.
 
-    x (N, C) in the dtype to compute in, weight (V, C) fp32, targets (N,) int64; those below 0 do
-    not count, and where none does the loss is 0. Only the first `valid` of the V rows are tokens:
-    the others get no probability and no gradient. native: in eager mode with gradients by
-    `gptray.model.kernels`, for x in bf16 and weight in fp32, or frozen in bf16, on a CPU.
+    x (N, C) in the dtype of the computation, weight (V, C) fp32, targets (N,) int64; those below 0
+    do not count, and if none counts the loss is 0. Only the first `valid` of the V rows are tokens:
+    the others get no probability and no gradient. native: use `gptray.model.kernels` in eager mode
+    with gradients, for x in bf16 and weight in fp32, or frozen in bf16, on a CPU.
     """
     if not torch.is_grad_enabled():
         losses = token_cross_entropy(x, weight, targets.clamp(min=0), valid=valid)
@@ -75,18 +76,18 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: in
 
 def mean_of_counted(losses: Tensor, targets: Tensor) -> Tensor:
     """The mean of losses (..., N) over the targets (N,) that count, (...)."""
-    return losses.masked_fill(targets < 0, 0.0).sum(-1) / how_many_count(targets)
+    return losses.masked_fill(targets < 0, 0.0).sum(-1) / num_counted(targets)
 
 
-def how_many_count(targets: Tensor) -> Tensor:
-    """How many targets count, to divide by; 1 if none does."""
+def num_counted(targets: Tensor) -> Tensor:
+    """The number of targets that count, at least 1, as a divisor."""
     return (targets >= 0).sum().clamp(min=1)
 
 
 def without_uncounted(rows: Tensor, targets: Tensor) -> Tensor:
-    """Rows (N, C), zero where the target (N,) does not count.
+    """Rows (N, C), zeroed where the target (N,) does not count.
 
-    For the head's input, this keeps a row out of the weight's gradient.
+    In the head's input, this keeps a row out of the weight's gradient.
     """
     return rows.masked_fill((targets < 0).unsqueeze(1), 0.0)
 
@@ -94,9 +95,9 @@ def without_uncounted(rows: Tensor, targets: Tensor) -> Tensor:
 def pieces_of(
     x: Tensor, weight: Tensor, targets: Tensor, *, copies: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of x with their targets (rows, 1).
+    """Yield pieces of x with their targets (rows, 1).
 
-    copies: how many times as much of a piece there is at a time as `piece_rows` expects.
+    copies: how many times as much memory a piece takes as `piece_rows` assumes.
     """
     on_gpu = x.device.type != "cpu"
     logit_bytes = copies * (x.element_size() if torch.compiler.is_compiling() else 4)
@@ -105,7 +106,7 @@ def pieces_of(
 
 
 def log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
-    """log softmax(x @ weight.T), (rows, V) fp32, of the first `valid` entries; -inf of others."""
+    """log softmax(x @ weight.T), (rows, V) fp32, over the first `valid` entries; -inf elsewhere."""
     logits = torch.mm(x, weight.t()).float()  # (rows, V)
     if valid < weight.size(0):
         logits[:, valid:] = float("-inf")
@@ -113,7 +114,7 @@ def log_probabilities(x: Tensor, weight: Tensor, valid: int) -> Tensor:
 
 
 def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
-    """Add in place: total (V, C) += grad^T (V, rows) @ x (rows, C), the sum in fp32."""
+    """total (V, C) += grad^T (V, rows) @ x (rows, C) in place, summed in fp32."""
     if x.device.type != "cpu":
         total += torch.mm(grad.t(), x)
         return
@@ -124,7 +125,7 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor) -> None:
 
 
 def scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets (rows, 1) fp32, and the logits' gradient (rows, V)."""
+    """The targets' log-probabilities (rows, 1) in fp32, and the logits' gradient (rows, V)."""
     log_p = log_probabilities(x, weight, valid)
     picked = log_p.gather(1, target)
     # d sum / d logits = softmax - onehot
@@ -132,8 +133,8 @@ def scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tenso
 
 
 def fused_scores(x: Tensor, weight: Tensor, target: Tensor, valid: int) -> tuple[Tensor, Tensor]:
-    """The same in formulas for inductor on a GPU: the logits are read twice, their gradient is
-    written once, and nothing as large is made in fp32."""
+    """`scores` in formulas for inductor on a GPU: it reads the logits twice, writes their gradient
+    once, and materialises nothing of that size in fp32."""
     logits = torch.mm(x, weight.t())
     columns = torch.arange(weight.size(0), device=x.device)
     z = logits.float()
@@ -154,14 +155,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         score = kernels.head_loss if native else _piecewise
         counted, real = without_uncounted(x, targets), targets.clamp(min=0)
         losses, grad_x, grad = score(counted, weight, real, valid=valid, needs_weight=needs_weight)
-        ctx.save_for_backward(without_uncounted(grad_x, targets), grad, how_many_count(targets))
+        ctx.save_for_backward(without_uncounted(grad_x, targets), grad, num_counted(targets))
         return mean_of_counted(losses, targets)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
         scale = grads[0] / count
-        # In place: the gradient of a large head is too big to copy, and is used once.
+        # In place: the gradient of a large head is too big to copy, and is used only once.
         scaled = grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None
         return grad_x.mul_(scale), scaled, None, None, None
 
@@ -169,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _piecewise(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `gptray.model.kernels.head_loss` gives, on every device."""
+    """As `gptray.model.kernels.head_loss`, on any device."""
     cast = weight.to(x.dtype)
     fused = torch.compiler.is_compiling() and x.device.type != "cpu"
     score = fused_scores if fused else scores

@@ -1,4 +1,4 @@
-"""Memory of the process: freed memory is kept for the next tensor, or given back at once."""
+"""glibc's allocator: keep freed memory for the next tensor, or return it to the system at once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator reuse freed pages; a no-op where the C library is not glibc.
+    """Let the allocator reuse freed pages; a no-op if the C library is not glibc.
 
-    A step frees and takes the same large tensors again and again. By default glibc returns them
-    to the kernel each time, which clears and maps every page again: a tenth of a step on a CPU.
+    A training step allocates and frees the same large tensors over and over. By default glibc
+    returns them to the kernel, which clears and maps every page again: a tenth of a step on a CPU.
     Process-wide.
     """
     _set({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: LARGEST_INT})
 
 
 def return_freed_memory() -> None:
-    """Let the allocator give large tensors back as they are freed: the least memory, some speed.
+    """Let the allocator return large tensors to the system when freed: less memory, less speed.
 
     Weights that are expanded for one block and then freed would leave holes that glibc does not
-    fill: three times as much memory as is in use was seen. Process-wide, no-op as above.
+    fill: we saw three times the memory in use. Process-wide, and a no-op as above.
     """
     _set({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**20, M_TRIM_THRESHOLD: 2**20})
 

@@ -14,7 +14,7 @@ Tensors = list[Tensor]
 
 
 class Given(NamedTuple):
-    """What an operator is called with; constants have no gradient."""
+    """The arguments of an operator; constants have no gradient."""
 
     tensors: Tensors
     constants: Tensors
@@ -26,13 +26,13 @@ _Backward = Callable[[Tensor, Given, Tensors], Tensors]
 
 
 class Operator:
-    """A function of tensors, of constants that have no gradient, and of numbers.
+    """A function of tensors, of constants (without gradient) and of numbers, with its gradient.
 
-    forward: gives the result and what else the backward pass needs. backward: takes the result's
-    gradient, what was given, and that (with keeps_result the result before it), and gives the
-    tensors' gradients. Without keeps_inputs it gets no tensors and is plain PyTorch, which says by
-    itself what it gives. In eager mode they are called as they are; torch.compile gets operators
-    that it calls and does not look into, and learns from `shapes` what forward gives.
+    forward: returns the result, then the tensors that the backward pass needs. backward: takes the
+    result's gradient, the arguments and those tensors (after the result, with keeps_result), and
+    returns the tensors' gradients. Without keeps_inputs it gets no tensors and must be plain
+    PyTorch, which infers its own shapes. In eager mode both are called directly; torch.compile gets
+    opaque custom operators and learns forward's shapes from `shapes`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Operator:
         ) -> tuple[Tensors, list[None], list[None] | None]:
             (tensors, constants, numbers), kept = _kept(ctx)
             found = compiled_backward(grads[0], tensors, constants, kept, numbers)
-            # An empty list of numbers passes for one of tensors.
+            # PyTorch takes an empty list of numbers for a list of tensors.
             return found, [None] * ctx.constant_count, None if ctx.numbers else []
 
         compiled.register_fake(lambda *given: shapes(Given(*given)))
@@ -112,6 +112,6 @@ def _like_inputs(grad: Tensor, inputs: Tensors, *rest: object) -> Tensors:
 
 
 def _kept(ctx: OperatorContext) -> tuple[Given, Tensors]:
-    """What was given, and what forward gave besides."""
+    """The arguments, and the tensors that forward saved."""
     saved, stop = list(ctx.saved_tensors), ctx.count + ctx.constant_count
     return Given(saved[: ctx.count], saved[ctx.count : stop], ctx.numbers), saved[stop:]

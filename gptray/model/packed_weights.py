@@ -1,5 +1,6 @@
-"""Weights as compressed-tensors packs them ("pack-quantized"): whole numbers side by side in words
-of 32 bits, and scales. Which weights they are; no torch here.
+"""The "pack-quantized" format of compressed-tensors: integers packed into 32-bit words, and scales.
+
+Only the format's description; no torch here.
 
 https://huggingface.co/docs/transformers/quantization/compressed_tensors
 """
@@ -13,42 +14,42 @@ from pathlib import Path
 from gptray.config import UserError
 from gptray.stored import is_whole, read_foreign
 
-# After a weight's name.
+# Suffixes of a weight's name.
 VALUES, SCALES, SHAPE = "_packed", "_scale", "_shape"
-# In config.json.
+# The key in config.json, and its values.
 KEY = "quantization_config"
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 
 
 @dataclass(frozen=True)
 class Packing:
-    """bits: of a number, 4 or 8. group: inputs that share a scale; None: all of a row."""
+    """bits: 4 or 8 per number. group: inputs that share a scale; None: a whole row."""
 
     bits: int
     group: int | None
 
     def words(self, inputs: int) -> int:
-        """Of a row."""
+        """The words of a row."""
         return -(-inputs * self.bits // 32)
 
     def groups(self, inputs: int) -> int:
-        """Scales of a row."""
+        """The scales of a row."""
         return 1 if self.group is None else -(-inputs // self.group)
 
     def inputs(self, words: int, groups: int) -> int:
-        """Of a row with so many words and scales, where they are a multiple of 32."""
+        """The inputs of a row with so many words and scales, if they are a multiple of 32."""
         return words * 32 // self.bits if self.group is None else groups * self.group
 
 
-# Inputs that share a scale in 4 bits.
+# Inputs that share a scale in 4-bit weights.
 GROUP = 32
-# Those of `gptray.model.quantized`, by name; compressed-tensors has no iq4_nl.
+# The kinds of `gptray.model.quantized`; compressed-tensors has no iq4_nl.
 PACKINGS = {"int8": Packing(8, None), "int4": Packing(4, GROUP), "iq4_nl": Packing(4, GROUP)}
 
 
 def packed_config(packing: Packing, *, others: Sequence[str]) -> dict[str, object]:
-    """What config.json says of weights in this packing; embedding and head are not packed, nor the
-    layers whose names are `others`."""
+    """The quantization_config for weights in this packing; embedding and head are not packed, nor
+    are the layers `others`."""
     weights = {
         "num_bits": packing.bits,
         "type": "int",
@@ -74,9 +75,9 @@ def packed_config(packing: Packing, *, others: Sequence[str]) -> dict[str, objec
 
 
 def packing_of(config: Path) -> Packing | None:
-    """How the weights next to a config.json are packed; None: they are not.
+    """The packing of the weights next to a config.json; None if they are not packed.
 
-    Raises UserError for weights that are quantized in a way that is not read.
+    Raises UserError for unsupported quantization.
     """
     raw = read_foreign(config).get(KEY)
     if raw is None:

@@ -1,7 +1,7 @@
-"""A network's parameters, and where each lies in the weight files of its family; no torch here.
+"""A network's parameters, and their tensors in the weight files of its family; no torch here.
 
-Linear layers that read the same input are one: queries, keys and values in `c_attn`, gate and
-input of a gated MLP in `c_fc`. Weights are (out, in).
+Linear layers with the same input are fused: queries, keys and values in `c_attn`, gate and input of
+a gated MLP in `c_fc`. Weights are (out, in).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from gptray.config import ModelConfig
 from gptray.model.families import Family
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-# GPT-NeoX's head in files of older releases of transformers.
+# GPT-NeoX's head in files from older releases of transformers.
 _OLD_HEAD = "embed_out.weight"
-# Ends of what old files hold and no network needs: causal masks, wavelengths of positions.
+# Ends of names of tensors in old files that are not weights: causal masks and rotary frequencies.
 IGNORED = (
     ".attn.bias",
     ".attn.masked_bias",
@@ -30,7 +30,7 @@ IGNORED = (
 class Part:
     """A tensor of a weight file: rows `start` to `start + rows` of a parameter.
 
-    dims: the shape in the file. turned: how its numbers lie there, see `Family`.
+    dims: its shape in the file. layout: its layout in the file, see `Family`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Part:
     parameter: str
     start: int
     rows: int
-    turned: Literal["", "transposed", "by_head"] = ""
+    layout: Literal["", "transposed", "by_head"] = ""
 
     @property
     def is_linear(self) -> bool:
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Module:
-    """A module's parameters: a weight of these parts side by side, (sum of parts, *inputs)."""
+    """A module's parameters: a weight (sum of parts, *inputs) of fused parts; perhaps a bias."""
 
     name: str
     parts: tuple[int, ...]
@@ -74,7 +74,7 @@ def block_modules(config: ModelConfig) -> list[Module]:
 
 
 def outer_modules(config: ModelConfig, rows: int) -> list[Module]:
-    """The modules outside the blocks, without the head; rows: of the embedding."""
+    """The modules outside the blocks, without the head; rows: the embedding's."""
     width = config.n_embd
     learned = config.positions == "learned"
     return [
@@ -91,7 +91,7 @@ def _norm(name: str, config: ModelConfig) -> list[Module]:
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters of a network with `vocab_size` rows, a tied head counted once."""
+    """The number of parameters with `vocab_size` rows, counting a tied head once."""
     head = 0 if config.tie_word_embeddings else vocab_size * config.n_embd
     outer = sum(map(_numbers, outer_modules(config, vocab_size)))
     return outer + config.n_layer * sum(map(_numbers, block_modules(config))) + head
@@ -104,7 +104,7 @@ def _numbers(module: Module) -> int:
 
 
 def stored_parts(config: ModelConfig, family: Family, rows: int) -> Iterator[Part]:
-    """Every tensor of a network's weight files, embedding first; an untied head last."""
+    """Yield every tensor of a network's weight files, the embedding first, an untied head last."""
     for module in outer_modules(config, rows):
         yield from _parts(module, config, family, "")
     for layer in range(config.n_layer):
@@ -115,7 +115,7 @@ def stored_parts(config: ModelConfig, family: Family, rows: int) -> Iterator[Par
 
 
 def stored_name(name: str, family: Family) -> str:
-    """The name that a tensor of a file goes by; files of a network without a head lack a prefix."""
+    """The canonical name of a file's tensor; files of a network without a head omit the prefix."""
     if name in (HEAD, _OLD_HEAD):
         return HEAD
     return name if name.startswith(family.prefix) else family.prefix + name
@@ -129,9 +129,9 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
     is_linear = bool(layer and module.inputs)
     start = 0
     for name, size in zip(names, sizes, strict=True):
-        turned: Literal["", "transposed", "by_head"] = ""
+        layout: Literal["", "transposed", "by_head"] = ""
         if family.by_head and module.name == "attn.c_attn":
-            turned = "by_head"
+            layout = "by_head"
         weight = [size, *module.inputs]
         yield Part(
             f"{theirs}{name}.weight",
@@ -139,8 +139,8 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
             f"{own}.weight",
             start,
             size,
-            "transposed" if is_linear and family.transposed else turned,
+            "transposed" if is_linear and family.transposed else layout,
         )
         if module.has_bias:
-            yield Part(f"{theirs}{name}.bias", [size], f"{own}.bias", start, size, turned)
+            yield Part(f"{theirs}{name}.bias", [size], f"{own}.bias", start, size, layout)
         start += size

@@ -1,6 +1,6 @@
-"""Which precision to use: bf16 if the hardware has it, and the faster fp32 GEMM where it is exact.
+"""Chooses the precision: bf16 if the hardware has it, and oneDNN's faster fp32 GEMM if it is exact.
 
-Both only inspect the machine; the training loop decides where to use the answers.
+The functions only inspect the machine; the training loop decides where to use the answers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gptray.config import UserError
 def pick_dtype(
     precision: str, device: torch.device | str, *, key: str = "train.precision"
 ) -> torch.dtype:
-    """The dtype to compute in for `precision` auto | fp32 | bf16; auto is bf16 only in hardware.
+    """The dtype for `precision` auto | fp32 | bf16; auto is bf16 only if the hardware supports it.
 
-    Raises UserError naming `key`: there is no such precision, or a GPU does not compute in it.
+    Raises UserError, naming `key`, for an unknown precision or one that the GPU does not support.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise UserError(f"{key}={precision}: choose auto, fp32 or bf16")
@@ -44,7 +44,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 @cache
 def has_onednn_linear(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer is there and computes in `dtype` on this processor."""
+    """Whether oneDNN's linear layer exists and computes in `dtype` on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     computes = dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -52,11 +52,11 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
 
 
 def enable_fast_fp32() -> bool:
-    """Let oneDNN run fp32 GEMMs on CPU where that keeps fp32's precision; whether it did.
+    """Let oneDNN run fp32 GEMMs on a CPU if they keep fp32's precision; return whether they do.
 
-    PyTorch's "medium" allows bf16 inside. Many processors ignore the permission and are merely
-    faster, some (AMX) take it: so a product is compared with its float64 value first. The switch
-    is process-wide and would mean TF32 on a GPU, so a process that sees one is left alone.
+    PyTorch's "medium" allows bf16 internally. Many processors do not use that and are merely
+    faster; some (AMX) do, so a product is first compared with its float64 value. The setting is
+    process-wide and would mean TF32 on a GPU, so it stays unchanged in a process that sees a GPU.
     """
     if torch.cuda.is_available():
         return False
@@ -70,10 +70,10 @@ def enable_fast_fp32() -> bool:
 
 @contextmanager
 def own_fp32() -> Iterator[None]:
-    """Compute fp32 products in the block by PyTorch's own GEMM.
+    """Compute fp32 products in the block with PyTorch's own GEMM.
 
-    oneDNN's, which `enable_fast_fp32` may have let in, adds up in another order where there are
-    more rows: what a row gets would depend on its neighbours.
+    oneDNN's, which `enable_fast_fp32` may have enabled, sums in an order that depends on the number
+    of rows, so a row's result would depend on its neighbours.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

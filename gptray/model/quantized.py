@@ -2,11 +2,10 @@
 
     weight[o, i] = value[o, i] x scale[o, group of i]
 
-int8: values -127 .. 127, one group a row. int4: values -8 .. 7, groups of GROUP inputs. iq4_nl: as
-many groups, and values that lie the closer the nearer they are to 0, as weights do. Scales are
-fp16, and those of 4 bits may be negative. Nothing is added to a product, so that GGUF's Q8_0, Q4_0
-and IQ4_NL hold the same numbers, and of int8 and int4 the "pack-quantized" form of
-compressed-tensors, symmetric in groups.
+int8: values -127 .. 127, one group per row. int4: values -8 .. 7, groups of GROUP inputs. iq4_nl:
+the same groups, and values that are denser near 0, as weights are. Scales are fp16; 4-bit scales
+may be negative. There is no zero point, so GGUF's Q8_0, Q4_0 and IQ4_NL hold the same numbers, and
+so does the symmetric "pack-quantized" format of compressed-tensors for int8 and int4.
 """
 
 from __future__ import annotations
@@ -19,31 +18,31 @@ from torch.nn import functional as F
 
 from gptray.model.packed_weights import GROUP, PACKINGS
 
-_INT8_MOST = 127
-# The values of iq4_nl; those of GGUF's IQ4_NL.
+_INT8_MAX = 127
+# The values of iq4_nl, as in GGUF's IQ4_NL.
 CODES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# What the greatest weight of a group becomes in 4 bits, before it is rounded: whichever of them
-# rounds the group best. All that it can be in the end are among them: see `quantize`.
+# Candidates for the value, before rounding, of a group's largest weight in 4 bits; the one that
+# rounds the group best is used. They include all values that it can have: see `quantize`.
 _ENDS = {
     "int4": (-8.4, -8.0, -7.5, -7.0, -6.6, 6.6, 7.0, 7.5),
     "iq4_nl": (-134.0, -127.0, -119.0, 106.0, 113.0, 120.0),
 }
-# Kinds of 4 bits, with a scale for each group.
+# The 4-bit kinds, with a scale for each group.
 IN_GROUPS = tuple(_ENDS)
-# What is greater than this becomes such an end.
-_BEFORE_ENDS = {"int4": 6.5, "iq4_nl": 115.5}
-# How often the best scale is refined: the values that it gives have a better one.
-_MENDED = 2
-# Weights that are rounded at a time: what is made of them meanwhile stays near.
+# A larger value rounds to one of the ends, as the largest weight of a group must.
+_ROUNDS_TO_END = {"int4": 6.5, "iq4_nl": 115.5}
+# How often to refine the best scale by least squares for the values that it gives.
+_REFINEMENTS = 2
+# Weights that are rounded at a time, so that intermediate results stay cached.
 _AT_ONCE = 1 << 18
-# To be raised where the same weights become other numbers, so that none that are kept are taken.
+# Raise it whenever the same weights quantize differently, so that cached ones are not used.
 ROUNDING = 2
-# Factors of value^0 .. value^4 that give, rounded, CODES[value + 8].
+# Coefficients of value^0 .. value^4; the rounded polynomial is CODES[value + 8].
 IQ4_NL = (1.43, 11.44, -0.0168, 0.08184, 0.001586)
 
 
 def head_kind(kind: str) -> str:
-    """What the head is kept in where the linear layers are in `kind`, or "none"."""
+    """The head's kind if the linear layers have this kind (or "none")."""
     return "int8" if kind in IN_GROUPS else kind
 
 
@@ -51,8 +50,9 @@ def head_kind(kind: str) -> str:
 class QuantizedWeight:
     """A weight (out, in) in `kind`, int8, int4 or iq4_nl.
 
-    values: int8 (out, in). Of 4 bits (out, in / 2, rounded up), two codes in a byte, the first in
-    the lower half: of int4 uint8, each a value plus 8; of iq4_nl int8, each a place in CODES.
+    values: int8 (out, in). For 4 bits (out, in / 2, rounded up), two codes per byte, the first in
+    the
+    lower half: for int4 uint8, a code is the value plus 8; for iq4_nl int8, an index of CODES.
     scales: fp16 (out, groups); the last group may be short.
     """
 
@@ -72,13 +72,13 @@ class QuantizedWeight:
         return self.values.nbytes + self.scales.nbytes
 
     def times(self, factors: Tensor | None) -> QuantizedWeight:
-        """The weight with its outputs times `factors` (out,), in the same values."""
+        """The weight with its outputs scaled by `factors` (out,); the values stay the same."""
         if factors is None:
             return self
         return replace(self, scales=(self.scales.float() * factors[:, None]).half())
 
     def integers(self) -> Tensor:
-        """The values, one in a byte: int8 (out, in)."""
+        """The unpacked values: int8 (out, in)."""
         if self.kind == "int8":
             return self.values
         codes = self.codes()
@@ -87,21 +87,21 @@ class QuantizedWeight:
         return torch.tensor(CODES, dtype=torch.int8, device=codes.device)[codes.int()]
 
     def codes(self) -> Tensor:
-        """The codes of 4 bits, one in a byte: uint8 (out, in)."""
+        """The unpacked 4-bit codes: uint8 (out, in)."""
         both = self.values.view(torch.uint8)
         return torch.stack((both & 15, both >> 4), dim=-1).flatten(1)[:, : self.inputs]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (out, in), computed in fp32, which holds it exactly, and rounded once."""
+        """The weight (out, in), computed exactly in fp32 and rounded once to `dtype`."""
         groups = _grouped(self.integers().float(), self.group) * self.scales.float()[..., None]
         return groups.flatten(1)[:, : self.inputs].to(dtype)
 
 
 def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> QuantizedWeight:
-    """A weight (out, in) in a kind of PACKINGS: the nearest values for the best scale tried.
+    """Quantize a weight (out, in) to a kind of PACKINGS: nearest values for the best scale tried.
 
-    importance: (in,), how much an input's squared error counts in 4 bits, above 0; None: all the
-    same. What `dequantize` gives in fp32 comes back to the bit, whatever the importance.
+    importance: (in,), above 0, the weight of an input's squared error in 4 bits; None: all equal.
+    Quantizing the result of `dequantize` in fp32 gives the same bits, whatever the importance.
     """
     assert kind in PACKINGS, kind
     if importance is None:
@@ -116,9 +116,9 @@ def _quantized(weight: Tensor, kind: str, importance: Tensor) -> tuple[Tensor, T
     """The values and scales of some rows."""
     inputs = weight.size(1)
     if kind == "int8":
-        most = weight.new_tensor(_INT8_MOST)  # see `_best_scales`
+        most = weight.new_tensor(_INT8_MAX)  # see `_best_scales`
         scales = (weight.abs().amax(1, keepdim=True) / most).half()
-        return _nearest(weight, scales, -_INT8_MOST, _INT8_MOST).to(torch.int8), scales
+        return _nearest(weight, scales, -_INT8_MAX, _INT8_MAX).to(torch.int8), scales
     groups = _grouped(weight, GROUP)
     scales = _best_scales(groups, _grouped(importance[None], GROUP), kind)
     if kind == "iq4_nl":
@@ -128,27 +128,27 @@ def _quantized(weight: Tensor, kind: str, importance: Tensor) -> tuple[Tensor, T
 
 
 def _packed(codes: Tensor, inputs: int) -> Tensor:
-    """Codes (out, groups, GROUP) of rows of `inputs`, two in a byte."""
+    """Pack codes (out, groups, GROUP) of rows of `inputs`, two per byte."""
     filled = F.pad(codes.flatten(1)[:, :inputs], (0, inputs % 2), value=8)
     pairs = filled.view(len(codes), -1, 2)
     return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def _best_scales(groups: Tensor, importance: Tensor, kind: str) -> Tensor:
-    """For groups (out, groups, GROUP) scales of 4 bits (out, groups, 1) with a small squared error.
+    """4-bit scales (out, groups, 1) with a small squared error, for groups (out, groups, GROUP).
 
-    importance: (1, groups, GROUP). From the best of _ENDS on, values for a scale and the best scale
-    for those values take turns (Lloyd 1982).
+    importance: (1, groups, GROUP). Starts from the best of _ENDS, then alternates between the
+    values for a scale and the best scale for those values (Lloyd 1982).
     """
     greatest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    # Not numbers of Python: a GPU would multiply by their reciprocals, and round otherwise.
+    # Tensors, not Python numbers: a GPU would multiply by reciprocals and round differently.
     ends = groups.new_tensor(_ENDS[kind]).unbind()
     best = (greatest / ends[0]).half()
     least = torch.full_like(best, torch.inf, dtype=torch.float64)
     for end in ends:
         best, least = _better(groups, importance, (greatest / end).half(), best, least, kind)
-    most = greatest.abs() / _BEFORE_ENDS[kind]
-    for _ in range(_MENDED):
+    most = greatest.abs() / _ROUNDS_TO_END[kind]
+    for _ in range(_REFINEMENTS):
         near = _nearest_values(groups, best, kind)
         counted = near * importance
         both = (counted * groups).sum(-1, True, dtype=torch.float64)
@@ -161,9 +161,9 @@ def _best_scales(groups: Tensor, importance: Tensor, kind: str) -> Tensor:
 def _better(
     groups: Tensor, importance: Tensor, scales: Tensor, best: Tensor, least: Tensor, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """The better scale of each group, of these and the best so far with the `least` error.
+    """The better scale of each group: one of these, or the best so far with the `least` error.
 
-    Sums are in fp64: their order must not show.
+    Sums are in fp64, so that their order does not matter.
     """
     near = _nearest_values(groups, scales, kind)
     error = near.mul_(scales).sub_(groups).square_().mul_(importance)
@@ -172,7 +172,7 @@ def _better(
 
 
 def _nearest_values(groups: Tensor, scales: Tensor, kind: str) -> Tensor:
-    """The values in 4 bits, fp32, that times the scales are nearest."""
+    """The 4-bit values, as fp32, that are nearest when multiplied by the scales."""
     if kind == "int4":
         return _nearest(groups, scales, -8, 7)
     values = torch.tensor(CODES, dtype=torch.float32, device=groups.device)
@@ -180,27 +180,27 @@ def _nearest_values(groups: Tensor, scales: Tensor, kind: str) -> Tensor:
 
 
 def _nearest_codes(numbers: Tensor, scales: Tensor) -> Tensor:
-    """Places in CODES, uint8, whose values times the scales are nearest."""
-    # Between neighbours, in halves, which are whole numbers; a table of all of them.
+    """Indices of CODES, uint8, whose values are nearest when multiplied by the scales."""
+    # A table over twice the value, because borders between neighbours are multiples of 1/2.
     borders = [first + second for first, second in zip(CODES, CODES[1:], strict=False)]
     least, most = 2 * CODES[0], 2 * CODES[-1]
     table = torch.bucketize(torch.arange(least, most + 1), torch.tensor(borders), right=True)
     scales = scales.float()
     twice = torch.where(scales == 0, scales, 2 * scales.reciprocal())
     place = (numbers * twice).floor_().clamp_(least, most).sub_(least)
-    # Of what is not finite any code does: its scale is not finite either.
+    # Any code will do for a number that is not finite: its scale is not finite either.
     place = place.nan_to_num_(nan=0.0).int()
     return table.to(device=numbers.device, dtype=torch.uint8)[place]
 
 
 def _nearest(numbers: Tensor, scales: Tensor, least: int, most: int) -> Tensor:
-    """Whole numbers that times the scales are nearest; 0 where a scale is 0."""
+    """The integers that are nearest when multiplied by the scales; 0 if a scale is 0."""
     scales = scales.float()
     inverse = torch.where(scales == 0, scales, scales.reciprocal())
     return (numbers * inverse).round_().clamp_(least, most)
 
 
 def _grouped(rows: Tensor, group: int) -> Tensor:
-    """Rows (out, in) as (out, groups, group), the last group filled up with zeros."""
+    """Rows (out, in) as (out, groups, group), the last group padded with zeros."""
     padded = F.pad(rows, (0, -rows.size(1) % group))
     return padded.view(len(rows), -1, group)

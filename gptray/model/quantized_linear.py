@@ -1,7 +1,7 @@
 """Frozen linear layers whose weights are kept quantized and expanded one at a time.
 
 Dettmers et al. 2023, QLoRA: gradients pass through such a layer to the adapters beside it and
-before it; none is made of the weight.
+before it; the weight gets none.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gptray.model.quantized import quantize
 
 
 class QuantizedLinear(nn.Module):
-    """x W^T + b with W (out, in) in `kind`; it has no numbers until `put`.
+    """x W^T + b with W (out, in) in `kind`; `put` sets its values.
 
-    weight: on the meta device for good, what `GPT.full_tensor` knows the layer's weight by.
-    importance: `quantize`'s, to be set before. native: as `Linear`'s.
+    weight: a placeholder that stays on the meta device, by which `GPT.full_tensor` finds the layer.
+    importance: for `quantize`; set it before `put`. native: as in `Linear`.
     """
 
     importance: Tensor | None = None
@@ -34,41 +34,41 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kind, self.bias, self.native = kind, linear.bias, linear.native
         self.weight = torch.empty(linear.weight.shape, device="meta")
-        row = quantize(self.weight[:1], kind)  # as long as all of them
+        row = quantize(self.weight[:1], kind)  # for the shapes; all rows have the same
         self.register_buffer("values", row.values.repeat(self.out_features, 1))
         self.register_buffer("scales", row.scales.repeat(self.out_features, 1))
 
     def put(self, rows: slice, weight: Tensor) -> None:
-        """Hold these numbers as the weight's rows."""
+        """Quantize and store rows of the weight."""
         held = quantize(weight, self.kind, self.importance)
         self.values[rows], self.scales[rows] = held.values, held.scales
 
     def frozen_layer(self, rows: torch.Size) -> FrozenLayer:
-        """As `Linear`'s."""
+        """As in `Linear`."""
         return FrozenLayer(self.values, self.scales, self.bias, self.kind)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
             return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
-        y: Tensor = _Frozen.apply(x, *numbers_of(self), self.bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _Frozen.apply(x, *stored_form(self), self.bias)  # type: ignore[no-untyped-call]
         return y
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The layers of a network that keep their weights quantized, by their weights' names."""
+    """The quantized layers of a network, by their weights' names."""
     layers = model.named_modules()
     return {f"{name}.weight": one for name, one in layers if isinstance(one, QuantizedLinear)}
 
 
-def numbers_of(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None, str]:
-    """What a frozen layer holds, as `FrozenLayer` has it: values, scales and kind."""
+def stored_form(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None, str]:
+    """The values, scales and kind of a frozen layer, as in `FrozenLayer`."""
     if isinstance(linear, QuantizedLinear):
         return linear.values, linear.scales, linear.kind
     return linear.weight, None, "none"
 
 
 class _Frozen(torch.autograd.Function):
-    """The weight is expanded again in the backward pass, not kept for it."""
+    """Expands the weight again in the backward pass instead of saving it."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
-"""Rotary positions: queries and keys are rotated, pair by pair, by angles that grow with position.
+"""Rotary positions: rotates queries and keys, pair by pair, by angles that grow with position.
 
-Su et al. 2021, RoFormer. The two numbers of a pair lie half of the rotated part apart, as in
-Hugging Face's files of all families here.
+Su et al. 2021, RoFormer. The two numbers of a pair are R / 2 apart, as in Hugging Face's files of
+all supported families.
 
-Shapes: T positions, R the rotated part of a head.
+Shapes: T positions, R rotated dimensions of a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Angles = tuple[Tensor, Tensor]
 class Rotary:
     """The angles of a network's rotary positions, with its scaling for longer contexts.
 
-    dtype: fp32 or fp64, that they are computed in.
+    dtype: fp32 or fp64, in which they are computed.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
@@ -30,8 +30,8 @@ class Rotary:
         self._frequencies = {own.device: own}
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """The angles of whole-numbered positions (T,)."""
-        # Copied to a GPU once: a CUDA graph could not hold that, and an eager step would wait.
+        """The angles of integer positions (T,)."""
+        # Copied to a GPU once: a CUDA graph cannot hold a copy, and an eager step would wait for it.
         if (turns := self._frequencies.get(positions.device)) is None:
             own = self._frequencies[torch.device("cpu")]
             turns = self._frequencies[positions.device] = own.to(positions.device)
@@ -49,8 +49,8 @@ def rotate(x: Tensor, angles: Angles) -> Tensor:
 
 
 def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tuple[Tensor, float]:
-    """Radians by which each pair turns from one position to the next, (R / 2,) in `dtype` on the
-    CPU; and the factor of cosines and sines."""
+    """The radians by which each pair turns per position, (R / 2,) in `dtype` on the CPU, and the
+    factor of cosines and sines."""
     width, cpu = config.rotary_width, torch.device("cpu")
     exponents = torch.arange(0, width, 2, dtype=dtype, device=cpu) / width
     plain = 1.0 / config.rope_theta**exponents
@@ -65,10 +65,10 @@ def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def _llama3(plain: Tensor, scaling: dict[str, float], config: ModelConfig) -> tuple[Tensor, float]:
-    """Llama 3.1's: long wavelengths are stretched, short ones stay, a ramp lies between.
+    """Llama 3.1's scaling: stretches long wavelengths, keeps short ones, with a ramp between.
 
-    Grattafiori et al. 2024, The Llama 3 Herd of Models; `low_freq_factor` and `high_freq_factor`
-    say how often a wavelength fits into the original context at the ramp's ends.
+    Grattafiori et al. 2024, The Llama 3 Herd of Models. `low_freq_factor` and `high_freq_factor`:
+    how many wavelengths fit into the original context at the ends of the ramp.
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / (2 * math.pi / plain)
@@ -77,13 +77,13 @@ def _llama3(plain: Tensor, scaling: dict[str, float], config: ModelConfig) -> tu
 
 
 def _yarn(plain: Tensor, scaling: dict[str, float], config: ModelConfig) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023): as Llama 3.1's, with the ramp over the pairs' numbers, and larger
-    scores."""
+    """YaRN (Peng et al. 2023): like Llama 3.1's, with the ramp over the pairs' indices, and scaled
+    attention scores."""
     factor, width = scaling["factor"], config.rotary_width
     context = scaling["original_max_position_embeddings"]
 
     def pair_of(turns: float) -> float:
-        """The pair that turns so often in the original context."""
+        """The pair that turns this often in the original context."""
         return width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     first, last = pair_of(scaling.get("beta_fast", 32.0)), pair_of(scaling.get("beta_slow", 1.0))

@@ -1,6 +1,6 @@
-"""Weights from files, one at a time, rounded to what an export asks for.
+"""Reads weights from files, one at a time, and rounds them to the precision of an export.
 
-torch is imported only where weights are read, because planning an export does not need it.
+torch is imported only when weights are read, because planning an export does not need it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """The dtype of a precision; of GGUF's own, such as q8_0, that of its input. In int8 and int4 it
-    is that of scales and of what is not quantized."""
+    """The dtype of an export's precision: for GGUF's own, such as q8_0, that of the quantizer's
+    input; for int8 and int4, that of the scales and of weights that are not quantized."""
     import torch
 
     half = dict.fromkeys(("fp16", "int8", "int4"), torch.float16)
@@ -29,10 +29,9 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
-    """A weight in a dtype, the nearest value of each element, ties to even.
+    """A weight in a dtype, rounded to nearest, ties to even.
 
-    Raises UserError for a file that is damaged, and for numbers that are not finite or beyond the
-    dtype's.
+    Raises UserError for a damaged file, and for numbers that are not finite or overflow the dtype.
     """
     import torch
 
@@ -51,17 +50,14 @@ def rounded(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
 
 
 def check_tied(model: StoredModel) -> None:
-    """Refuse a model whose copy of a tied head, if it has one, is not the embedding.
-
-    Raises UserError.
-    """
+    """Raise UserError for a model that stores a tied head which is not the embedding."""
     head = model.copy
     if head and not read_weight(head).float().equal(read_weight(model.embedding).float()):
         raise UserError(f"{head.path}: {head.key} is not the embedding, but config.json ties them")
 
 
 def read_weight(stored: StoredWeight) -> Tensor:
-    """A weight as it is stored, a packed one in fp32. Raises UserError for a damaged file."""
+    """A weight as stored, or in fp32 if it is packed. Raises UserError for a damaged file."""
     if stored.packing is None:
         return _read(stored.path, stored.key)
     assert stored.scales
@@ -70,7 +66,7 @@ def read_weight(stored: StoredWeight) -> Tensor:
 
 
 def _read(path: Path, key: str) -> Tensor:
-    # Opened anew: what was read of a mapped file counts as memory until it is closed.
+    # Opened each time: pages that were read from a mapped file count as memory until it is closed.
     try:
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
@@ -80,7 +76,7 @@ def _read(path: Path, key: str) -> Tensor:
 
 
 def unpacked(values: Tensor, scales: Tensor, packing: Packing) -> Tensor:
-    """The weight (out, in) in fp32 of values (out, words), int32, and scales (out, groups)."""
+    """The weight (out, in) in fp32 from values (out, words), int32, and scales (out, groups)."""
     import torch
 
     rows, inputs = len(values), packing.inputs(values.size(1), scales.size(1))

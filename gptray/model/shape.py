@@ -1,4 +1,4 @@
-"""Models on disk: find a folder, and in it config.json and the files of weights.
+"""Models on disk: finds a model's folder, its config.json and its weight files.
 
 Without torch, so a dry run answers at once. `gptray.model.hf` reads the weights.
 """
@@ -20,7 +20,7 @@ from gptray.stored import read_foreign
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Of a folder that a URI names: what makes it a model, and what is fetched of it.
+# In a folder that a URI names: the file that makes it a model, and the files to fetch.
 _HOLDING = re.compile(r"config\.json")
 _FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetensors|jinja)")
 
@@ -28,10 +28,10 @@ _FETCHED = re.compile(r"(?!manifest\.json)[\w-][\w.-]*\.(json|txt|model|safetens
 def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder with config.json for a model or run folder, a GGUF file or a hub id.
 
-    What a URI names is fetched to this node's cache; of a GGUF file one is made there. A hub id is
-    downloaded: config.json, and with `weights` the safetensors, the tokenizer's files and
-    what says how to use it. Raises NotOnHub for what is no folder and not there; UserError for a
-    folder without a model.
+    A URI is fetched to this node's cache, and a GGUF file is converted there. For a hub id,
+    config.json is downloaded, and with `weights` also the safetensors, the tokenizer, the
+    generation config and the chat template. Raises NotOnHub if it is neither a folder nor on the
+    hub, UserError for a folder without a model.
     """
     if is_uri(source):
         what = "no config.json in it or in its model/, so this is no model"
@@ -65,14 +65,14 @@ def _download(hub_id: str, *, weights: bool) -> Path:
 def read_shape(source: str | Path) -> ModelConfig:
     """The network in a folder or on the hub, from its config.json alone.
 
-    Its vocab_size is the number of rows in the file. Raises UserError for a file that is no network
-    of a known family.
+    Its vocab_size is the number of rows in the file. Raises UserError unless it is a network of a
+    known family.
     """
     return read_config(model_folder(source, weights=False) / "config.json")[1]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file of a model folder, or its shards. Raises UserError without one."""
+    """The safetensors file of a model folder, or its shards. Raises UserError if there is none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -88,7 +88,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_sha256(model_dir: Path) -> str:
-    """Of the model's weights; of several files, of their digests in order. Raises UserError."""
+    """The sha256 of the weight file, or of the shards' digests in order. Raises UserError."""
     digests = []
     for path in weight_files(model_dir):
         if not path.is_file():
@@ -100,7 +100,7 @@ def weights_sha256(model_dir: Path) -> str:
 
 
 def _shard_names(index: Path) -> list[str]:
-    """The files that an index names. Raises UserError, also for names of files elsewhere."""
+    """The files that an index names. Raises UserError, also for files in other folders."""
     names = read_foreign(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: no weight_map in it")

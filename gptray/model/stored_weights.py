@@ -1,4 +1,4 @@
-"""What a model folder stores, without the numbers: its network, and where each weight is.
+"""Describes what a model folder stores, without reading weights: its network and its tensors.
 
 No torch here. `gptray.model.header` compares the weights with config.json.
 """
@@ -19,10 +19,10 @@ from gptray.model.tensor_file import read_header
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a safetensors file; `shape` and `dtype` as it is stored.
+    """A tensor in a safetensors file; `shape` and `dtype` as stored.
 
-    packing, scales: of one that is packed, and the file of its scales; then shape and dtype are
-    those of the weight, and key its name.
+    packing, scales: for a packed weight, its packing and the file of its scales; shape, dtype and
+    key are then those of the unpacked weight.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model folder. weights: by the names of its family; copy: of a tied head, if there is one.
+    """A model folder. weights: by their names in its family. copy: a tied head, if stored too.
 
     model_type: the family's name in config.json.
     """
@@ -47,12 +47,12 @@ class StoredModel:
 
     @property
     def family(self) -> Family:
-        """How the folder writes its network."""
+        """The family, which says how the folder writes its network."""
         return FAMILIES[self.model_type]
 
     @property
     def embedding(self) -> StoredWeight:
-        """The rows of the vocabulary."""
+        """The token embedding."""
         return self.weights[f"{self.family.prefix}{self.family.modules['wte'][0]}.weight"]
 
     @property
@@ -64,12 +64,12 @@ class StoredModel:
 
     @property
     def packable(self) -> dict[str, StoredWeight]:
-        """Those of them whose rows are whole groups."""
+        """The linear weights whose rows are a multiple of GROUP."""
         return {name: one for name, one in self.linear.items() if one.shape[1] % GROUP == 0}
 
 
 def stored_weights(folder: Path) -> list[StoredWeight]:
-    """All tensors of a folder, packed weights joined. Raises UserError for damaged files."""
+    """All tensors of a folder, each packed weight as one. Raises UserError for damaged files."""
     found = list[StoredWeight]()
     for path in weight_files(folder):
         tensors = read_header(path).tensors.items()
@@ -79,7 +79,7 @@ def stored_weights(folder: Path) -> list[StoredWeight]:
 
 
 def _joined(found: list[StoredWeight], packing: Packing) -> list[StoredWeight]:
-    """The tensors with values and scales of a packed weight as one. Raises UserError."""
+    """Join the values and scales of each packed weight. Raises UserError."""
     by_key = {one.key: one for one in found}
     for one in found:
         name = one.key.removesuffix(VALUES)
@@ -103,7 +103,7 @@ def _joined(found: list[StoredWeight], packing: Packing) -> list[StoredWeight]:
 
 
 def stored_model(folder: Path) -> StoredModel:
-    """What a model folder stores. Raises UserError for what is damaged or no known network."""
+    """Describe a model folder. Raises UserError if it is damaged or not a known network."""
     model_type, shape = read_config(folder / "config.json")
     family, found = FAMILIES[model_type], dict[str, StoredWeight]()
     for stored in stored_weights(folder):

@@ -1,7 +1,7 @@
-"""Safetensors files: their headers, read without torch, and files written one tensor at a time.
+"""Safetensors files: reads headers without torch, and writes files one tensor at a time.
 
 So a checkpoint does not need a second copy in memory.
-https://huggingface.co/docs/safetensors, "Format": the length of the header, the header, the bytes.
+https://huggingface.co/docs/safetensors, "Format": the header's length, the header, the data.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# A header has some 200 bytes for each tensor; GPT-2 XL has 580 tensors.
+# A header has about 200 bytes per tensor; GPT-2 XL has 580 tensors.
 _MAX_HEADER_BYTES = 32 << 20
-_MOST_DIMENSIONS = 8
-# What git leaves in the place of a large file where Git LFS is not installed begins so.
+_MAX_DIMENSIONS = 8
+# The beginning of the pointer file that git leaves without Git LFS.
 _LFS_POINTER = b"version "
-# Bytes of each number. Other types would be rounded, or are not weights.
+# The types of weights and their bytes per number; other types would be rounded.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 # safetensors' names.
 _NAMES = {
@@ -38,7 +38,7 @@ _NAMES = {
 
 
 class Header(NamedTuple):
-    """What a file says of itself. tensors: shape and type of each, by its name."""
+    """The header of a file. tensors: the shape and type of each, by name."""
 
     tensors: dict[str, tuple[list[int], str]]
     metadata: dict[str, str]
@@ -48,14 +48,14 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file. Raises UserError if it is damaged."""
     try:
         with open_stored(path) as file:
-            room = os.fstat(file.fileno()).st_size - 8
+            data_bytes = os.fstat(file.fileno()).st_size - 8
             begin = file.read(8)
             if begin == _LFS_POINTER:
                 raise Unreadable("it only points to the weights; `git lfs pull` fetches them")
             length = int.from_bytes(begin, "little")
             if length > _MAX_HEADER_BYTES:
                 raise Unreadable(f"its header of {length:,} bytes is too large")
-            if length > room:
+            if length > data_bytes:
                 raise Unreadable("it ends within its header")
             entries = parse_json(file.read(length))
         if not isinstance(entries, dict):
@@ -63,23 +63,23 @@ def read_header(path: Path) -> Header:
         metadata = entries.pop("__metadata__", None) or {}
         if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
             raise Unreadable("its metadata is not text")
-        return Header(_tensors(entries, room - length), metadata)
+        return Header(_tensors(entries, data_bytes - length), metadata)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (Unreadable, OSError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
 
 
-def _tensors(entries: Mapping[str, object], room: int) -> dict[str, tuple[list[int], str]]:
-    """The checked entries of a header; `room`: bytes of data after it."""
+def _tensors(entries: Mapping[str, object], data_bytes: int) -> dict[str, tuple[list[int], str]]:
+    """Check a header's entries; `data_bytes`: bytes of data after it."""
     tensors = {}
     for name, entry in entries.items():
         match entry:
             case {"dtype": str(dtype), "shape": list(dims), "data_offsets": [start, end]}:
                 whole = all(is_whole(number) for number in (*dims, start, end))
-                if not whole or len(dims) > _MOST_DIMENSIONS or not start <= end <= room:
+                if not whole or len(dims) > _MAX_DIMENSIONS or not start <= end <= data_bytes:
                     raise Unreadable(f"{name} is outside the file")
-                # A shape that is not in the file would be given memory before it is read.
+                # A false shape would be allocated before it is read.
                 if dtype in FLOATS and end - start != math.prod(dims) * FLOATS[dtype]:
                     raise Unreadable(f"{name} has {end - start:,} bytes, not shape {dims}")
                 tensors[name] = (dims, dtype)
@@ -98,8 +98,8 @@ def write_tensors(
 ) -> None:
     """Write tensors of these shapes, byte for byte as safetensors' save_file does.
 
-    tensor: gives a tensor by its name, on any device; called once for each, in order of the names.
-    dtypes: of each of them; None: fp32. Raises OSError.
+    tensor: returns a tensor by name, on any device; called once for each, in the order of names.
+    dtypes: of each tensor; None: all fp32. Raises OSError.
     """
     import torch
 

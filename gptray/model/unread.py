@@ -1,6 +1,6 @@
-"""A network whose weights stay in their files until each is asked for, one at a time.
+"""A network whose weights are read from their files lazily, one at a time.
 
-So that what is made of them is all that memory holds.
+So memory holds only what is made from them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from gptray.model.usage import Usage
 
 
 def unread_network(source: str | Path) -> GPT:
-    """The network of a model folder: `GPT.full_tensor` reads a parameter, in fp32 on the CPU.
+    """The network of a model folder; its `GPT.full_tensor` reads a parameter, in fp32 on the CPU.
 
-    Raises UserError like `load_pretrained`; `GPT.full_tensor` too, for numbers that are not finite.
+    Raises UserError as `load_pretrained` does, and in `GPT.full_tensor` for numbers that are not
+    finite.
     """
     folder = model_folder(source)
     model, stored = network_of(folder, device="meta").eval(), stored_model(folder)

@@ -1,4 +1,4 @@
-"""How a model is used, according to its folder; copied along with weights and tokenizer.
+"""How a model is meant to be used, by its folder: copied along with weights and tokenizer.
 
 Without torch, so a job can read it before it starts.
 """
@@ -22,9 +22,9 @@ _DEFAULT = "default"
 
 @dataclass(frozen=True)
 class Usage:
-    """generation: what generation_config.json holds. eos_ids: the tokens that end a text.
+    """generation: the contents of generation_config.json. eos_ids: the tokens that end a text.
 
-    chat_template: how messages become a prompt; of several templates, the default one.
+    chat_template: turns messages into a prompt; the default one if there are several.
     """
 
     generation: Mapping[str, object] = field(default_factory=dict)
@@ -33,14 +33,14 @@ class Usage:
 
     @classmethod
     def of(cls, folder: Path) -> Usage:
-        """That of a model folder. Raises UserError naming the file that cannot be read."""
+        """Read the usage of a model folder. Raises UserError, naming an unreadable file."""
         generation = {}
         if (folder / GENERATION).is_file():
             generation = read_foreign(folder / GENERATION)
         return cls(generation, _eos_ids(folder, generation), _chat_template(folder))
 
     def bos_id(self, default: int | None) -> int | None:
-        """The token that comes before a text, as the generation's settings name it."""
+        """The token that begins a text, by generation_config.json."""
         given = self.generation.get("bos_token_id")
         return given if is_whole(given) else default
 
@@ -55,12 +55,12 @@ class Usage:
 
 
 def one_or_all(ids: list[int]) -> int | list[int] | None:
-    """Token ids as Hugging Face's files hold them."""
+    """Token ids in the format of Hugging Face's files."""
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
 def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
-    """One id or a list, in generation_config.json or else in config.json."""
+    """The end-of-text ids, from generation_config.json or else config.json."""
     path, given = folder / GENERATION, generation.get("eos_token_id")
     if given is None:
         path = folder / "config.json"
@@ -74,7 +74,7 @@ def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The template in a file of its own, or in the tokenizer's settings."""
+    """The template, from its own file or the tokenizer's settings."""
     path = folder / TEMPLATE
     if path.is_file():
         try:

@@ -1,1 +1,1 @@
-"""One C++ library, for training in bf16 and for decoding on CPUs; loads no torch."""
+"""The C++ library for training in bf16 and for decoding on CPUs; does not load torch."""

@@ -1,8 +1,7 @@
-// The library's interface in words, from the compiler itself: abi.py compares it with its own.
+// The library's interface as text, made by the compiler; abi.py compares it with its own.
 //
-// A line for each constant, "PANEL 64", for each struct, "Norm 24: weight f32* 0, bias f32* 8, eps
-// f32 16" (sizes and offsets in bytes), and for each function, "decode_step(Model*, Cache*, Step*,
-// i32)".
+// One line per constant, "PANEL 64", struct, "Norm 24: weight f32* 0, bias f32* 8, eps f32 16"
+// (sizes and offsets in bytes), and function, "decode_step(Model*, Cache*, Step*, i32)".
 
 #pragma once
 
@@ -13,7 +12,7 @@
 
 namespace {
 
-// Words for types; a source adds its structs by ABI_TYPE.
+// Names of types; a source adds its structs by ABI_TYPE.
 template <typename T>
 struct TypeName;
 

@@ -1,8 +1,7 @@
-"""How Python calls the native library: its structures and functions, compared when it is loaded.
+"""The ctypes interface of the native library, compared with the library's own when it is loaded.
 
-The structures mirror decode.h and draw.h, which say what they mean, and the functions those of
-decode.cpp and train.cpp. Tensors are passed as they are: each parameter takes one of its type
-without gaps, or None for nullptr.
+The structures mirror decode.h and draw.h, which document them, the functions decode.cpp and
+train.cpp. A pointer parameter takes a contiguous tensor of its dtype, or None for nullptr.
 """
 
 from __future__ import annotations
@@ -15,36 +14,36 @@ from typing import Any, ClassVar, Self
 
 from gptray.native.build import build_library
 
-# Outputs that a product computes side by side; a whole number of the sampler's chunks.
+# Outputs that a product computes side by side; a multiple of the sampler's chunk.
 PANEL = 64
-# Words that a row of a product's input is written in at a time.
+# Words of a product's input that are written at a time.
 LANES = 16
-# Inputs that share a scale: of weights of 4 bits, and of a row that int8 weights are multiplied by.
+# Inputs that share a scale: in 4-bit weights, and in a row to be multiplied by int8 weights.
 GROUP, INT8_GROUP = 32, 128
-# Sums of an adapter that are made side by side.
+# Sums of an adapter that are computed side by side.
 RANK_STEP = 4
-# Parts that the rows of a layer norm's gradients are summed in.
+# Partial sums of a layer norm's gradients over the rows.
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4, IQ4_NL = range(5)
 NONE, GELU_TANH, GELU, SWIGLU = range(4)
 
 
 class _Pointer(c_void_p):
-    """Where a tensor's numbers are, of one type and without gaps."""
+    """A pointer to the data of a contiguous tensor of one dtype."""
 
     text: ClassVar[str]
     dtype: ClassVar[str]
-    _seen: ClassVar[object] = None  # the dtype that was found to have that name
+    _seen: ClassVar[object] = None  # the dtype of that name, once seen
 
     @classmethod
     def from_param(cls, tensor: Any) -> Self:
-        """The pointer to a tensor, which somebody else keeps alive; ctypes calls this."""
+        """The pointer to a tensor, which the caller keeps alive; ctypes calls this."""
         if tensor is None:
             return cls(None)
         if tensor.dtype is not cls._seen:
             assert str(tensor.dtype) == cls.dtype, f"{tensor.dtype} for {cls.text}"
             cls._seen = tensor.dtype
-        assert tensor.is_contiguous(), f"gaps between the numbers of {cls.text}"
+        assert tensor.is_contiguous(), f"{cls.text} is not contiguous"
         return cls(tensor.data_ptr())
 
 
@@ -69,7 +68,7 @@ class Long(_Pointer):
 
 
 class Words(_Pointer):
-    """Packed numbers; aligned to 64 bytes, as PyTorch aligns new tensors."""
+    """Packed numbers, aligned to 64 bytes as PyTorch aligns new tensors."""
 
     text, dtype = "words*", "torch.int32"
 
@@ -187,7 +186,7 @@ CONSTANTS = {
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
 _SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
-# Parameters in their order; none returns anything.
+# The parameters of each function; all return void.
 FUNCTIONS: dict[str, Sequence[type]] = {
     # x, weight, bias, y, work; M, N, K
     "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
@@ -245,9 +244,9 @@ _TEXTS: dict[type, str] = {
 
 @cache
 def load_library(*, key: str) -> ctypes.CDLL:
-    """The native library with typed functions, built if this machine has none yet.
+    """Load the native library with typed functions; build it if this machine has none yet.
 
-    key: what to set to torch to do without it.
+    key: the config's key that can be set to torch to do without it, for messages.
 
     Raises:
         RunFailed: it cannot be built; see `gptray.native.build.build_library`.
@@ -263,7 +262,7 @@ def load_library(*, key: str) -> ctypes.CDLL:
 
 
 def check_abi(theirs: str) -> None:
-    """Assert that a library describes the constants, structures and functions of this file."""
+    """Assert that a library's constants, structures and functions are those of this file."""
     ours = [f"{name} {number}" for name, number in CONSTANTS.items()]
     ours += [_struct_line(one) for one in STRUCTS]
     ours += [
@@ -276,7 +275,7 @@ def check_abi(theirs: str) -> None:
 
 
 def _struct_line(struct: type[Structure]) -> str:
-    """A structure as abi.h words it: its size, and each field's type and offset."""
+    """A structure in abi.h's format: its size, and each field's type and offset."""
     fields = ", ".join(
         f"{name} {_text(kind)} {getattr(struct, name).offset}" for name, kind in _fields(struct)
     )
@@ -288,7 +287,7 @@ def _fields(struct: type[Structure]) -> list[tuple[str, type]]:
 
 
 def _text(kind: Any) -> str:
-    """A type as abi.h words it."""
+    """A type in abi.h's format."""
     if kind in _TEXTS:
         return _TEXTS[kind]
     if issubclass(kind, _Pointer):

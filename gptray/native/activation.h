@@ -1,4 +1,4 @@
-// What an MLP does between its layers; gptray/native/abi.py mirrors it.
+// The activation of an MLP; gptray/native/abi.py mirrors it.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What an MLP does between its layers, as exact as fp32.
+// The activation of an MLP, to fp32 precision.
 
 #pragma once
 
@@ -10,23 +10,23 @@ namespace {
 // x P(X < x) for a normal X: 0.5 x (1 + erf(x / sqrt(2))), erf to 1.5e-7 by Abramowitz & Stegun
 // 1964, 7.1.26.
 inline Floats gelu_exact(Floats x) {
-  const Floats z = abs(x) * all(0.70710678f), one = all(1.f);
-  const Floats t = one / fmadd(z, all(0.3275911f), one);
-  Floats p = all(1.061405429f);
+  const Floats z = abs(x) * splat(0.70710678f), one = splat(1.f);
+  const Floats t = one / fmadd(z, splat(0.3275911f), one);
+  Floats p = splat(1.061405429f);
   for (const float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f})
-    p = fmadd(p, t, all(c));
+    p = fmadd(p, t, splat(c));
   const Floats e = exp(z * (Floats{} - z));
-  const Floats tail = p * t * (e * all(0.5f));  // beyond |x|
+  const Floats tail = p * t * (e * splat(0.5f));  // beyond |x|
   return x * where_positive(x, one - tail, tail);
 }
 
 // x / (1 + e^-x)
 inline Floats silu(Floats x) {
   const Floats e = exp(Floats{} - x);
-  return x / (all(1.f) + e);
+  return x / (splat(1.f) + e);
 }
 
-// What stands in one block of outputs; of SWIGLU see linear_decode.h.
+// For one block of outputs; linear_decode.h handles SWIGLU.
 inline Floats activate(int activation, Floats x) {
   return activation == GELU_TANH ? gelu(x) : activation == GELU ? gelu_exact(x) : x;
 }

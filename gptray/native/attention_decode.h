@@ -1,4 +1,4 @@
-// Attention of a decoding step over the kept keys and values, fp32 or bf16.
+// Attention of a decoding step over the KV cache, fp32 or bf16.
 //
 // All threads of a parallel region call `attention` and share its loops.
 
@@ -17,28 +17,27 @@
 
 namespace {
 
-// Queries that read a key at once.
+// Queries that share one read of a key.
 constexpr int QUERIES = 4;
 
-// Ask for keys or values: a processor with tiles has more reads on their way to its second cache
-// than to its first.
+// Prefetch keys or values: a processor with tiles can have more reads in flight to L2 than to L1.
 template <typename T>
-inline void fetch_kept(const T *from, int count) {
-  HAS_TILES ? fetch_far(from, count) : fetch(from, count);
+inline void prefetch_cached(const T *from, int count) {
+  HAS_TILES ? prefetch_l2(from, count) : prefetch(from, count);
 }
 
-// Scores (count, and room for LANES more) -> e^(score - largest); returns 1 / their sum.
+// Scores (count, with space for LANES more) -> e^(score - max); returns 1 / their sum.
 inline Floats exponentials(float *w, int count) {
   for (int t = count; t < count + LANES; ++t) w[t] = -INFINITY;
-  Floats most = all(-INFINITY), total = {};
+  Floats most = splat(-INFINITY), total = {};
   for (int t = 0; t < count; t += LANES) most = max(most, load(w + t));
-  most = all(reduce_max(most));
+  most = splat(reduce_max(most));
   for (int t = 0; t < count; t += LANES) {
     const Floats e = exp(load(w + t) - most);
     total = where(lanes(count - t), total + e, total);
     store(w + t, e);
   }
-  return all(1.f / reduce_add(total));
+  return splat(1.f / reduce_add(total));
 }
 
 // Up to B blocks of columns of values (count, E), summed with the weights of each of G heads.
@@ -49,12 +48,12 @@ inline void weigh(const float *w, size_t stride, const Floats *inverse, const T 
   for (int b = 0; b < B; ++b) masks[b] = lanes(columns - b * LANES);
   Floats sums[G][B] = {};
   for (int t = 0; t < count; ++t) {
-    if (next_keys) fetch_kept(next_keys + (size_t)t * E, E);
+    if (next_keys) prefetch_cached(next_keys + (size_t)t * E, E);
 #pragma GCC unroll 4
     for (int b = 0; b < B; ++b) {
       const Floats value = load(values + (size_t)t * E + b * LANES, masks[b]);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[g][b] = fmadd(all(w[g * stride + t]), value, sums[g][b]);
+      for (int g = 0; g < G; ++g) sums[g][b] = fmadd(splat(w[g * stride + t]), value, sums[g][b]);
     }
   }
 #pragma GCC unroll 4
@@ -72,7 +71,7 @@ void attend(const float *q, const T *keys, const T *values, const T *next_keys, 
   weights.resize(G * stride);
   float *const w = weights.data();
   for (int t = 0; t < count; ++t) {
-    fetch_kept(values + (size_t)t * E, E);
+    prefetch_cached(values + (size_t)t * E, E);
     Floats sums[G] = {};
     for (int e = 0; e < E; e += LANES) {
       const Mask mask = lanes(E - e);
@@ -107,8 +106,8 @@ void attend_group(int heads, const float *q, const T *keys, const T *values, con
   }
 }
 
-// A head (E) of q or k as the scores take it: normalised, then rotated as at its position. The two
-// numbers of a pair lie R / 2 apart (Su et al. 2021, RoFormer).
+// Prepare a head (E) of q or k: normalise it, then rotate it by its position. The two numbers of a
+// pair are R / 2 apart (Su et al. 2021, RoFormer).
 inline void prepare(float *head, const Norm &norm, const Model &model, const Block &block,
                     int position) {
   if (norm.weight) normalise(head, norm.weight, norm.bias, head, norm.eps, model.head_width);
@@ -123,33 +122,35 @@ inline void prepare(float *head, const Norm &norm, const Model &model, const Blo
   }
 }
 
-// One layer's attention; a group of heads of queries shares a head of keys and values.
+// One layer's attention; a group of query heads shares a head of keys and values.
 template <typename T>
 struct Layer {
   const Model &model;
   const Block &block;
   const Step &step;
   T *keys, *values;
-  size_t head;  // numbers of a head that a slot has room for
+  size_t head;  // capacity of a slot for one head, in numbers
   int K = model.kv_heads, G = model.n_head / K, E = model.head_width;
 
-  // Of a group: its queries (G, E) of a row.
+  // A group's queries (G, E) in a row.
   float *queries(int row, int group) const {
     return step.wide + ((size_t)row * (G + 2) * K + G * group) * E;
   }
 
-  // Where a row's slot keeps a group's keys, as its values.
-  size_t kept(int row, int group) const { return ((size_t)step.slots[row] * K + group) * head; }
+  // The offset of a group's keys, and of its values, in the cache of a row's slot.
+  size_t cache_offset(int row, int group) const {
+    return ((size_t)step.slots[row] * K + group) * head;
+  }
 
-  // Make a group's queries ready; keep its key and value.
-  void keep(int row, int group) const {
+  // Prepare a group's queries; write its key and value to the cache.
+  void write_cache(int row, int group) const {
     const int position = step.positions[row];
     float *q = queries(row, group);
     float *k = queries(row, K) + group * E;  // behind all queries
     const float *v = k + K * E;
     for (int g = 0; g < G; ++g) prepare(q + g * E, block.q_norm, model, block, position);
     prepare(k, block.k_norm, model, block, position);
-    const size_t to = kept(row, group) + (size_t)position * E;
+    const size_t to = cache_offset(row, group) + (size_t)position * E;
     for (int e = 0; e < E; e += LANES) {
       const Mask mask = lanes(E - e);
       store(keys + to + e, load(k + e, mask), mask);
@@ -157,10 +158,10 @@ struct Layer {
     }
   }
 
-  // A row attends up to its own position.
+  // A row attends up to and including its own position.
   void attend(int row, int group) const {
     const int stop = step.positions[row] + 1, start = std::max(0, stop - block.window);
-    const size_t from = kept(row, group) + (size_t)start * E;
+    const size_t from = cache_offset(row, group) + (size_t)start * E;
     const T *next = group + 1 < K ? keys + from + head : nullptr;
     float *out = step.attended + ((size_t)row * K + group) * G * E;
     attend_group(G, queries(row, group), keys + from, values + from, next, stop - start, E, out);
@@ -176,15 +177,15 @@ void attention(Team &team, const Model &model, const Step &step, const Cache &ca
                           (T *)cache.keys[number],
                           (T *)cache.values[number],
                           (size_t)cache.length * model.head_width};
-  // A row reads what others of its slot keep.
+  // A row may read keys that other rows of its slot write.
   if (!step.apart) {
 #pragma omp for collapse(2) schedule(static)
     for (int row = 0; row < step.rows; ++row)
-      for (int group = 0; group < layer.K; ++group) layer.keep(row, group);
+      for (int group = 0; group < layer.K; ++group) layer.write_cache(row, group);
   }
   team.share(1, step.rows * layer.K, [&](int, int part) {
     const int row = part / layer.K, group = part % layer.K;
-    if (step.apart) layer.keep(row, group);
+    if (step.apart) layer.write_cache(row, group);
     layer.attend(row, group);
   });
 }

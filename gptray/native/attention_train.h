@@ -1,5 +1,5 @@
-// Causal attention of one head: T tokens, queries, keys and values of D numbers each, D even.
-// Probabilities are never kept: the backward pass recomputes them, a few queries at a time.
+// Causal attention of one head: T tokens; queries, keys and values of D numbers each, D even.
+// Probabilities are not stored: the backward pass recomputes them, a few queries at a time.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-// Queries whose gradients are summed at once, in whole tiles and panels.
+// Queries whose gradients are summed together: whole tiles and panels.
 constexpr int QUERIES = 192;
 static_assert(QUERIES % TILE == 0 && QUERIES % PANEL == 0);
 
@@ -27,7 +27,7 @@ struct Strided {
 using From = Strided<const uint16_t>;
 using To = Strided<uint16_t>;
 
-// How much a head of T rows of D numbers takes.
+// Sizes of a head of T rows of D numbers.
 struct Size {
   int T, D;
 
@@ -36,7 +36,7 @@ struct Size {
   size_t row_panels() const { return (size_t)panel_count(T) * D / 2 * BLOCKS; }
   size_t column_panel() const { return (size_t)column_words(T) * BLOCKS; }
   size_t column_panels() const { return panels() * column_panel(); }
-  // From row to row of scores: no power of 2, lest all rows be kept in few places of the cache.
+  // Stride of a row of scores: no power of 2, or all rows would compete for a few cache sets.
   size_t width() const { return (size_t)panel_count(T) * PANEL + LANES; }
 };
 
@@ -63,7 +63,7 @@ Rows words_of(const uint16_t *rows, size_t stride) {
   return {(const int32_t *)rows, stride / 2, 1};
 }
 
-// Write sums of a tile times a factor each row as rows of D numbers.
+// Writes a tile's sums, times a factor per row, as rows of D numbers.
 struct ToRows {
   uint16_t *rows;
   size_t stride;
@@ -71,18 +71,18 @@ struct ToRows {
   const float *factors;
   void operator()(int r, int b, Floats sum) const {
     const Mask mask = lanes(D - b * LANES);
-    sum = sum * all(factors[r]);
+    sum = sum * splat(factors[r]);
     if (mask) store(rows + r * stride + b * LANES, sum, mask);
   }
 };
 
-// 2^(scale score - top) of one query's scores (count) in bf16, zeros after them up to a multiple
-// of 16. Returns their sum.
+// 2^(scale score - top) of one query's scores (count) in bf16, padded with zeros to a multiple of
+// 16. Returns their sum.
 float exponentials(const float *scores, int count, float scale, float top, uint16_t *out) {
   Floats total = {};
   for (int k = 0; k < count; k += LANES) {
     const Floats score = load(scores + k);
-    Floats e = exp2(fmsub(score, all(scale), all(top)));
+    Floats e = exp2(fmsub(score, splat(scale), splat(top)));
     e = where(lanes(count - k), e, Floats{});
     total = total + e;
     store(out + k, e);
@@ -90,24 +90,24 @@ float exponentials(const float *scores, int count, float scale, float top, uint1
   return reduce_add(total);
 }
 
-// log_sums (T): binary logarithms of each query's exponentials
+// log_sums (T): log2 of each query's sum of exponentials.
 void attend(From q, From k, From v, Size size, To out, float *log_sums) {
   const int D = size.D;
   const size_t width = size.width();
   thread_local std::vector<Line> packed;
   thread_local std::vector<float> all_scores;
   thread_local std::vector<uint16_t> all_powers;
-  Words *keys = (Words *)room(packed, size.row_panels() + size.column_panels());
+  Words *keys = (Words *)scratch(packed, size.row_panels() + size.column_panels());
   Words *values = keys + size.row_panels();
-  float *scores = room(all_scores, TILE * width);     // (TILE, width)
-  uint16_t *powers = room(all_powers, TILE * width);  // (TILE, width)
+  float *scores = scratch(all_scores, TILE * width);     // (TILE, width)
+  uint16_t *powers = scratch(all_powers, TILE * width);  // (TILE, width)
   const float scale = size.scale() * LOG2_E;
   pack_head_rows(k, keys, size);
   pack_head_columns(v, values, size);
   in_tiles(0, size.T, [&](int t, int rows) {
     const Rows queries = words_of(q.row(t), q.stride);
     Floats most[TILE];
-    std::fill(most, most + rows, all(-INFINITY));
+    std::fill(most, most + rows, splat(-INFINITY));
     for (int k = 0; k < t + rows; k += PANEL)
       product<Bf16>(rows, queries, keys + (size_t)(k / PANEL) * D / 2 * BLOCKS, D / 2,
                     FromZero<Bf16>{}, [&](int r, int b, Floats sum) {
@@ -133,38 +133,37 @@ void attend(From q, From k, From v, Size size, To out, float *log_sums) {
   });
 }
 
-// A head of queries, what attention gave for it, and that result's gradient.
+// A head of queries, its output, and the output's gradient.
 struct Queries {
   From q, out, grad;
   const float *log_sums;  // (T)
 };
 
-// What the gradients of heads that share keys and values are made from, QUERIES queries at a time.
-struct Backward {
+// The workspace for the gradients of query heads that share keys and values, QUERIES at a time.
+struct BackwardWorkspace {
   Size size;
   Words *key_rows, *value_rows, *keys, *queries, *grads;  // packed
-  // Probabilities and the gradients of scaled scores: words along the queries, (QUERIES / 2,
-  // width).
+  // Probabilities, and gradients of scaled scores: words along queries, (QUERIES / 2, width).
   int32_t *p_words, *s_words;
   uint16_t *s_rows;              // (TILE, width)
   float *key_grad, *value_grad;  // (panels, T, 64)
 
-  Backward(From k, From v, Size size) : size(size) {
+  BackwardWorkspace(From k, From v, Size size) : size(size) {
     const size_t width = size.width(), words = QUERIES / 2 * width;
     const size_t grad = size.panels() * width * PANEL;
     thread_local std::vector<Line> packed;
     thread_local std::vector<int32_t> all_words;
     thread_local std::vector<uint16_t> all_rows;
     thread_local std::vector<float> all_grads;
-    key_rows = (Words *)room(packed, 2 * size.row_panels() + 3 * size.column_panels());
+    key_rows = (Words *)scratch(packed, 2 * size.row_panels() + 3 * size.column_panels());
     value_rows = key_rows + size.row_panels();
     keys = value_rows + size.row_panels();
     queries = keys + size.column_panels();
     grads = queries + size.column_panels();
-    p_words = room(all_words, 2 * words);
+    p_words = scratch(all_words, 2 * words);
     s_words = p_words + words;
-    s_rows = room(all_rows, TILE * width);
-    key_grad = room(all_grads, 2 * grad);
+    s_rows = scratch(all_rows, TILE * width);
+    key_grad = scratch(all_grads, 2 * grad);
     value_grad = key_grad + grad;
     std::memset(key_grad, 0, 2 * grad * sizeof(float));
     pack_head_rows(k, key_rows, size);
@@ -173,13 +172,12 @@ struct Backward {
   }
 };
 
-// Probabilities and the gradients of the scaled scores of queries t .. t + rows - 1, to all their
-// keys.
-void score_gradients(const Backward &w, const Queries &of, int t, int rows, int32_t *p_words,
-                     int32_t *s_words) {
+// Probabilities and gradients of the scaled scores of queries t .. t + rows - 1 and all their keys.
+void score_gradients(const BackwardWorkspace &w, const Queries &of, int t, int rows,
+                     int32_t *p_words, int32_t *s_words) {
   const int D = w.size.D;
   const size_t width = w.size.width();
-  const Floats scale = all(w.size.scale() * LOG2_E);
+  const Floats scale = splat(w.size.scale() * LOG2_E);
   Floats delta[TILE], base[TILE];  // delta: the sum of out * grad
   for (int r = 0; r < rows; ++r) {
     Floats sum = {};
@@ -187,8 +185,8 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
       const Mask mask = lanes(D - d);
       sum = fmadd(load(of.out.row(t + r) + d, mask), load(of.grad.row(t + r) + d, mask), sum);
     }
-    delta[r] = all(reduce_add(sum));
-    base[r] = all(of.log_sums[t + r]);
+    delta[r] = splat(reduce_add(sum));
+    base[r] = splat(of.log_sums[t + r]);
   }
   for (int k = 0; k < t + rows; k += PANEL) {
     Floats scores[TILE][BLOCKS], grads[TILE][BLOCKS];
@@ -219,11 +217,11 @@ void score_gradients(const Backward &w, const Queries &of, int t, int rows, int3
   }
 }
 
-// Add what queries first .. last - 1 bring to the gradients of keys and values, to 64 columns of
-// them.
-void add_to_keys(const Backward &w, int p, int first, int last) {
+// Add the contribution of queries first .. last - 1 to 64 columns of the gradients of keys and
+// values.
+void add_to_keys(const BackwardWorkspace &w, int p, int first, int last) {
   const size_t width = w.size.width();
-  // As the tiles of queries are, so that all words that are read were written.
+  // In the same tiles as the queries, so that all words read here have been written.
   for (int k = 0; k < last; k += TILE) {
     const int rows = std::min(TILE, last - k);
     const int skip = std::max(k - first, 0) / 2;  // queries before these keys
@@ -241,8 +239,8 @@ void add_to_keys(const Backward &w, int p, int first, int last) {
   }
 }
 
-// The gradient of a head of queries; adds to those of its keys and values.
-void attend_backward(const Backward &w, const Queries &of, To dq) {
+// Write the gradient of a head of queries; add to those of its keys and values.
+void attend_backward(const BackwardWorkspace &w, const Queries &of, To dq) {
   const int T = w.size.T, D = w.size.D;
   const size_t width = w.size.width();
   float scales[TILE];
@@ -265,7 +263,7 @@ void attend_backward(const Backward &w, const Queries &of, To dq) {
 }
 
 // Write the gradients of keys and values.
-void write_gradients(const Backward &w, To dk, To dv) {
+void write_gradients(const BackwardWorkspace &w, To dk, To dv) {
   const int D = w.size.D;
   const float scale = w.size.scale(), one = 1.f;
   for (int p = 0; p < w.size.panels(); ++p)

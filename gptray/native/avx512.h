@@ -1,4 +1,4 @@
-// The vectors of simd.h for x86 processors with AVX-512 and its bf16 and int8 dot products.
+// simd.h's vectors for x86 processors with AVX-512 and its bf16 and int8 dot products.
 
 #pragma once
 
@@ -6,17 +6,17 @@
 
 namespace {
 
-// Sums of 16 numbers that stay in registers beside what is multiplied, and rows of them.
+// Vectors of sums that fit in registers beside the operands, and the rows of a register tile.
 constexpr int SUMS = 24, IN_REGISTERS = 6;
 
 using Floats = __m512;  // has + - * /
 using Words = __m512i;
 
-inline Floats all(float value) { return _mm512_set1_ps(value); }
+inline Floats splat(float value) { return _mm512_set1_ps(value); }
 
-inline Words all(int32_t word) { return _mm512_set1_epi32(word); }
+inline Words splat(int32_t word) { return _mm512_set1_epi32(word); }
 
-// The same bits as numbers.
+// Reinterpret the bits.
 inline Floats as_floats(Words words) { return _mm512_castsi512_ps(words); }
 
 inline Floats load(const float *from, Mask mask = ALL) { return _mm512_maskz_loadu_ps(mask, from); }
@@ -25,13 +25,13 @@ inline Words load(const int32_t *from, Mask mask = ALL) {
   return _mm512_maskz_loadu_epi32(mask, from);
 }
 
-// bf16 numbers as words with 0 in the upper half.
-inline Words halves(const uint16_t *from, Mask mask) {
+// bf16 numbers as words with zeros in the upper half.
+inline Words load_halves(const uint16_t *from, Mask mask) {
   return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
 }
 
 inline Floats load(const uint16_t *from, Mask mask = ALL) {
-  return as_floats(_mm512_slli_epi32(halves(from, mask), 16));
+  return as_floats(_mm512_slli_epi32(load_halves(from, mask), 16));
 }
 
 inline Floats load_fp16(const uint16_t *from) {
@@ -53,15 +53,15 @@ inline void store(uint16_t *to, Floats value, Mask mask = ALL) {
     _mm256_mask_storeu_epi16(to, mask, to_bf16(value));
 }
 
-// Past the caches where it can be, for what is read much later; `end_far` comes after such stores.
-inline void store_far(uint16_t *to, Floats value, Mask mask) {
+// Bypasses the caches if it can, for data that is read much later; call `end_streams` afterwards.
+inline void store_stream(uint16_t *to, Floats value, Mask mask) {
   if (mask == ALL && (uintptr_t)to % 32 == 0)
     _mm256_stream_si256((__m256i *)to, to_bf16(value));
   else
     store(to, value, mask);
 }
 
-inline void end_far() { _mm_sfence(); }
+inline void end_streams() { _mm_sfence(); }
 
 // The lowest byte of each word.
 inline void store_bytes(void *to, Words words) {
@@ -76,16 +76,16 @@ inline Floats abs(Floats x) { return _mm512_abs_ps(x); }
 
 inline Floats max(Floats x, Floats y) { return _mm512_max_ps(x, y); }
 
-// To whole numbers, of two equally near ones to the even one.
+// Round to the nearest integer, ties to even.
 inline Floats round(Floats x) { return _mm512_roundscale_ps(x, 8); }
 inline Words to_int(Floats x) { return _mm512_cvtps_epi32(x); }
 
 inline Floats to_float(Words x) { return _mm512_cvtepi32_ps(x); }
 
-// x 2^n, n whole.
+// x 2^n, n an integer.
 inline Floats ldexp(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
 
-// 1 / x, off by 6e-5 of the value.
+// 1 / x, relative error 6e-5.
 inline Floats reciprocal(Floats x) { return _mm512_rcp14_ps(x); }
 
 inline float first_of(Floats x) { return _mm512_cvtss_f32(x); }
@@ -93,15 +93,15 @@ inline float reduce_add(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float reduce_max(Floats x) { return _mm512_reduce_max_ps(x); }
 inline int32_t reduce_add(Words x) { return _mm512_reduce_add_epi32(x); }
 
-// Of the lanes of a mask x, of the others y.
+// x in the lanes of the mask, y in the others.
 inline Floats where(Mask mask, Floats x, Floats y) { return _mm512_mask_mov_ps(y, mask, x); }
 
-// Where a number is at least 0 x, elsewhere y.
+// x where number >= 0, else y.
 inline Floats where_positive(Floats number, Floats x, Floats y) {
   return where(_mm512_cmp_ps_mask(number, Floats{}, _CMP_GE_OQ), x, y);
 }
 
-// True of NaN too.
+// True for NaN too.
 inline Mask not_less(Mask mask, Floats x, Floats y) {
   return _mm512_mask_cmp_ps_mask(mask, x, y, _CMP_NLT_UQ);
 }
@@ -109,7 +109,7 @@ inline Mask not_equal(Mask mask, Floats x, Floats y) {
   return _mm512_mask_cmp_ps_mask(mask, x, y, _CMP_NEQ_UQ);
 }
 
-// Words of two bf16 numbers; those of `even` stand in the lower halves.
+// Words of two bf16 numbers, those of `even` in the lower halves.
 inline Words pair(Words even, Words odd) {
   return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
 }
@@ -120,49 +120,49 @@ inline Words pair(Floats even, Floats odd) {
 
 // The numbers in the lower and upper halves of words.
 inline Floats even_of(Words w) { return as_floats(_mm512_slli_epi32(w, 16)); }
-inline Floats odd_of(Words w) { return as_floats(_mm512_and_si512(w, all((int32_t)0xFFFF0000))); }
+inline Floats odd_of(Words w) { return as_floats(_mm512_and_si512(w, splat((int32_t)0xFFFF0000))); }
 
-// 32 numbers that follow each other as 16 words of bf16.
+// 32 consecutive numbers as 16 words of bf16.
 inline Words to_words(Floats low, Floats high) { return (Words)_mm512_cvtne2ps_pbh(high, low); }
 
-// A sum and the products of the bf16 numbers of words.
+// sum + the dot product of each pair of words of bf16.
 inline Floats dot_bf16(Floats sum, Words x, Words w) {
   return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
 }
 
-// Bytes of weights are multiplied with so much added to them.
+// Added to the bytes of weights before they are multiplied.
 constexpr int BYTE_BIAS = 128;
 
-// Bytes of weights as they are multiplied, from those with 128 added.
+// Weights with BYTE_BIAS added, from packed weights with 128 added.
 inline Words biased(Words bytes) { return bytes; }
 
-// A sum and the products of the bytes of words, x signed, w with `BYTE_BIAS` added.
+// sum + the dot product of each pair of words of bytes; x is signed, w has BYTE_BIAS added.
 inline Words dot_bytes(Words sum, Words x, Words w) {
-  // Around the intrinsic GCC 12 moves every sum to memory and back, at half the speed.
+  // Not the intrinsic: around it GCC 12 spills every sum, at half the speed.
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
   return sum;
 }
 
 inline Words add(Words x, Words y) { return _mm512_add_epi32(x, y); }
 
-// The lower and upper halves of bytes.
+// The lower and upper four bits of bytes.
 inline Words low_nibbles(Words w) { return _mm512_and_si512(w, _mm512_set1_epi8(15)); }
 inline Words high_nibbles(Words w) { return low_nibbles(_mm512_srli_epi16(w, 4)); }
 
-// 16 bytes, and those of them that codes in bytes name.
+// A lookup table of 16 bytes, and its entries for codes in bytes.
 using Table = Words;
 inline Table table_of(const int8_t *bytes) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
 }
 inline Words look_up(Table table, Words codes) { return _mm512_shuffle_epi8(table, codes); }
 
-// Have words wait in registers: GCC 12 would load them again for each row.
-inline void hold(Words &a, Words &b) { asm("" : "+v"(a), "+v"(b)); }
-inline void hold(Words &a, Words &b, Words &c, Words &d) {
+// Keep words in registers: GCC 12 would load them again for each row.
+inline void keep_in_registers(Words &a, Words &b) { asm("" : "+v"(a), "+v"(b)); }
+inline void keep_in_registers(Words &a, Words &b, Words &c, Words &d) {
   asm("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
 }
 
-// 16 rows of 16 words <-> 16 columns of them.
+// Transpose 16 rows of 16 words.
 inline void transpose(Words (&w)[LANES]) {
   Words t[LANES];
 #pragma GCC unroll 8

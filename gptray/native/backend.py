@@ -1,4 +1,4 @@
-"""Whether the native library can compute on this machine; if not, PyTorch does."""
+"""Checks whether the native library works on this machine; if not, PyTorch computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAIN_KEY, GENERATE_KEY = "train.backend", "generate.backend"
 def why_not_native(*, use_gpu: bool, look_at_cache: bool = False) -> str | None:
     """Why the native library cannot compute here; None if it can.
 
-    look_at_cache: whether the cache folder must have the library, or take it, too.
+    look_at_cache: also require that the cache folder holds the library or can take it.
     """
     missing = "it runs on CPUs, but compute.use_gpu=true" if use_gpu else None
     missing = missing or why_not_here() or why_no_library()
@@ -23,7 +23,7 @@ def why_not_native(*, use_gpu: bool, look_at_cache: bool = False) -> str | None:
 
 
 def check_native(key: str, backend: str, *, use_gpu: bool, look_at_cache: bool = False) -> None:
-    """Refuse backend=native where it cannot compute, see `why_not_native`.
+    """Refuse backend=native if `why_not_native` has a reason.
 
     Raises:
         UserError: names the key, and what is missing.

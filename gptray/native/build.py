@@ -1,9 +1,9 @@
-"""Builds the native library for this machine, once: libraries stay in the user's cache folder.
+"""Builds the native library for this machine once and keeps it in the user's cache folder.
 
-A library's name says what its bytes depend on, this machine's processor included, and ends with
-their digest, which is verified before every use. A damaged library is built again; one that another
-user could have written is never loaded. A cache folder of the user's own that others can write to,
-as a umask of 002 makes it, is closed to them.
+A library's name is a hash of everything that its bytes depend on, including the processor, and ends
+with their digest, which is verified before every use. A damaged library is built again; one that
+another user could have written is never loaded. If others can write to the user's own cache folder,
+as with a umask of 002, their access is removed.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ log = logging.getLogger("gptray")
 _FOLDER = Path(__file__).parent
 _SOURCES = (_FOLDER / "decode.cpp", _FOLDER / "train.cpp")
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-# A program that ends with 0 if the library that it is given works here.
+# A program that exits with 0 if the given library works here.
 _TRIAL = f"""
 import ctypes, sys
 ctypes.CDLL(None).syscall({ARCH_PRCTL}, {ASK_FOR}, {TILE_DATA})
 sys.exit(ctypes.CDLL(sys.argv[1]).works_here() != 1)
 """
-# Room that a library needs at most.
+# The most disk space that a library needs.
 _LIBRARY_BYTES = 4 << 20
 
 
 def build_library(*, key: str) -> Path:
-    """The native library's file, which is built if this machine has none yet, in some seconds.
+    """Return the native library's file; build it, in some seconds, if this machine has none yet.
 
-    key: what to set to torch to do without it.
+    key: the config's key that can be set to torch to do without it, for messages.
 
     Raises:
-        RunFailed: this machine's processor or compiler cannot do it; or the cache folder cannot
-            be written, or others can write to it and that cannot be changed.
+        RunFailed: the processor or compiler does not support it; or the cache folder cannot be
+            written, or others can write to it and that cannot be changed.
     """
     if why := why_not_here():
         raise RunFailed(f"{why}; set {key}=torch to do without it")
     remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
     name, folder = library_name(), cache_folder()
     _close(folder)
-    found = kept(name)
+    found = cached_library(name)
     if found:
         return found
     for damaged in folder.glob(f"{name}-*.so"):
@@ -73,7 +73,7 @@ def build_library(*, key: str) -> Path:
     log.info("building the native library, once: %s", folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if shutil.disk_usage(folder).free < _LIBRARY_BYTES:  # the compiler says it in pages
+        if shutil.disk_usage(folder).free < _LIBRARY_BYTES:  # a compiler's message takes pages
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if problem := _not_private(folder):
             raise RunFailed(f"{folder} {problem}, so no code is loaded from it; {remedy}")
@@ -83,7 +83,7 @@ def build_library(*, key: str) -> Path:
             os.replace(fresh, path)
     except OSError as error:
         raise RunFailed(f"{cannot_write(folder / name, error)}; {remedy}") from None
-    if kept(name) is None:
+    if cached_library(name) is None:
         raise RunFailed(
             f"{path} was changed by another process while it was being written; {remedy}"
         )
@@ -91,7 +91,7 @@ def build_library(*, key: str) -> Path:
 
 
 def _compile(folder: Path, key: str) -> Path:
-    """Make the library in a folder, with this processor's tiles if they work."""
+    """Build the library in a folder, with this processor's tiles if they work."""
     if uses_tiles():
         library = _compile_parts(folder, key, tiles=True)
         if _works(library):
@@ -103,13 +103,13 @@ def _compile(folder: Path, key: str) -> Path:
 
 
 def _works(library: Path) -> bool:
-    """Whether a library says so; asked in a process of its own, which may crash."""
+    """Whether a library passes its own check, in a process of its own because it may crash."""
     command = [sys.executable, "-c", _TRIAL, str(library)]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _compile_parts(folder: Path, key: str, *, tiles: bool) -> Path:
-    """Make the library in a folder, its sources side by side."""
+    """Build the library in a folder, compiling its sources in parallel."""
     remedy = f"set {key}=torch to do without it"
 
     def compile_one(source: Path) -> Path:
@@ -130,7 +130,7 @@ def _compile_parts(folder: Path, key: str, *, tiles: bool) -> Path:
 
 @contextmanager
 def _draft(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write a library in."""
+    """A temporary folder to build a library in."""
     own = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
     try:
         yield own
@@ -139,10 +139,10 @@ def _draft(folder: Path) -> Iterator[Path]:
 
 
 def library_name() -> str:
-    """The name of this machine's libraries, up to the digest of their own bytes.
+    """The name of this machine's libraries, without the digest of their bytes.
 
-    Derived from what the bytes depend on: sources, headers, compiler with its flags and version,
-    and the processor, for a flag such as -march=native means another one on each.
+    A hash of what the bytes depend on: sources, headers, the compiler with its flags and version,
+    and the processor, because flags such as -march=native depend on it.
     """
     parts = [*_SOURCES, *sorted(_FOLDER.glob("*.h"))]
     text = b"".join(part.read_bytes() for part in parts)
@@ -151,8 +151,8 @@ def library_name() -> str:
     return f"native-{hashlib.sha256(text).hexdigest()[:16]}"
 
 
-def kept(name: str) -> Path | None:
-    """A library that was built before, if its digest is right and nobody else can write to it."""
+def cached_library(name: str) -> Path | None:
+    """A cached library, if its digest is right and nobody else can write to it."""
     folder = cache_folder()
     if not folder.is_dir() or _not_private(folder):
         return None
@@ -164,20 +164,20 @@ def kept(name: str) -> Path | None:
 
 
 def _close(folder: Path) -> None:
-    """Take the permission to write to an own cache folder from other users, if they have it."""
+    """Remove other users' permission to write to the user's own cache folder."""
     if _is_own(folder) and _not_private(folder):
-        with suppress(OSError):  # the folder is refused where it is used
+        with suppress(OSError):  # the folder is then refused on use
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) & ~_OTHERS_WRITE)
             log.info("other users could write to %s; their access has been removed", folder)
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether a folder is this user's and no link: one may lead to a folder that others share."""
+    """Whether a folder is this user's and not a link, which may lead to a shared folder."""
     return folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.geteuid()
 
 
 def _not_private(path: Path) -> str | None:
-    """Why another user may have written to a file or folder; None if none can."""
+    """Why another user could have written to a file or folder; None if none could."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         status = path.stat() if path.is_dir() else status
@@ -187,7 +187,7 @@ def _not_private(path: Path) -> str | None:
 
 
 def _is_library(path: Path) -> bool:
-    """Whether a compiler has made a shared library there."""
+    """Whether it is a shared library, judging by its first bytes."""
     return path.is_file() and path.read_bytes()[:4] in (b"\x7fELF", b"\xcf\xfa\xed\xfe")  # macOS's
 
 
@@ -196,8 +196,8 @@ def _digest(path: Path) -> str:
 
 
 def why_no_cache() -> str | None:
-    """Why the cache folder neither has the library nor takes it; None if it does."""
-    if kept(library_name()):
+    """Why the cache folder neither holds nor can take the library; None if it does or can."""
+    if cached_library(library_name()):
         return None
     folder = cache_folder()
     try:

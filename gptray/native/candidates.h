@@ -1,4 +1,4 @@
-// The likeliest tokens of a row of logits.
+// The top-k tokens of a row of logits.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace {
 
-// Larger for what is likelier, and of equals for the lower id; as choosing.py orders them. NaN, of
-// either sign, is the largest.
+// A sort key: larger for likelier tokens, and among equals for the lower id, as choosing.py orders
+// them. NaN of either sign is the largest.
 inline int64_t rank_key(float logit, int id) {
   int32_t bits;
   logit += 0.f;  // -0 is 0
@@ -22,11 +22,11 @@ inline int64_t rank_key(float logit, int id) {
   return (int64_t)((uint64_t)order << 32) | (0x7FFFFFFF - id);
 }
 
-// The k first of a row of `width` logits. They are no less than the k-th of the panels' maxima.
+// The top k of a row of `width` logits, none of which is below the k-th largest panel maximum.
 void top_of_row(const float *logits, int width, int k, float *values, int64_t *ids) {
   std::vector<float> maxima;
   for (int i = 0; i < width; i += PANEL) {
-    Floats most = all(-INFINITY);
+    Floats most = splat(-INFINITY);
     for (int j = i; j < std::min(i + PANEL, width); j += LANES) {
       const Mask mask = lanes(width - j);
       most = where(mask, max(load(logits + j, mask), most), most);
@@ -39,12 +39,13 @@ void top_of_row(const float *logits, int width, int k, float *values, int64_t *i
     least = maxima[k - 1];
   }
   std::vector<int64_t> keys;
-  const Floats lowest = all(-INFINITY);
+  const Floats lowest = splat(-INFINITY);
   for (int i = 0; i < width; i += LANES) {
     const Mask mask = lanes(width - i);
     const Floats row = load(logits + i, mask);
-    // "Not less" takes NaN too: the sampler is to see it. -inf waits: a masked row is full of it.
-    int found = not_less(mask, row, all(least));
+    // "Not less" includes NaN, which the sampler must see. -inf, which fills masked rows, comes
+    // later.
+    int found = not_less(mask, row, splat(least));
     found &= not_equal(mask, row, lowest);
     for (; found; found &= found - 1) {
       const int id = i + __builtin_ctz(found);

@@ -1,4 +1,4 @@
-"""The machine's C++ compiler: for the native library, and what torch.compile needs of it."""
+"""The machine's C++ compiler, for the native library and for torch.compile."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gptray.native.processor import TILES, instruction_options, may_use_tiles
 log = logging.getLogger("gptray")
 
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC")
-# OpenMP's runtime is the one that PyTorch has loaded: both share one set of threads. On macOS the
-# compiler takes another flag, and the runtime's names are found when the library is loaded.
+# Uses the OpenMP runtime that PyTorch has loaded, so that both share its threads. macOS has another
+# flag, and resolves the runtime's symbols when the library is loaded.
 _OPENMP = ("-fopenmp",)
 _MAC_OPENMP = ("-Xpreprocessor", "-fopenmp", "-Wl,-undefined,dynamic_lookup")
 
@@ -36,13 +36,13 @@ def compiler() -> list[str]:
 
 
 def options(*, tiles: bool) -> tuple[str, ...]:
-    """The compiler's options for the native library. tiles: whether it multiplies in tiles."""
+    """The compiler's options for the native library. tiles: whether it uses AMX tiles."""
     openmp = _MAC_OPENMP if platform.system() == "Darwin" else _OPENMP
     return (*_OPTIONS, *openmp, *instruction_options(), *(TILES.values() if tiles else ()))
 
 
 def uses_tiles() -> bool:
-    """Whether the native library may multiply in tiles: processor, Linux, compiler have them."""
+    """Whether the native library can use tiles: processor, Linux and compiler support them."""
     return may_use_tiles() and _knows_tiles(tuple(compiler()))
 
 
@@ -59,18 +59,18 @@ def _knows_tiles(command: tuple[str, ...]) -> bool:
 
 
 def _knows(command: Sequence[str], asked: Sequence[str]) -> bool:
-    """Whether a compiler takes options."""
+    """Whether a compiler accepts these options."""
     line = [*command, *asked, "-E", "-x", "c++", os.devnull]
     return subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
 def compiler_version() -> str:
-    """What the compiler says about itself; empty where there is none."""
+    """The compiler's output for --version; empty if there is no compiler."""
     return _version_of(tuple(compiler()))
 
 
 def why_no_library() -> str | None:
-    """Why no native library can be compiled on this machine; None if one can."""
+    """Why the native library cannot be compiled on this machine; None if it can."""
     command = compiler()
     if shutil.which(command[0]) is None:
         return f"there is no C++ compiler {command[0]} on this machine"
@@ -81,10 +81,10 @@ def why_no_library() -> str | None:
 
 
 def run_compiler(*arguments: str | Path, tiles: bool, remedy: str) -> None:
-    """Compile or link; the last argument is what the message names.
+    """Compile or link; the message names the last argument.
 
     Raises:
-        RunFailed: the compiler fails; with the first lines of what it says.
+        RunFailed: the compiler failed; with the first lines of its output.
     """
     command = [*compiler(), *options(tiles=tiles), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -98,7 +98,7 @@ def run_compiler(*arguments: str | Path, tiles: bool, remedy: str) -> None:
 def why_not_compile(*, on_gpu: bool) -> str | None:
     """Why torch.compile does not work on this machine, and what to install; None if it does.
 
-    On a GPU Triton has the C compiler build a small module for this Python.
+    On a GPU, Triton has the C compiler build a small module for this Python.
     """
     if not on_gpu:
         command = compiler()[0]
@@ -123,7 +123,7 @@ def why_not_compile(*, on_gpu: bool) -> str | None:
 
 
 def cannot_compile(reason: str) -> str:
-    """What to say where the training step was to be compiled and cannot be."""
+    """The message if the training step cannot be compiled."""
     return (
         f"train.compile: the training step cannot be compiled: {reason}. Set train.compile=false "
         "to train without"

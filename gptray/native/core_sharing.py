@@ -1,13 +1,13 @@
-"""Has threads that wait for each other sleep while other processes want their cores.
+"""Makes OpenMP threads sleep instead of spin at barriers while other processes need their cores.
 
-OpenMP's threads meet at the end of every loop. On cores of their own whoever comes first had best
-spin: most of these waits are shorter than waking a thread. Where another process has a core, the
-last to come may stand in that core's queue for milliseconds, and the spinning keeps it there: it
-could run where the others wait.
+OpenMP's threads meet at a barrier at the end of every loop. If they have the cores to themselves,
+they should spin there: most waits are shorter than waking a thread. But if another process runs on
+one of the cores, the last thread may wait for that core for milliseconds while the others spin on
+cores that it could use.
 
-GNU's OpenMP spins for a moment only once a process has more of its threads than there are cores
-(its manual, GOMP_SPINCOUNT). So while this process's threads stand in queues, as Linux counts
-that, some more of them exist, asleep. Loops are shared out as ever: results keep their bits.
+GNU's OpenMP spins only briefly once a process has more OpenMP threads than there are cores (see
+GOMP_SPINCOUNT in its manual). So while this process's threads wait for cores, which Linux counts,
+this module adds sleeping threads. Loops are divided as before, so results keep their bits.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-# Seconds between looks; the time in queues, in cores, from which cores are shared (a busy process
-# makes it 1, a quiet machine's own services up to 0.1); and so many looks at less end that.
+# Seconds between looks; the average number of waiting threads from which cores count as shared (one
+# busy process makes it 1, a quiet machine's services up to 0.1); the quiet looks that end it.
 LOOK_S, SHARED_FROM, LOOKS = 0.2, 0.25, 5
 
 
 @cache
 def share_cores() -> CoreSharing | None:
-    """Have this process's threads share cores well from now on; torch must be loaded.
+    """Make this process's threads share cores well from now on; torch must be loaded.
 
-    None where there is no GNU OpenMP or no Linux that counts.
+    None without GNU's OpenMP or without Linux's counters.
     """
     path = _openmp_path()
     return CoreSharing(ctypes.CDLL(path)) if path and queued_ns() else None
 
 
 class CoreSharing:
-    """Watches, for the life of the process, whether it shares its cores. See `share_cores`."""
+    """Watches for the life of the process whether others need its cores. See `share_cores`."""
 
     def __init__(self, openmp: ctypes.CDLL) -> None:
         self._openmp = openmp
@@ -44,12 +44,12 @@ class CoreSharing:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="core sharing", daemon=True)
         self._thread.start()
-        # A thread that still runs as Python ends is torn down in the middle of what it does.
+        # Python kills daemon threads at exit in the middle of whatever they do.
         atexit.register(self._end)
 
     @property
     def is_shared(self) -> bool:
-        """Whether others want the cores, so that waiting threads sleep."""
+        """Whether others need the cores, so that waiting threads sleep."""
         return self._sleepers is not None
 
     def _end(self) -> None:
@@ -75,13 +75,13 @@ class CoreSharing:
 
 
 class _Sleepers:
-    """More OpenMP threads than there are cores: a region of a thread of its own, all asleep."""
+    """Sleeping OpenMP threads, one more than cores, in a parallel region of a separate thread."""
 
     def __init__(self, openmp: ctypes.CDLL) -> None:
         count = openmp.omp_get_num_procs() + 1
-        self._barrier = ctypes.create_string_buffer(64)  # a pthread_barrier_t and more
+        self._barrier = ctypes.create_string_buffer(64)  # at least a pthread_barrier_t
         libc = ctypes.CDLL(None)
-        self._meet = libc.pthread_barrier_wait  # no Python: these threads know none
+        self._meet = libc.pthread_barrier_wait  # not Python, which OpenMP's threads cannot run
         libc.pthread_barrier_init(self._barrier, None, count + 1)
         self._thread = threading.Thread(
             target=openmp.GOMP_parallel,
@@ -97,9 +97,7 @@ class _Sleepers:
 
 
 def queued_ns() -> int:
-    """Nanoseconds for which threads of this process were ready to run and had no core; 0 where
-    the system does not say.
-    """
+    """Nanoseconds that this process's threads were runnable without a core; 0 if not counted."""
     total = 0
     with suppress(OSError):
         for task in os.listdir("/proc/self/task"):
@@ -109,7 +107,7 @@ def queued_ns() -> int:
 
 
 def _openmp_path() -> str | None:
-    """The file of GNU's OpenMP that torch has loaded."""
+    """The file of the GNU OpenMP runtime that torch has loaded, if any."""
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
             path = line[line.find("/") :]

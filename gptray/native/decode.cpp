@@ -1,7 +1,7 @@
-// A step of a decoder in one call, a row's likeliest tokens, and drawing from them.
+// A decoding step in one call, a row's top-k tokens, and drawing from them.
 //
-// Every sum runs over a row's own numbers in one fixed order. So what a token gets has the same
-// bits alone or among any neighbours, whether its prompt was read at once or token by token.
+// Every sum runs over a row's own numbers in one fixed order. So a token's logits have the same
+// bits alone or in any batch, whether its prompt was read at once or token by token.
 
 #include "decode.h"
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// All threads of a step run these, and share their loops.
+// All threads of a step call these functions and share their loops.
 
 void embed(const Model &model, const Step &step) {
   const int C = model.n_embd;
@@ -32,9 +32,9 @@ void embed(const Model &model, const Step &step) {
   }
 }
 
-// x + what a layer makes of rows, or that alone; a norm that comes after the layer is between them.
-void into_x(Team &team, const Model &model, const Step &step, const Linear &layer,
-            const float *rows, const Norm &norm, bool adds) {
+// x += a layer's outputs for rows, through its post-norm if it has one; x = them unless `adds`.
+void update_residual(Team &team, const Model &model, const Step &step, const Linear &layer,
+                     const float *rows, const Norm &norm, bool adds) {
   const int C = model.n_embd;
   const bool is_normed = model.post_norm && norm.weight;
   const float *add = adds ? step.x : nullptr;
@@ -53,7 +53,7 @@ void block(Team &team, const Model &model, const Step &step, const Cache &cache,
   const Block &b = model.blocks[number];
   const Norm *before[] = {model.post_norm ? nullptr : &b.ln_1, model.post_norm ? nullptr : &b.ln_2};
   const auto add_attended = [&] {
-    into_x(team, model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
+    update_residual(team, model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
   };
   linear(team, b.c_attn, step, step.x, before[0], nullptr, step.rows,
          {step.wide, nullptr, b.c_attn.outputs});
@@ -62,7 +62,8 @@ void block(Team &team, const Model &model, const Step &step, const Cache &cache,
   linear(team, b.c_fc, step, step.x, before[1], nullptr, step.rows,
          {step.wide, nullptr, b.mlp_proj.inputs, model.activation});
   if (model.parallel) add_attended();
-  into_x(team, model, step, b.mlp_proj, step.wide, b.ln_2, model.residual || model.parallel);
+  update_residual(team, model, step, b.mlp_proj, step.wide, b.ln_2,
+                  model.residual || model.parallel);
 }
 
 ABI_TYPE(Norm, "Norm")
@@ -76,7 +77,7 @@ ABI_TYPE(Draw, "Draw")
 
 }  // namespace
 
-// The k likeliest of each row of logits (rows, width) and their ids, (rows, k) each.
+// The top k of each row of logits (rows, width) and their ids, (rows, k) each.
 extern "C" void top_candidates(const float *logits, int32_t rows, int32_t width, int32_t k,
                                float *values, int64_t *ids, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -86,8 +87,8 @@ extern "C" void top_candidates(const float *logits, int32_t rows, int32_t width,
   }
 }
 
-// The k likeliest of each row of logits (rows, width) to draw from: the likeliest one's logit,
-// (rows), and the ids and logarithms of weights, (rows, k) each.
+// The top k of each row of logits (rows, width) to draw from: the largest logit, (rows), and the
+// ids and the logarithms of their weights, (rows, k) each.
 extern "C" void rank_rows(const float *logits, int32_t rows, int32_t width, int32_t k,
                           const Draw *draws, float *best, int64_t *ids, double *logs,
                           int32_t threads) {
@@ -101,12 +102,12 @@ extern "C" void rank_rows(const float *logits, int32_t rows, int32_t width, int3
   }
 }
 
-// What each row draws of k candidates, by their weights (rows, k).
+// The token that each row draws from its k candidates, by their weights (rows, k).
 extern "C" void draw_rows(const double *weights, const int64_t *ids, int32_t rows, int32_t k,
                           const Draw *draws, int64_t *tokens) {
   for (int row = 0; row < rows; ++row) {
     const size_t at = (size_t)row * k;
-    tokens[row] = ids[at + draw_place(weights + at, k, draws[row])];
+    tokens[row] = ids[at + draw_candidate(weights + at, k, draws[row])];
   }
 }
 
@@ -126,7 +127,7 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
   }
 }
 
-// For `gptray.native.build`: whether this library may be used here.
+// For `gptray.native.build`: whether this library works here.
 extern "C" int32_t works_here() {
   if constexpr (HAS_TILES) return tiles_are_right();
   return true;

@@ -1,10 +1,10 @@
-// What the decoder is called with; gptray/native/abi.py mirrors it.
+// The decoder's structures; gptray/native/abi.py mirrors them.
 //
-// Weights are packed as gemm.h reads them, those of 4 bits as grouped_decode.h does. Everything
-// between the products is fp32.
+// Weights are packed for gemm.h, 4-bit weights for grouped_decode.h. Everything between the
+// products is fp32.
 //
-// Shapes: N tokens of a step, C = n_embd, H heads of queries, K of keys and values, E = head width,
-// R the part of a head that is rotated.
+// Shapes: N tokens in a step, C = n_embd, H query heads, K key and value heads, E = head width,
+// R rotated dimensions of a head.
 
 #pragma once
 
@@ -19,34 +19,34 @@ struct Norm {
   float eps;
 };
 
-// x (N, inputs) -> x W^T + bias (N, outputs). Of SWIGLU's outputs each panel has 32 gates, then
-// what they let through.
+// x (N, inputs) -> x W^T + bias (N, outputs). For SWIGLU, each panel of outputs has 32 gates, then
+// the values that they gate.
 struct Linear {
   const void *weight;
   const float *bias;   // or null
-  const float *scale;  // int8: of each output, else null
+  const float *scale;  // per output for int8, else null
   int32_t inputs, outputs, kind;
-  int32_t number;  // which of an adapter's `LowRank` is added to it; none: -1
+  int32_t number;  // index of its `LowRank` in an adapter; -1 for none
 };
 
-// x -> x A^T B^T, which an adapter adds to a linear layer.
+// x -> x A^T B^T, which an adapter adds to a linear layer's outputs.
 struct LowRank {
   const void *a;       // A as [rank / RANK_STEP][16 inputs][RANK_STEP][16]
-  const void *b;       // B^T as the layer's outputs are packed: [panel][rank][64 outputs]
-  int32_t rank, kind;  // a whole number of RANK_STEP, or 0; FP32 or BF16
-  int32_t inputs;      // of A, a whole number of 16
+  const void *b;       // B^T, packed like the layer's outputs: [panel][rank][64 outputs]
+  int32_t rank, kind;  // a multiple of RANK_STEP, or 0; FP32 or BF16
+  int32_t inputs;      // A's, a multiple of 16
 };
 
 struct Block {
   Norm ln_1, ln_2, q_norm, k_norm;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
-  int32_t window;  // tokens that attention looks back over, its own included
+  int32_t window;  // tokens that attention looks back over, including the current one
   int32_t rotary;  // R, or 0
 };
 
 struct Model {
   const Block *blocks;
-  const float *wte, *wpe;  // (V, C), or null for rows of head, fp32 or bf16; (P, C) or null
+  const float *wte, *wpe;  // (V, C), or null to read head's rows (fp32, bf16); (P, C) or null
   const float *cos, *sin;  // (P, R / 2), or null
   Norm ln_f;
   Linear head;
@@ -61,16 +61,16 @@ struct Cache {  // keys and values of each layer: (slots, K, length, E), fp32 or
 
 struct Step {
   const int32_t *tokens, *slots, *positions;  // (N)
-  const int32_t *asked;                       // the rows whose logits are asked for
-  const LowRank *const *adapters;             // (N), each of all layers and an empty one; or null
+  const int32_t *asked;                       // the rows whose logits are wanted
+  const LowRank *const *adapters;             // (N), each of all layers plus an empty one; or null
   int32_t rows, asked_rows;
-  int32_t apart;      // no two rows have one slot
-  int32_t most_rank;  // of the adapters
-  float *x, *made;    // (N, C); made: what a norm takes before it is added to x
+  int32_t apart;      // no two rows share a slot
+  int32_t most_rank;  // the adapters' largest
+  float *x, *made;    // (N, C); made: a layer's output before its post-norm
   float *attended;    // (N, H E)
   float *narrow;      // (N, most_rank): a layer's input times A^T
   float *wide;        // (N, (H + 2 K) E) or (N, inner)
-  int32_t *words;     // N rows as a product reads them, of the most words that one has
+  int32_t *words;     // N rows of packed input, of as many words as the widest layer needs
   float *logits;      // (asked_rows, logits_stride), -inf beyond the vocabulary
   int32_t logits_stride;
 };

@@ -1,6 +1,6 @@
-// Linear layers whose W (N, K) is frozen, in bf16, with what an adapter adds: y = x W^T + b + u
-// B^T, u (M, R) being x A^T (Hu et al. 2022, LoRA), and dx = dy W + (du A) times a mask. In each, W
-// and the narrow matrix are packed side by side, and a sum runs through both. All threads of a
+// Linear layers with frozen W (N, K) in bf16 and an adapter (Hu et al. 2022, LoRA):
+// y = x W^T + b + u B^T with u (M, R) = x A^T, and dx = dy W + (du A) times a mask. W and the
+// adapter's matrix are packed one after the other, and each sum runs through both. All threads of a
 // parallel region call these functions and share their loops.
 
 #pragma once
@@ -10,27 +10,27 @@
 
 namespace {
 
-// R numbers of each row, and the matrix that they are multiplied by; R 0 for none.
+// The adapter's R numbers per row, and the matrix that multiplies them; R 0 for no adapter.
 struct Adapter {
   const uint16_t *rows;  // (M, R)
-  const float *matrix;   // B (N, R), or for a gradient A (R, K)
+  const float *matrix;   // B (N, R), or A (R, K) in the backward pass
   int R;                 // even
-  const uint16_t *mask;  // of what is added, or nullptr
+  const uint16_t *mask;  // times the product, or nullptr
 };
 
-// By its matrix, packed.
-inline Added added(const Adapter &adapter, const Words *panels) {
+// panels: the packed matrix.
+inline LowRankProduct low_rank_product(const Adapter &adapter, const Words *panels) {
   return {(const int32_t *)adapter.rows, panels, adapter.R / 2, adapter.mask};
 }
 
-// y (M, N), and of an activation the slopes; of SWIGLU W has 2 N rows.
+// y (M, N), and the slopes of an activation; for SWIGLU, W has 2 N rows.
 void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Adapter &adapter,
                   uint16_t *y, uint16_t *slopes, Words *work, int M, int N, int K,
                   Activation activation) {
   const bool is_gated = activation == SWIGLU;
   const int columns = is_gated ? gated_panel_count(N) : panel_count(N);
   Words *narrow = work + (size_t)columns * BLOCKS * (K / 2);
-  const Added low = added(adapter, narrow);
+  const LowRankProduct low = low_rank_product(adapter, narrow);
   if (is_gated)
     pack_gated_rows(w, work, N, K), pack_gated_rows(adapter.matrix, narrow, N, adapter.R);
   else
@@ -43,16 +43,16 @@ void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Ad
     case GELU: run(WithGelu<exact_gelu_and_slope>{{to, slopes, {}}}); break;
     case SWIGLU: run(WithSwiglu{{to, slopes, {}}}); break;
   }
-  end_far();  // after store_far
+  end_streams();  // after store_stream
 }
 
-// dx (M, K), times the slopes of the activation that gave x, if it is not NONE; of SWIGLU these
+// dx (M, K), times the slopes of the activation that made x, unless it is NONE; for SWIGLU, these
 // and dx are (M, 2 K).
 void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapter,
                      const uint16_t *slopes, uint16_t *dx, Words *work, int M, int N, int K,
                      Activation activation) {
   Words *narrow = work + (size_t)panel_count(K) * BLOCKS * (N / 2);
-  const Added low = added(adapter, narrow);
+  const LowRankProduct low = low_rank_product(adapter, narrow);
   pack_columns(w, work, N, K);
   pack_columns(adapter.matrix, narrow, adapter.R, K);
   const Output to = {dx, K, nullptr};
@@ -64,8 +64,7 @@ void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapt
   }
 }
 
-// Rows at once of a product whose columns fill one block, or two: as many sums as it takes to wait
-// for none.
+// Rows at once of a product with one or two blocks of columns: enough sums to hide the latency.
 constexpr int NARROW_TILE = SUMS / 2;
 
 // ROWS rows by the first USED blocks of a panel of `count` words.
@@ -75,10 +74,10 @@ inline void narrow_tile(const int32_t *x, const Words *panel, int count, const O
   Floats sums[ROWS][USED] = {};
   for (int k = 0; k < count; ++k, panel += BLOCKS) {
     Words first = load((const int32_t *)panel), last = load((const int32_t *)(panel + USED - 1));
-    hold(first, last);
+    keep_in_registers(first, last);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
-      const Words word = all(x[(size_t)r * count + k]);
+      const Words word = splat(x[(size_t)r * count + k]);
       sums[r][0] = Bf16::add(sums[r][0], word, first);
       if (USED > 1) sums[r][USED - 1] = Bf16::add(sums[r][USED - 1], word, last);
     }
@@ -101,7 +100,7 @@ void narrow_product(const int32_t *x, const Words *panel, int M, int count, cons
   for (int row = 0; row < M; row += NARROW_TILE) run(row, std::min(NARROW_TILE, M - row));
 }
 
-// What `multiply` gives, in the form that is fastest for few columns too.
+// `multiply`, by the variant that is fastest for so many columns.
 void multiply_any(const uint16_t *x, const Words *panels, int M, int count, const Output &to) {
   const int32_t *words = (const int32_t *)x;
   if (to.bias || to.N > 2 * LANES)

@@ -1,5 +1,5 @@
-// GELU, z P(z): of GPT-2, where P(z) is the gate g = 1 / (1 + e^(-2 u)) with
-// u = sqrt(2 / pi) (z + 0.044715 z^3), and exact, where P is the normal distribution's.
+// GELU, z P(z): GPT-2's, where P(z) is the gate g = 1 / (1 + e^(-2 u)) with
+// u = sqrt(2 / pi) (z + 0.044715 z^3), and the exact one, where P is the normal CDF.
 
 #pragma once
 
@@ -7,11 +7,11 @@
 
 namespace {
 
-// As exact as fp32: for decoding.
+// For decoding: to fp32 precision.
 inline Floats gelu(Floats x) {
-  const Floats square = x * x, one = all(1.f);
-  const Floats u = x * fmadd(all(0.044715f), square, one);
-  const Floats e = exp(u * all(-1.5957691216f));
+  const Floats square = x * x, one = splat(1.f);
+  const Floats u = x * fmadd(splat(0.044715f), square, one);
+  const Floats e = exp(u * splat(-1.5957691216f));
   return x / (one + e);
 }
 
@@ -21,28 +21,28 @@ struct GeluAndSlope {
   Floats value, slope;
 };
 
-// More exact than bf16: for training. d gelu / dz = g + 2 z g (1 - g) du/dz
+// For training: more precise than bf16. d gelu / dz = g + 2 z g (1 - g) du/dz
 inline GeluAndSlope gelu_and_slope(Floats z) {
   const Floats square = z * z;
-  const Floats power = fmadd(all(-2 * LOG2_E * GELU_3), square, all(-2 * LOG2_E * GELU_1));
+  const Floats power = fmadd(splat(-2 * LOG2_E * GELU_3), square, splat(-2 * LOG2_E * GELU_1));
   const Floats e = exp2(z * power);
-  const Floats g = reciprocal(all(1.f) + e);  // off by 6e-5 of the value
-  const Floats twice_du = fmadd(all(6 * GELU_3), square, all(2 * GELU_1));
+  const Floats g = reciprocal(splat(1.f) + e);  // relative error 6e-5
+  const Floats twice_du = fmadd(splat(6 * GELU_3), square, splat(2 * GELU_1));
   const Floats value = z * g, rest = fnmadd(g, g, g);  // g (1 - g)
   return {value, fmadd(z * twice_du, rest, g)};
 }
 
-// The exact one, more exact than bf16: P(-a) = t (a1 + a2 t + ...) e^(-a^2 / 2) / 2 with
+// The exact GELU, for training: P(-a) = t (a1 + a2 t + ...) e^(-a^2 / 2) / 2 with
 // t = 1 / (1 + p a / sqrt 2) (Abramowitz & Stegun 7.1.26). d gelu / dz = P + z p with p = dP / dz.
 inline GeluAndSlope exact_gelu_and_slope(Floats z) {
-  const Floats e = exp2(z * z * all(-0.5f * LOG2_E));
-  const Floats t = reciprocal(fmadd(abs(z), all(0.23164189f), all(1.f)));
-  Floats tail = all(0.530702715f);
+  const Floats e = exp2(z * z * splat(-0.5f * LOG2_E));
+  const Floats t = reciprocal(fmadd(abs(z), splat(0.23164189f), splat(1.f)));
+  Floats tail = splat(0.530702715f);
   for (const float c : {-0.726576013f, 0.710706871f, -0.142248368f, 0.127414796f})
-    tail = fmadd(tail, t, all(c));
+    tail = fmadd(tail, t, splat(c));
   tail = tail * t * e;
-  const Floats p = where_positive(z, all(1.f) - tail, tail);
-  const Floats density = e * all(0.39894228f);
+  const Floats p = where_positive(z, splat(1.f) - tail, tail);
+  const Floats density = e * splat(0.39894228f);
   return {z * p, fmadd(z, density, p)};
 }
 

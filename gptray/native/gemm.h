@@ -1,8 +1,8 @@
-// Products of rows by panels, up to TILE rows by 64 columns at once: in vector registers, or where
-// the processor has them in tiles.
+// Products of rows by panels, up to TILE rows by 64 columns at once: in vector registers, or in
+// tiles if the processor has them.
 //
-// One side of a product gives a word to all lanes, for each row of a tile; the other side is packed
-// into panels: [panel of 64 columns][word][64 columns]. Each sum runs in one fixed order.
+// One side is read a word per row, broadcast to all lanes; the other side is packed into panels:
+// [panel of 64 columns][word][64 columns]. Each sum runs in one fixed order.
 
 #pragma once
 
@@ -15,20 +15,20 @@
 namespace {
 
 constexpr int BLOCKS = 4, PANEL = LANES * BLOCKS;
-constexpr int AT_ONCE = SUMS / IN_REGISTERS;  // blocks, by as many rows as are in registers
+constexpr int AT_ONCE = SUMS / IN_REGISTERS;  // blocks of a register tile
 constexpr int TILE = HAS_TILES ? 2 * LANES : IN_REGISTERS;
-constexpr int ROW_BLOCK = 96;  // most rows that use a panel while it is near
+constexpr int ROW_BLOCK = 96;  // most rows that use a panel while it is cached
 
-// Blocks of about the same height, so that threads share them evenly: how many there are of M rows,
-// and the first row of each.
+// M rows in blocks of about the same height, so that threads share them evenly: the number of
+// blocks, and the first row of each.
 inline int row_blocks(int M) { return (M + ROW_BLOCK - 1) / ROW_BLOCK; }
 
 inline int block_start(int block, int M) { return (int64_t)M * block / row_blocks(M); }
 
 inline int panel_count(int columns) { return (columns + PANEL - 1) / PANEL; }
 
-// How a word of weights becomes what is multiplied, how it is multiplied by another word and added
-// to a sum, for each kind of numbers, and from how many rows on tiles do it.
+// For each kind of number: how to unpack a word of weights, how to multiply it by another word and
+// add it to a sum, and the number of rows from which to use tiles.
 struct Fp32 {
   static constexpr int TILED_FROM = 0;  // never
   using Sum = Floats;
@@ -37,7 +37,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
-  static constexpr int TILED_FROM = 1;  // tiles round otherwise: a row's bits are one or the other
+  static constexpr int TILED_FROM = 1;  // always: tiles round differently from registers
   using Sum = Floats;
   static Words weights(Words w) { return w; }
   static Sum add(Sum sum, Words x, Words w) { return dot_bf16(sum, x, w); }
@@ -48,7 +48,8 @@ struct Bf16 {
   }
 };
 
-struct Int8 {                                          // w has 128 added, as it is packed
+// Packed weights have 128 added.
+struct Int8 {
   static constexpr int TILED_FROM = IN_REGISTERS + 1;  // sums are exact either way
   using Sum = Words;
   static Words weights(Words w) { return biased(w); }
@@ -60,34 +61,34 @@ struct Int8 {                                          // w has 128 added, as it
   }
 };
 
-// Words of one side of a product: of row r at place k.
+// The unpacked side of a product: the strides from row to row and from word to word.
 struct Rows {
   const int32_t *words;
-  size_t row, place;  // steps
+  size_t row, place;  // strides
 };
 
-// Sums that begin at nothing.
+// Sums that start from 0.
 template <typename Kind>
 struct FromZero {
   typename Kind::Sum operator()(int, int) const { return typename Kind::Sum{}; }
 };
 
-// What else a product does while it multiplies a panel's words.
+// What else a product does while it multiplies: nothing.
 struct Nothing {
   void operator()(int) const {}
 };
 
-// Add to the sums of ROWS rows their products of a word each, `row` apart, by a panel's words.
+// Add to the sums of ROWS rows the products of a word of each, `row` apart, by a panel's words.
 template <typename Kind, int ROWS>
 inline void add_word(typename Kind::Sum (&sums)[ROWS][BLOCKS], const int32_t *words, size_t row,
                      const int32_t *panel) {
-  // By name: of an array GCC 12 keeps a copy in memory.
+  // Not an array: GCC 12 would keep a copy of it in memory.
   Words w0 = Kind::weights(load(panel)), w1 = Kind::weights(load(panel + LANES));
   Words w2 = Kind::weights(load(panel + 2 * LANES)), w3 = Kind::weights(load(panel + 3 * LANES));
-  if (ROWS > 1) hold(w0, w1, w2, w3);
+  if (ROWS > 1) keep_in_registers(w0, w1, w2, w3);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
-    const Words word = all(words[r * row]);
+    const Words word = splat(words[r * row]);
     sums[r][0] = Kind::add(sums[r][0], word, w0);
     sums[r][1] = Kind::add(sums[r][1], word, w1);
     sums[r][2] = Kind::add(sums[r][2], word, w2);
@@ -95,18 +96,18 @@ inline void add_word(typename Kind::Sum (&sums)[ROWS][BLOCKS], const int32_t *wo
   }
 }
 
-// The same by one block of a panel.
+// The same for one block of a panel.
 template <typename Kind, int ROWS>
 inline void add_word(typename Kind::Sum (&sums)[ROWS][1], const int32_t *words, size_t row,
                      const int32_t *panel) {
   const Words w = Kind::weights(load(panel));
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) sums[r][0] = Kind::add(sums[r][0], all(words[r * row]), w);
+  for (int r = 0; r < ROWS; ++r) sums[r][0] = Kind::add(sums[r][0], splat(words[r * row]), w);
 }
 
-// ROWS rows by a panel of `count` words; begin(r, b) gives each sum, end(r, b, sum) takes it, and
-// meanwhile(words) is called each time that so many words are multiplied: by one row in registers
-// never, since with that the processor runs ahead of its own accord.
+// ROWS rows by a panel of `count` words: begin(r, b) gives each sum its start, end(r, b, sum) takes
+// the result, and meanwhile(words) is called whenever so many words are multiplied; not for a
+// single row in registers, where the processor runs far enough ahead by itself.
 template <typename Kind, int ROWS, typename Begin, typename End, typename Meanwhile>
 inline void tile(Rows x, const Words *panel, int count, const Begin &begin, const End &end,
                  const Meanwhile &meanwhile) {
@@ -141,8 +142,8 @@ inline void register_product(int rows, Rows x, const Words *panel, int count, co
   }
 }
 
-// Call run(row, rows) for tiles of about the same height, at most `most`, that make up rows first
-// .. stop - 1.
+// Call run(row, rows) for tiles of about the same height, at most `most`, that cover rows first ..
+// stop - 1.
 template <typename Run>
 inline void in_tiles(int first, int stop, const Run &run, int most = TILE) {
   for (int row = first, rows; row < stop; row += rows) {
@@ -152,24 +153,24 @@ inline void in_tiles(int first, int stop, const Run &run, int most = TILE) {
   }
 }
 
-// The last words of rows and of a panel, fewer than 16, filled up with zeros.
-struct Rest {
+// The last words of rows and of a panel, fewer than 16, padded with zeros.
+struct Remainder {
   alignas(64) int32_t x[TILE][LANES];
   Words w[LANES * BLOCKS];
 
-  Rest(int rows, Rows from, const Words *panel, int count) {
+  Remainder(int rows, Rows from, const Words *panel, int count) {
     for (int r = 0; r < rows; ++r) store(x[r], load(from.words + r * from.row, lanes(count)));
     for (int i = 0; i < LANES * BLOCKS; ++i)
       w[i] = i < count * BLOCKS ? load((const int32_t *)(panel + i)) : Words{};
   }
 };
 
-constexpr int TURNED_WORDS = 96;  // that a row has at most which stands in a column
+constexpr int MAX_TRANSPOSED_WORDS = 96;  // the longest row that `transposed` takes
 
-// Rows that stand in columns, turned: [16 words][row][word].
-inline Rows turned(int rows, Rows x, int count) {
-  alignas(64) thread_local int32_t to[TURNED_WORDS / LANES][TILE][LANES];
-  assert(x.row == 1 && count <= TURNED_WORDS);
+// Rows that are stored as columns, transposed: [16 words][row][word].
+inline Rows transposed(int rows, Rows x, int count) {
+  alignas(64) thread_local int32_t to[MAX_TRANSPOSED_WORDS / LANES][TILE][LANES];
+  assert(x.row == 1 && count <= MAX_TRANSPOSED_WORDS);
   for (int k = 0; k < count; k += LANES)
     for (int row = 0; row < rows; row += LANES) {
       Words square[LANES];
@@ -181,14 +182,14 @@ inline Rows turned(int rows, Rows x, int count) {
   return {to[0][0], LANES, TILE};
 }
 
-// Make the sums of tiles from 0 on: add(x, row, w) adds the products of 16 words.
+// Compute the sums in tiles, from 0: add(x, row, w) adds the products of 16 words.
 template <typename Add>
 inline void add_words(int rows, Rows x, const Words *panel, int count, const Add &add) {
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   for (; count >= LANES; count -= LANES, x.words += LANES * x.place, panel += LANES * BLOCKS)
     add(x.words, x.row, panel);
   if (!count) return;
-  const Rest rest(rows, x, panel, count);
+  const Remainder rest(rows, x, panel, count);
   add(rest.x[0], LANES, rest.w);
 }
 
@@ -198,7 +199,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
                          const End &end, const Meanwhile &meanwhile = {}) {
   constexpr size_t WORD = sizeof(int32_t), COLUMNS = BLOCKS * sizeof(Words), SUMS = PANEL * WORD;
   alignas(64) int32_t sums[TILE][PANEL];
-  if (x.row == 1) x = turned(rows, x, count);
+  if (x.row == 1) x = transposed(rows, x, count);
   shape_tiles(rows);
   if (rows <= LANES) {
     add_words(rows, x, panel, count, [&](const int32_t *x, size_t row, const Words *w) {
@@ -234,7 +235,7 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
     for (int b = 0; b < BLOCKS; ++b) end(r, b, Kind::plus(begin(r, b), sums[r] + b * LANES));
 }
 
-// Up to TILE rows by a panel of `count` words; see `tile` for begin, end and meanwhile.
+// Up to TILE rows by a panel of `count` words; `tile` explains begin, end and meanwhile.
 template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
                     const End &end, const Meanwhile &meanwhile = {}) {
@@ -254,7 +255,7 @@ inline void product(int rows, Rows x, const Words *panel, int count, const Begin
   }
 }
 
-// How often products of all in all `rows` rows go through a panel, at most.
+// The most passes through a panel that products of `rows` rows make.
 template <typename Kind>
 inline int passes(int rows) {
   if (HAS_TILES && Kind::TILED_FROM > 0 && rows >= Kind::TILED_FROM)

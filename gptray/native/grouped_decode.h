@@ -1,11 +1,11 @@
-// Products of a decoding step with weights in int8, int4 and iq4_nl.
+// Products of a decoding step by weights in int8, int4 and iq4_nl.
 //
-// A row of x becomes int8 by groups of inputs, each with a scale, so that an outlier spoils its own
-// group. The sum over a group is exact; times the scales it is added to a sum in fp32, group after
-// group: a row's bits depend on that row alone. Weights have 128 or 8 added, and are multiplied
-// with BYTE_BIAS or 8 added.
+// A row of x is quantized to int8 by groups of inputs, each with a scale, so that an outlier spoils
+// only its own group. The sum over a group is exact; times its scales, it is added to an fp32 sum,
+// group after group, so a row's bits depend on that row alone. Packed weights have 128 or 8 added,
+// and are multiplied with BYTE_BIAS or 8 added.
 //
-// Dettmers et al. 2022, LLM.int8(); weights of 4 bits have the forms of GGUF's Q4_0 and IQ4_NL.
+// Dettmers et al. 2022, LLM.int8(); 4-bit weights are GGUF's Q4_0 and IQ4_NL.
 
 #pragma once
 
@@ -15,29 +15,28 @@
 
 namespace {
 
-constexpr int INT8_GROUP = 128;  // inputs of a group of x that meets int8 weights
-constexpr int GROUP = 32;        // inputs that share a scale of x and of weights of 4 bits
-constexpr int INT4_TILE = 4;     // rows at once: 16 sums, 8 weights, a word and a mask
-constexpr int GROUPS_AHEAD = 4;  // that are prefetched
-constexpr int HALF_WORDS = GROUP / 4 / 2;  // of a group of 4 bits
+constexpr int INT8_GROUP = 128;            // inputs of x that share a scale, for int8 weights
+constexpr int GROUP = 32;                  // inputs that share a scale in x and in 4-bit weights
+constexpr int INT4_TILE = 4;               // rows at once: 16 sums, 8 weights, a word and a mask
+constexpr int GROUPS_AHEAD = 4;            // to prefetch
+constexpr int HALF_WORDS = GROUP / 4 / 2;  // of a 4-bit group
 
-// A group of a row of x.
+// A group of x's inputs in one row.
 template <int INPUTS>
 struct RowGroup {
   int32_t words[INPUTS / 4];  // int8
   float scale;
-  int32_t offset;  // takes away what `added` in the weights adds to the sum
+  int32_t offset;  // cancels the contribution of the weights' `added` to the sum
 };
 
-// A group of a panel of weights of 4 bits.
+// A group of inputs in a panel of 4-bit weights.
 struct PanelGroup {
-  // Of 16 outputs a word of numbers in the lower halves of bytes, and in the upper halves the word
-  // that comes HALF_WORDS later.
+  // For 16 outputs, a word in the bytes' lower halves, and the word HALF_WORDS later in the upper.
   uint8_t values[HALF_WORDS][BLOCKS][4 * LANES];
   uint16_t scales[PANEL];  // fp16
 };
 
-// How a byte's lower half, a code, becomes an unsigned weight.
+// Turns codes (a byte's lower half) into unsigned weights.
 struct Int4 {
   static constexpr int added = 8;
   Words operator()(Words codes) const { return codes; }
@@ -58,19 +57,18 @@ struct Iq4 {
 
 inline int group_count(int inputs, int group) { return (inputs + group - 1) / group; }
 
-// A row of numbers in groups, the last of which is filled up with zeros. added: what makes weights
-// unsigned.
+// Quantize a row in groups, the last one padded with zeros. added: the weights' offset.
 template <int INPUTS>
 void to_groups(const float *row, int size, int added, RowGroup<INPUTS> *to) {
   for (int left = size; left > 0; left -= INPUTS, row += INPUTS, ++to) {
-    Floats most = all(1e-12f);
+    Floats most = splat(1e-12f);
     for (int i = 0; i < std::min(left, INPUTS); i += LANES)
       most = max(most, abs(load(row + i, lanes(left - i))));
     to->scale = reduce_max(most) / 127.f;
     Words sum = {};
     for (int i = 0; i < INPUTS; i += LANES) {
       const Floats numbers = i < left ? load(row + i, lanes(left - i)) : Floats{};
-      const Words whole = to_int(numbers / all(to->scale));
+      const Words whole = to_int(numbers / splat(to->scale));
       store_bytes(to->words + i / 4, whole);
       sum = add(sum, whole);
     }
@@ -78,7 +76,7 @@ void to_groups(const float *row, int size, int added, RowGroup<INPUTS> *to) {
   }
 }
 
-// Up to TILE rows by a panel of `count` words of int8 -> totals; see `tile` for meanwhile.
+// Up to TILE rows by a panel of `count` int8 words -> totals; `tile` explains meanwhile.
 template <typename Meanwhile = Nothing>
 void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, int count,
                   Floats (*totals)[BLOCKS], const Meanwhile &meanwhile = {}) {
@@ -87,9 +85,9 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
   for (int r = 0; r < rows; ++r)
     for (int b = 0; b < BLOCKS; ++b) totals[r][b] = Floats{};
   for (int at = 0; at < count; at += words, ++x) {
-    const auto begin = [&](int r, int) { return all(x[r * groups].offset); };
+    const auto begin = [&](int r, int) { return splat(x[r * groups].offset); };
     const auto end = [&](int r, int b, Words sum) {
-      const Floats scale = all(x[r * groups].scale);
+      const Floats scale = splat(x[r * groups].scale);
       totals[r][b] = fmadd(to_float(sum), scale, totals[r][b]);
     };
     const size_t row = groups * sizeof *x / sizeof *x->words;
@@ -98,7 +96,7 @@ void int8_product(int rows, const RowGroup<INT8_GROUP> *x, const Words *panel, i
   }
 }
 
-// Add to totals the sums of ROWS rows, `stride` groups apart, by a group of a panel.
+// Add the sums of ROWS rows, `stride` groups apart, by one group of a panel to totals.
 template <typename Kind, int ROWS>
 inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stride,
                       const PanelGroup &panel, Floats (*totals)[BLOCKS]) {
@@ -107,7 +105,7 @@ inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stri
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = all(x[r * stride].offset);
+      for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = splat(x[r * stride].offset);
 #pragma GCC unroll 4
     for (int k = 0; k < HALF_WORDS; ++k) {
       Words both[AT_ONCE];
@@ -121,7 +119,7 @@ inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stri
           w[b] = weights(half ? high_nibbles(both[b]) : low_nibbles(both[b]));
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-          const Words word = all(x[r * stride].words[k + half * HALF_WORDS]);
+          const Words word = splat(x[r * stride].words[k + half * HALF_WORDS]);
 #pragma GCC unroll 4
           for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = dot_bytes(sums[r][b], word, w[b]);
         }
@@ -133,13 +131,13 @@ inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stri
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r) {
         Floats &total = totals[r][first + b];
-        total = fmadd(to_float(sums[r][b]), scale * all(x[r * stride].scale), total);
+        total = fmadd(to_float(sums[r][b]), scale * splat(x[r * stride].scale), total);
       }
     }
   }
 }
 
-// ROWS rows by a panel of 4 bits, of `count` groups each -> totals.
+// ROWS rows by a 4-bit panel, of `count` groups each -> totals.
 template <typename Kind, int ROWS>
 void tile_of_groups(const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
                     Floats (*totals)[BLOCKS]) {
@@ -150,8 +148,8 @@ void tile_of_groups(const RowGroup<GROUP> *x, const PanelGroup *panel, int count
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) own[r][b] = Floats{};
   for (int g = 0; g < count; ++g) {
-    // With one row the processor runs ahead of its own accord.
-    if (ROWS > 1) fetch((const char *)(panel + g + GROUPS_AHEAD), sizeof(PanelGroup));
+    // With one row the processor runs far enough ahead by itself.
+    if (ROWS > 1) prefetch((const char *)(panel + g + GROUPS_AHEAD), sizeof(PanelGroup));
     add_group<Kind, ROWS>(weights, x + g, count, panel[g], own);
   }
 #pragma GCC unroll 4
@@ -160,7 +158,7 @@ void tile_of_groups(const RowGroup<GROUP> *x, const PanelGroup *panel, int count
     for (int b = 0; b < BLOCKS; ++b) totals[r][b] = own[r][b];
 }
 
-// Up to INT4_TILE rows by a panel of 4 bits, of `count` groups each -> totals.
+// Up to INT4_TILE rows by a 4-bit panel, of `count` groups each -> totals.
 template <typename Kind>
 inline void grouped_product(int rows, const RowGroup<GROUP> *x, const PanelGroup *panel, int count,
                             Floats (*totals)[BLOCKS]) {

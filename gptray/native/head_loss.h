@@ -1,9 +1,9 @@
-// The head and its cross-entropy: x (M, C) by W (V, C) to logits (M, V), to -log softmax of the
-// targets, and the gradients of their sum.
+// The head and its cross-entropy: x (M, C) W (V, C)^T = logits (M, V), then -log softmax at the
+// targets, and the gradients of its sum.
 //
-// Logits and their gradient exist for a piece of the rows at a time, in bf16, the gradient in the
-// logits' place; sums are fp32. All threads of a parallel region call `head_pass`, and share its
-// loops. The same bits at any number of threads.
+// Logits exist for one piece of the rows at a time, in bf16, and their gradient overwrites them;
+// sums are fp32. All threads of a parallel region call `head_pass` and share its loops. The bits
+// are the same at any number of threads.
 
 #pragma once
 
@@ -14,19 +14,19 @@
 
 namespace {
 
-// Columns of logits that lie together: as many words as `CHUNK`.
+// Columns of logits that are stored together: CHUNK words.
 constexpr int COLUMN_GROUP = 2 * CHUNK;
-// Rows of W that are packed at a time to make x's gradient.
+// Rows of W that are packed at a time for x's gradient.
 constexpr int PACKED_ROWS = 4 * COLUMN_GROUP;
-// Of one piece's logits: 680 rows of SmolLM2's vocabulary.
+// One piece's logits: 680 rows of SmolLM2's vocabulary.
 constexpr size_t PIECE_BYTES = 64 << 20;
 
 struct Head {
   const float *weight;               // (V, C)
-  int V, C, valid;                   // tokens are the first `valid` of V
-  const uint16_t *frozen = nullptr;  // in the weight's place, in bf16
+  int V, C, valid;                   // only the first `valid` of V are tokens
+  const uint16_t *frozen = nullptr;  // the weight in bf16, if `weight` is nullptr
 
-  // 16 rows from `first` on, words along C.
+  // Pack 16 rows from `first` on, words along C.
   void pack_rows(int first, Words *panels, int block) const {
     const size_t at = (size_t)first * C;
     if (frozen)
@@ -34,7 +34,7 @@ struct Head {
     else
       pack_row_block(weight + at, V - first, panels, block, C);
   }
-  // `rows` rows from `first` on, words along them.
+  // Pack `rows` rows from `first` on, words along the rows.
   void pack_columns(int first, Words *panels, int rows) const {
     const size_t at = (size_t)first * C;
     if (frozen)
@@ -51,14 +51,14 @@ struct HeadRows {
   uint16_t *dx;            // (M, C)
 };
 
-// How many of M rows make a piece: as many in each, but for the last.
+// The number of rows in a piece of M rows; all pieces but the last have as many.
 inline int piece_rows(int M, int V) {
   const size_t most = std::max<size_t>(1, PIECE_BYTES / ((size_t)V * sizeof(uint16_t)));
   const size_t pieces = (M + most - 1) / most;
   return (M + pieces - 1) / pieces;
 }
 
-// What a piece of `rows` rows needs. Its memory is kept: fresh pages cost more than the losses.
+// Buffers for a piece of `rows` rows. Their memory is reused: new pages cost more than the losses.
 struct Piece {
   int rows = 0;
   std::vector<Line> logits, x, weight, sums;
@@ -67,30 +67,30 @@ struct Piece {
   void fit(const Head &head, int most) {
     const size_t groups = (head.V + COLUMN_GROUP - 1) / COLUMN_GROUP, panels = panel_count(head.C);
     rows = most;
-    room(logits, groups * rows * CHUNK / LANES);
-    room(x, panels * BLOCKS * column_words(rows));
-    room(weight, panels * BLOCKS * PACKED_ROWS / 2);
-    room(sums, panels * BLOCKS * rows);
-    room(log_sums, rows);
+    scratch(logits, groups * rows * CHUNK / LANES);
+    scratch(x, panels * BLOCKS * column_words(rows));
+    scratch(weight, panels * BLOCKS * PACKED_ROWS / 2);
+    scratch(sums, panels * BLOCKS * rows);
+    scratch(log_sums, rows);
   }
 
-  // 16 logits, or their gradients: groups, rows, columns.
+  // Logits or their gradients, [group][row][column].
   uint16_t *at(int row, int column) {
     const size_t group = column / COLUMN_GROUP, at = column % COLUMN_GROUP;
     return (uint16_t *)logits.data() + (group * rows + row) * COLUMN_GROUP + at;
   }
-  // 16 sums of x's gradient: panels, rows, columns.
+  // Sums of x's gradient, [panel][row][column].
   float *sum(int row, int column) {
     const size_t panel = column / PANEL;
     return (float *)sums.data() + (panel * rows + row) * PANEL + column % PANEL;
   }
 };
 
-// Logits of `rows` rows, those beyond V of padding.
+// Logits of `rows` rows; those beyond V are padding.
 void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
   const int words = head.C / 2;
   thread_local std::vector<Line> packed;
-  Words *own = (Words *)room(packed, (size_t)words * BLOCKS);
+  Words *own = (Words *)scratch(packed, (size_t)words * BLOCKS);
 #pragma omp for schedule(dynamic)
   for (int panel = 0; panel < panel_count(head.V); ++panel) {
     for (int b = 0; b < BLOCKS; ++b) head.pack_rows(panel * PANEL + b * LANES, own, b);
@@ -105,12 +105,12 @@ void make_logits(const Head &head, const uint16_t *x, Piece &piece, int rows) {
 
 // log sum e^z of a row of logits.
 float log_sum(const Head &head, Piece &piece, int row) {
-  Floats most = all(-INFINITY), sum = {};
+  Floats most = splat(-INFINITY), sum = {};
   for (int column = 0; column < head.valid; column += LANES) {
     const Mask mask = lanes(head.valid - column);
     most = where(mask, max(most, load(piece.at(row, column))), most);
   }
-  most = all(reduce_max(most));
+  most = splat(reduce_max(most));
   for (int column = 0; column < head.valid; column += LANES) {
     const Mask mask = lanes(head.valid - column);
     const Floats z = load(piece.at(row, column)) - most;
@@ -138,35 +138,35 @@ void to_gradients(const Head &head, const int64_t *targets, Piece &piece, int pa
       const int64_t lane = targets[row] - column;
       const Mask hit = lane >= 0 && lane < LANES ? 1u << lane : 0;
       uint16_t *at = piece.at(row, column);
-      const Floats off = load(at) - all(piece.log_sums[row]);
+      const Floats off = load(at) - splat(piece.log_sums[row]);
       const Floats p = where(lanes(head.valid - column), exp(off), Floats{});
-      store(at, where(hit, p - all(1.f), p));
+      store(at, where(hit, p - splat(1.f), p));
     }
 }
 
-// Logits -> their gradient; and to dw (V, C), if it is asked for, its product with x is added, or
-// written, for the first piece.
+// Logits -> their gradient; if dw (V, C) is given, the gradient's product with x is written to it
+// for the first piece, and added for the others.
 void make_gradients(const Head &head, const HeadRows &all, Piece &piece, int first, int rows,
                     float *dw) {
   const int words = column_words(rows), C = head.C;
   const size_t size = (size_t)words * BLOCKS;
   const Words *x = (const Words *)piece.x.data();
   thread_local std::vector<Line> packed;
-  Words *own = (Words *)room(packed, size);
+  Words *own = (Words *)scratch(packed, size);
 #pragma omp for schedule(dynamic)
   for (int panel = 0; panel < panel_count(head.V); ++panel) {
     to_gradients(head, all.targets + first, piece, panel, rows);
     if (!dw) continue;
     const int v = panel * PANEL, height = std::min(PANEL, head.V - v);
     pack_panel(piece.at(0, v), COLUMN_GROUP, own, rows, PANEL);
-    turn_left(own, words);
+    transpose_left(own, words);
     for (int k = 0; k < C; k += PANEL)
       multiply_panels(own, x + k / PANEL * size, words, dw + (size_t)v * C + k, C, height, C - k,
                       first > 0);
   }
 }
 
-// dx = the gradient of the logits by W, in an order of sums that is always the same.
+// dx = the logits' gradient times W, summed in one fixed order.
 void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, int first, int rows) {
   const int panels = panel_count(head.C);
   Words *weight = (Words *)piece.weight.data();
@@ -200,7 +200,7 @@ void make_input_gradient(const Head &head, const HeadRows &all, Piece &piece, in
     }
 }
 
-// The losses of M rows, the gradients of their sum by x, and by W (V, C), or nullptr for none.
+// The losses of M rows, and the gradients of their sum: dx, and dw (V, C) unless it is nullptr.
 void head_pass(const Head &head, const HeadRows &all, float *dw, Piece &piece, int M) {
   const TileUse tiles;
   for (int first = 0; first < M; first += piece.rows) {

@@ -1,5 +1,5 @@
-// Attention of sequences whose heads of queries share heads of keys and values, and whose queries
-// and keys may be normalised and rotated first.
+// Attention of sequences with grouped query heads, and optional norm and rotation of queries and
+// keys.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace {
 
-// B sequences of T tokens; a token's row in qkv has H heads of queries, K of keys and K of values,
+// B sequences of T tokens; a token's row in qkv has H query heads, K key heads and K value heads of
 // D numbers each.
 struct Heads {
   int T, H, K, D;
@@ -19,7 +19,7 @@ struct Heads {
   Strided<T> head(T *qkv, int b, int head) const {
     return {qkv + b * this->T * stride() + head * D, stride()};
   }
-  // Of what attention gives, (B, T, H D).
+  // A head of the output (B, T, H D).
   template <typename T>
   Strided<T> output(T *out, int b, int h) const {
     const size_t width = (size_t)H * D;
@@ -27,18 +27,18 @@ struct Heads {
   }
 };
 
-// What is done to rows of queries or keys: RMSNorm with a weight (D) or nullptr; then the pairs of
-// numbers that lie `half` apart are rotated by their token's angles, (T, half) each.
+// What queries or keys go through first: RMSNorm with a weight (D), or none if nullptr; then
+// rotation of the pairs `half` apart by their token's angles, (T, half) each, or none if half is 0.
 struct Preparation {
   const float *weight;
   float eps;
   const uint16_t *cosines, *sines;
   int half;
 
-  bool is_nothing() const { return !weight && !half; }
+  bool is_identity() const { return !weight && !half; }
 };
 
-// Rotate pairs by a token's angles, or back.
+// Rotate pairs by a token's angles; back, if `is_back`.
 inline void rotate(uint16_t *row, const Preparation &how, int t, bool is_back) {
   const uint16_t *cosines = how.cosines + (size_t)t * how.half, *sines = how.sines + t * how.half;
   for (int i = 0; i < how.half; i += LANES) {
@@ -51,11 +51,11 @@ inline void rotate(uint16_t *row, const Preparation &how, int t, bool is_back) {
   }
 }
 
-// A head's rows as they meet, in `room` (T, D) unless nothing is done to them.
+// A head's prepared rows, in `memory` (T, D) unless there is nothing to do.
 From prepared(const Preparation &how, From x, Size size, std::vector<uint16_t> &memory) {
-  if (how.is_nothing()) return x;
+  if (how.is_identity()) return x;
   const int D = size.D;
-  uint16_t *to = room(memory, (size_t)size.T * D);
+  uint16_t *to = scratch(memory, (size_t)size.T * D);
   for (int t = 0; t < size.T; ++t, to += D) {
     if (how.weight)
       normalise(x.row(t), how.weight, nullptr, to, how.eps, D);
@@ -66,10 +66,10 @@ From prepared(const Preparation &how, From x, Size size, std::vector<uint16_t> &
   return {memory.data(), (size_t)D};
 }
 
-// The gradient of a head's rows, which lies in `grad` until now if anything is done to them. Adds
-// to that of the weight.
+// Write the gradient of a head's rows, from that of its prepared rows in `grad`; nothing to do if
+// they are the same. Adds to the weight's gradient.
 void write_prepared(const Preparation &how, To grad, From x, Size size, To dx, float *weight_sum) {
-  if (how.is_nothing()) return;
+  if (how.is_identity()) return;
   for (int t = 0; t < size.T; ++t) {
     rotate(grad.row(t), how, t, true);
     if (how.weight)
@@ -80,7 +80,7 @@ void write_prepared(const Preparation &how, To grad, From x, Size size, To dx, f
   }
 }
 
-// One head of queries of sequence b.
+// One query head of sequence b.
 void attend_head(const Heads &heads, const Preparation &queries, const Preparation &keys,
                  const uint16_t *qkv, uint16_t *out, float *log_sums, int b, int h) {
   const TileUse tiles;
@@ -93,15 +93,15 @@ void attend_head(const Heads &heads, const Preparation &queries, const Preparati
          log_sums + ((size_t)b * heads.H + h) * heads.T);
 }
 
-// What a step's backward pass takes, see `attention_gradient`.
+// The arguments of the backward pass, see `attention_gradient`.
 struct Pass {
   const uint16_t *grad, *qkv, *out;
   const float *log_sums;
   uint16_t *dqkv;
 };
 
-// The gradients of sequence b's head g of keys, of its values and of all queries that share them.
-// Adds to those of the norms' weights, weight_sums (2, D).
+// The gradients of key head g of sequence b, its value head and all query heads that share them.
+// Adds to the gradients of the norms' weights, weight_sums (2, D).
 void group_gradient(const Heads &heads, const Preparation &queries, const Preparation &keys,
                     const Pass &pass, float *weight_sums, int b, int g) {
   const TileUse tiles;
@@ -109,20 +109,20 @@ void group_gradient(const Heads &heads, const Preparation &queries, const Prepar
   const Size size = {heads.T, heads.D};
   const int key = heads.H + g;
   const From raw_k = heads.head(pass.qkv, b, key);
-  const Backward w(prepared(keys, raw_k, size, key_rows), heads.head(pass.qkv, b, key + heads.K),
-                   size);
-  const To before = {room(rows, (size_t)size.T * size.D), (size_t)size.D};
+  const BackwardWorkspace w(prepared(keys, raw_k, size, key_rows),
+                            heads.head(pass.qkv, b, key + heads.K), size);
+  const To before = {scratch(rows, (size_t)size.T * size.D), (size_t)size.D};
   for (int h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
     const From raw_q = heads.head(pass.qkv, b, h);
     const To dq = heads.head(pass.dqkv, b, h);
     const Queries of = {prepared(queries, raw_q, size, query_rows), heads.output(pass.out, b, h),
                         heads.output(pass.grad, b, h),
                         pass.log_sums + ((size_t)b * heads.H + h) * heads.T};
-    const To made = queries.is_nothing() ? dq : before;
+    const To made = queries.is_identity() ? dq : before;
     attend_backward(w, of, made);
     write_prepared(queries, made, raw_q, size, dq, weight_sums);
   }
-  const To dk = heads.head(pass.dqkv, b, key), made = keys.is_nothing() ? dk : before;
+  const To dk = heads.head(pass.dqkv, b, key), made = keys.is_identity() ? dk : before;
   write_gradients(w, made, heads.head(pass.dqkv, b, key + heads.K));
   write_prepared(keys, made, raw_k, size, dk, weight_sums + heads.D);
 }

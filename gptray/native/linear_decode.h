@@ -19,9 +19,9 @@
 
 namespace {
 
-// Up to so many rows each thread reads for itself: that takes less than to wait for another.
+// Up to so many rows, each thread packs them for itself: that is faster than waiting for another.
 constexpr int OWN_ROWS = 4;
-// How far ahead of tiles weights are prefetched, in bytes.
+// How far ahead of tiles to prefetch weights, in bytes.
 constexpr int AHEAD_OF_TILES = 2048;
 
 inline int word_count(const Linear &linear) {
@@ -29,7 +29,7 @@ inline int word_count(const Linear &linear) {
   return (linear.inputs + per_word - 1) / per_word;
 }
 
-// Words from one row to the next: a row is written 16 words at a time, or group by group.
+// The stride of packed rows, in words: they are written 16 words at a time, or group by group.
 inline size_t row_words(const Linear &linear) {
   if (linear.kind >= INT4) return group_count(linear.inputs, GROUP) * sizeof(RowGroup<GROUP>) / 4;
   if (linear.kind == INT8)
@@ -43,7 +43,7 @@ inline size_t panel_size(const Linear &linear) {
   return (size_t)word_count(linear) * PANEL * sizeof(int32_t);
 }
 
-// The weights (inputs) of one output, of a layer in fp32 or bf16.
+// The weights (inputs) of one output of an fp32 or bf16 layer.
 inline void read_row(const Linear &linear, size_t output, float *to) {
   const int words = word_count(linear), per_word = linear.kind == BF16 ? 2 : 1;
   const uint32_t *from =
@@ -55,7 +55,7 @@ inline void read_row(const Linear &linear, size_t output, float *to) {
   }
 }
 
-// A row of numbers as words; those beyond it meet weights of 0 or are 0.
+// Pack a row into words; those beyond it are 0 or are multiplied by weights of 0.
 void to_words(const float *row, int size, int kind, int32_t *words) {
   switch (kind) {
     case FP32: std::memcpy(words, row, size * sizeof(float)); break;
@@ -69,7 +69,7 @@ void to_words(const float *row, int size, int kind, int32_t *words) {
   }
 }
 
-// 16 outputs from a column on: what becomes of their sums.
+// Scale and bias of 16 outputs from a column on.
 struct Outputs {
   Mask mask;
   bool has_bias, has_scale;
@@ -94,12 +94,12 @@ struct Results {
   int activation = NONE;
 };
 
-struct Input {  // rows as words, and what adapters add to their products
+struct Input {  // packed rows, and the adapters' part of their products
   const int32_t *words;
-  Added added;
+  AdapterTerm added;
 };
 
-// The sums of a tile's rows by one panel -> results from `first` on.
+// The sums of a tile's rows by one panel -> results from row `first` on.
 inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel, const Input &x,
                    const Results &to, int first, int rows) {
   const bool is_gated = to.activation == SWIGLU;
@@ -127,11 +127,11 @@ inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel
   }
 }
 
-// Of weights in 4 bits as of int8.
+// 4-bit weights are multiplied as int8.
 template <int KIND>
 using Number = std::conditional_t<KIND == FP32, Fp32, std::conditional_t<KIND == BF16, Bf16, Int8>>;
 
-// Up to TILE rows of words by one panel.
+// Up to TILE packed rows by one panel.
 template <int KIND, typename Meanwhile>
 inline void multiply_tile(const Linear &linear, const void *panel, const int32_t *words, int rows,
                           Floats (*sums)[BLOCKS], const Meanwhile &meanwhile) {
@@ -155,21 +155,22 @@ void multiply_panel(const Linear &linear, int panel, const Input &x, const Resul
                     int stop) {
   const size_t size = panel_size(linear);
   const char *const weights = (const char *)linear.weight + panel * size;
-  // The first pass brings a panel near, and the others would leave memory idle: each fetches its
-  // share of what comes next. A processor runs less far ahead of tiles than of vectors.
+  // The first pass brings a panel into the cache, and the others would leave memory idle: each
+  // prefetches its share of the next panel. With tiles, processors run less far ahead by
+  // themselves.
   const int count = passes<Number<KIND>>(stop - first);
   const int share = BLOCKS * sizeof(Words) / count;  // of a word
   const char *next = weights + size - size / count + AHEAD_OF_TILES;
-  const auto fetch_ahead = [&](int words) {
+  const auto prefetch_ahead = [&](int words) {
     if (!HAS_TILES) return;
-    fetch_far(next, words * share);
+    prefetch_l2(next, words * share);
     next += words * share;
   };
   const auto run = [&](int row, int rows) {
-    fetch(x.added, panel, panel_count(linear.outputs), row, row + rows);
-    Floats sums[TILE][BLOCKS];  // at rest, lest all that follows be unrolled
+    prefetch(x.added, panel, panel_count(linear.outputs), row, row + rows);
+    Floats sums[TILE][BLOCKS];  // in memory, so that the loops that follow are not unrolled
     multiply_tile<KIND>(linear, weights, x.words + row * row_words(linear), rows, sums,
-                        fetch_ahead);
+                        prefetch_ahead);
     finish(sums, linear, panel, x, to, row, rows);
   };
   in_tiles(first, stop, run, KIND >= INT4 ? INT4_TILE : TILE);
@@ -187,10 +188,10 @@ void multiply(Team &team, const Linear &linear, const Input &x, int rows, const 
   });
 }
 
-// x (N, inputs), or the rows of it that `chosen` names, through `norm` if there is one.
+// The layer's outputs for x (N, inputs), or for the `chosen` rows of it, after `norm` if given.
 void linear(Team &team, const Linear &linear, const Step &step, const float *x, const Norm *norm,
             const int32_t *chosen, int rows, const Results &to) {
-  Added added{step.adapters, linear.number, step.narrow, step.most_rank};
+  AdapterTerm added{step.adapters, linear.number, step.narrow, step.most_rank};
   const auto read = [&](int row, int32_t *words) {
     const float *from = x + (size_t)(chosen ? chosen[row] : row) * linear.inputs;
     thread_local std::vector<float> normed;

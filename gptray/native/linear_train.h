@@ -1,4 +1,4 @@
-// Linear layers: x (M, K) to y (M, N) = x W^T + b, W (N, K) and b in fp32, and their gradients.
+// Linear layers: y (M, N) = x (M, K) W^T + b, with W (N, K) and b in fp32, and their gradients.
 // All threads of a parallel region call these functions and share their loops.
 
 #pragma once
@@ -9,10 +9,10 @@
 
 namespace {
 
-constexpr int CHUNK = 256;  // words of two panels that are near together
+constexpr int CHUNK = 256;  // words of two panels that fit in the cache together
 
-// Results (M, N) in bf16. Sums start from a bias (N), or without one from 0. Where a tile will be
-// written is fetched before its products are made.
+// Results (M, N) in bf16. Sums start from a bias (N), or from 0 if there is none. A tile's
+// destination is prefetched before its products are computed.
 struct Output {
   uint16_t *y;
   int N;
@@ -25,7 +25,7 @@ struct Output {
   Mask mask(int column) const { return lanes(N - column); }
   size_t at(int row, int column) const { return (size_t)row * N + column; }
   void begin(int row, int rows, int column) const {
-    for (int r = row; r < row + rows; ++r) fetch(y + at(r, column), PANEL);
+    for (int r = row; r < row + rows; ++r) prefetch(y + at(r, column), PANEL);
   }
   void take(int row, int column, Floats sum, Mask mask) const {
     store(y + at(row, column), sum, mask);
@@ -39,14 +39,14 @@ struct Sloped : Output {
 
   void begin(int row, int rows, int column) const {
     Output::begin(row, rows, column);
-    for (int r = row; r < row + rows; ++r) fetch(slope + at(r, column), PANEL);
+    for (int r = row; r < row + rows; ++r) prefetch(slope + at(r, column), PANEL);
   }
   void take(int row, int column, Floats sum, Mask mask) const {
     Output::take(row, column, sum * load(slope + at(row, column), mask), mask);
   }
 };
 
-// Results times two slopes (M, 2 N), those by gates before those by inputs: (M, 2 N).
+// Results times two slopes (M, 2 N), first those by gates, then those by inputs: (M, 2 N).
 struct Gates : Output {
   const uint16_t *slopes;
 
@@ -57,40 +57,40 @@ struct Gates : Output {
   }
   void begin(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
-      each(r, column, [&](size_t at) { fetch(y + at, PANEL), fetch(slopes + at, PANEL); });
+      each(r, column, [&](size_t at) { prefetch(y + at, PANEL), prefetch(slopes + at, PANEL); });
   }
   void take(int row, int column, Floats sum, Mask mask) const {
     each(row, column, [&](size_t at) { store(y + at, sum * load(slopes + at, mask), mask); });
   }
 };
 
-// A function of results and its slope. Of a tile's sums at rest: in the registers they would wait
-// for the products.
-struct Resting : Output {
+// A function of the results, and its slope. A tile's sums are buffered in memory first: computing
+// in registers would have to wait for the products.
+struct Buffered : Output {
   uint16_t *slope;
   alignas(64) float sums[TILE][PANEL];
 
   void take(int row, int column, Floats sum, Mask) {
     store(sums[row % TILE] + column % PANEL, sum);
   }
-  Floats taken(int row, int column) const { return load(sums[row % TILE] + column % PANEL); }
+  Floats buffered(int row, int column) const { return load(sums[row % TILE] + column % PANEL); }
 };
 
 template <GeluAndSlope of(Floats)>
-struct WithGelu : Resting {
+struct WithGelu : Buffered {
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < std::min(column + PANEL, N); c += LANES) {
-        const GeluAndSlope result = of(taken(r, c));
+        const GeluAndSlope result = of(buffered(r, c));
         store(y + at(r, c), result.value, lanes(N - c));
-        store_far(slope + at(r, c), result.slope, lanes(N - c));
+        store_stream(slope + at(r, c), result.slope, lanes(N - c));
       }
   }
 };
 
 // SwiGLU (M, N) of results in panels of gates and inputs, with a bias (2 N) or none; its slopes
 // are (M, 2 N).
-struct WithSwiglu : Resting {
+struct WithSwiglu : Buffered {
   int panels() const { return gated_panel_count(N); }
   Floats start(int column) const {
     const int gate = gate_of(column);
@@ -98,34 +98,34 @@ struct WithSwiglu : Resting {
   }
   Mask mask(int column) const { return lanes(N - gate_of(column)); }
   void begin(int row, int rows, int column) const {
-    for (int r = row; r < row + rows; ++r) fetch(y + at(r, gate_of(column)), GATES);
+    for (int r = row; r < row + rows; ++r) prefetch(y + at(r, gate_of(column)), GATES);
   }
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < column + GATES && mask(c); c += LANES) {
-        const Gated result = gated(taken(r, c), taken(r, c + GATES));
+        const Gated result = gated(buffered(r, c), buffered(r, c + GATES));
         const size_t gate = at(r, gate_of(c)), slopes = 2 * at(r, 0) + gate_of(c);
         store(y + gate, result.value, mask(c));
-        store_far(slope + slopes, result.by_gate, mask(c));
-        store_far(slope + slopes + N, result.by_input, mask(c));
+        store_stream(slope + slopes, result.by_gate, mask(c));
+        store_stream(slope + slopes + N, result.by_input, mask(c));
       }
   }
 };
 
-// What is added to a product's sums: rows (M) of `count` words by panels, as the product's own, and
-// if there is one, times a mask of the sums' shape.
-struct Added {
+// A low-rank product to add to another's sums: rows (M) of `count` words by panels in the same
+// layout, times a mask of the sums' shape if there is one.
+struct LowRankProduct {
   const int32_t *rows;
   const Words *panels;
-  int count;  // 0: nothing is added
+  int count;  // 0: nothing to add
   const uint16_t *mask;
 };
 
-// Rows (M) of `count` words by panels. `to` says how many these are and where sums start, takes
-// them, 16 at a time, and is told where a tile of them begins and ends.
+// Rows (M) of `count` words by panels. `to` gives the number of panels and the sums' start, takes
+// the sums 16 at a time, and is called before and after each tile.
 template <typename Output>
 void multiply(const int32_t *x, const Words *panels, int M, int count, Output to,
-              const Added &low = {}) {
+              const LowRankProduct &low = {}) {
   const TileUse tiles;
   const int panel_count = to.panels(), blocks = row_blocks(M);
 #pragma omp for collapse(2) schedule(static)
@@ -172,8 +172,8 @@ void sum_panel(const Words *panel, int words, float *sum, int columns) {
   }
 }
 
-// 64 rows and columns of left^T right, both panels of `words` words, left turned: written to out
-// (rows, stride), or added to it.
+// left^T right, 64 x 64, of two panels of `words` words, left being transposed (`transpose_left`):
+// written to out (rows, stride), or added to it.
 void multiply_panels(const Words *left, const Words *right, int words, float *out, size_t stride,
                      int rows, int columns, bool adds) {
   alignas(64) float sums[PANEL][PANEL];
@@ -188,7 +188,7 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
           {(const int32_t *)(left + (size_t)first * BLOCKS) + row * LEFT_STEP, LEFT_STEP, PANEL},
           right + (size_t)first * BLOCKS, count,
           [&](int r, int b) {
-            // No load of no lanes: it takes long where the stack has no page yet.
+            // Not a load with an empty mask, which is slow on a stack page that is not mapped yet.
             if (first) return load(sums[row + r] + b * LANES);
             return adds ? load(at(r, b), mask(b)) : Floats{};
           },
@@ -202,8 +202,9 @@ void multiply_panels(const Words *left, const Words *right, int words, float *ou
   }
 }
 
-// dw (N, K) = dy^T x, db (N) = the sums of dy's columns, if it is asked for. The wider of both is
-// packed a panel at a time, by whoever uses it, and stays near; the other one as a whole.
+// dw (N, K) = dy^T x; db (N) = the column sums of dy, unless it is nullptr. The wider of dy and x
+// is packed a panel at a time, by the thread that uses it, and stays cached; the other one as a
+// whole.
 void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db, Words *all, int M,
                      int N, int K) {
   const TileUse tiles;
@@ -211,14 +212,14 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
   const size_t size = (size_t)words * BLOCKS;
   const bool x_is_wider = K > N;
   thread_local std::vector<Line> packed;
-  Words *own = (Words *)room(packed, size);
+  Words *own = (Words *)scratch(packed, size);
   pack_panels(x_is_wider ? dy : x, all, M, x_is_wider ? N : K);
   const int n_panels = panel_count(N), k_panels = panel_count(K);
   if (x_is_wider && (db || HAS_TILES))
 #pragma omp for schedule(static)
     for (int panel = 0; panel < n_panels; ++panel) {
       if (db) sum_panel(all + panel * size, words, db + panel * PANEL, N - panel * PANEL);
-      turn_left(all + panel * size, words);
+      transpose_left(all + panel * size, words);
     }
 #pragma omp for schedule(static)
   for (int outer = 0; outer < std::max(n_panels, k_panels); ++outer) {
@@ -227,7 +228,7 @@ void weight_gradient(const uint16_t *dy, const uint16_t *x, float *dw, float *db
     pack_panel(wider + outer * PANEL, width, own, M, width - outer * PANEL);
     if (!x_is_wider) {
       if (db) sum_panel(own, words, db + outer * PANEL, N - outer * PANEL);
-      turn_left(own, words);
+      transpose_left(own, words);
     }
     for (int inner = 0; inner < std::min(n_panels, k_panels); ++inner) {
       const int n = (x_is_wider ? inner : outer) * PANEL, k = (x_is_wider ? outer : inner) * PANEL;

@@ -1,10 +1,10 @@
-"""Which backend is faster on this machine: timed for each kind of work, and remembered.
+"""Finds out which backend is faster on this machine: times each kind of work and remembers it.
 
-A kind of work is what its speed depends on: the processor, the threads, the shape, the versions.
-Its file in the user's cache folder holds the seconds; a damaged one is replaced. A virtual machine
-cannot see who else uses its host, and one bad minute there can make the slower backend look
-faster. So a first measurement counts for an hour. The next job then measures again, and once two
-in a row find the same backend, the answer stays.
+A kind of work is everything that its speed depends on: processor, threads, shape and versions. A
+file in the user's cache folder holds its seconds; a damaged file is replaced. A virtual machine
+cannot see who else uses its host, and one bad minute there can make the slower backend look faster.
+So a first measurement counts for an hour. The next job then measures again, and once two in a row
+find the same backend, the answer stays.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from gptray.stored import Unreadable, read_object
 log = logging.getLogger("gptray")
 
 NAMES = {"native": "the native kernels", "torch": "PyTorch"}
-# PyTorch is taken if it is faster by this factor: less is noise, of which there is more where
-# threads wait for cores.
+# PyTorch is chosen only if it is faster by this factor: less may be noise, of which there is more
+# if threads wait for cores.
 MARGIN, BUSY_MARGIN = 1.05, 2.0
-# The share of a step that its threads may wait for cores on a quiet machine.
+# The share of a step that threads may wait for cores on a quiet machine.
 BUSY = 0.1
-# Seconds for which a measurement counts that no other one has confirmed.
+# Seconds for which an unconfirmed measurement counts.
 UNCONFIRMED_S = 3600.0
-# Rounds of each backend, of which the best counts; no further one begins after so many seconds.
+# Rounds of each backend, of which the best counts; no round begins after so many seconds.
 ROUNDS, MEASURE_S = 20, 1.5
-# Seconds to wait for another process that measures.
+# Seconds to wait for another process that is measuring.
 WAIT_S, POLL_S = 10.0, 0.05
 
 Step = Callable[[], object]
@@ -47,23 +47,23 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, native or torch, and why it was chosen, in one sentence."""
+    """A backend, native or torch, and one sentence that says why it was chosen."""
 
     backend: str
     why: str
 
 
 def pytorch_since(key: str, reason: object) -> Choice:
-    """PyTorch, where the native library cannot compute."""
+    """The choice of PyTorch if the native library cannot compute."""
     return Choice("torch", f"{key}: PyTorch, because {reason}")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The least seconds of each backend's step; of one that failed, none.
+    """The fastest step of each backend, in seconds; a backend that failed is missing.
 
-    busy: other processes kept the cores busy. until: when the measurement no longer counts, in
-    seconds since the epoch; None: it stays.
+    busy: other processes kept the cores busy. until: when the measurement expires, in seconds since
+    the epoch; None: never.
     """
 
     seconds: Mapping[str, float]
@@ -72,7 +72,7 @@ class Measured:
 
     @property
     def faster(self) -> str:
-        """The backend to take: native where PyTorch gains less than a margin."""
+        """The backend to choose: native if PyTorch's gain is below the margin."""
         native, pytorch = (self.seconds.get(name, math.inf) for name in ("native", "torch"))
         margin = BUSY_MARGIN if self.busy else MARGIN
         return "torch" if pytorch * margin < native else "native"
@@ -85,11 +85,11 @@ class Measured:
 def faster(
     key: str, what: str, work: Mapping[str, object], makers: Mapping[str, Callable[[], Step]]
 ) -> Choice:
-    """The faster backend for a kind of work; native where PyTorch gains less than MARGIN.
+    """The faster backend for a kind of work; native if PyTorch gains less than MARGIN.
 
-    what: the work in words. work: all that its speed depends on besides processor and versions.
-    makers: for native and torch what makes a step to time. A backend that fails is told of and
-    not taken. A caller that measures takes up to two seconds, others none.
+    what: the work, for the message. work: all that its speed depends on besides processor and
+    versions. makers: for native and torch, a function that makes a step to time. A backend that
+    fails is logged and not chosen. Measuring takes up to two seconds, a remembered answer none.
     """
     assert set(makers) == set(NAMES)
     asked = {**work, "processor": processor_identity(), "versions": _versions()}
@@ -108,21 +108,21 @@ def remembered(
     names: Set[str],
     measure: Callable[[Measured | None], Measured],
 ) -> Measured:
-    """The seconds of all `names`, as this machine remembers them, else from `measure`.
+    """The seconds of all `names`, remembered from an earlier job or from `measure`.
 
-    asked: all that they depend on. measure: takes the measurement that no longer counts, if any.
+    asked: everything that they depend on. measure: takes the expired measurement, if any.
     """
     path = _folder() / f"{_digest(asked)}.json"
-    kept = _kept(path, names)
+    kept = _read(path, names)
     if kept and not kept.outdated:
         return kept
-    with _alone():  # two that measure at the same time would disturb each other
-        kept = _kept(path, names)
+    with _measuring_lock():  # two that measure at the same time would disturb each other
+        kept = _read(path, names)
         if kept and not kept.outdated:
             return kept
         measured = measure(kept)
-        if set(measured.seconds) == names:  # what failed may work the next time
-            _keep(path, asked, measured)
+        if set(measured.seconds) == names:  # a backend that failed may work next time
+            _write(path, asked, measured)
         return measured
 
 
@@ -142,13 +142,13 @@ def _choice(key: str, what: str, measured: Measured) -> Choice:
 
 
 def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
-    """Time the backends in rounds in which they take turns."""
+    """Time the backends in turns."""
     steps = dict[str, Step]()
     for name, make in makers.items():
         try:
             step = make()
-            step()  # a first step may load libraries, or even build one
-        except Exception as error:  # whatever it is, the other backend can still do the work
+            step()  # the first step may load libraries, or even build one
+        except Exception as error:  # whatever it is, the other backend may still work
             log.warning("%s: %s failed in a trial: %s", key, NAMES[name], error)
         else:
             steps[name] = step
@@ -163,7 +163,7 @@ def _measure(key: str, makers: Mapping[str, Callable[[], Step]]) -> Measured:
 
 
 def _timed(step: Step) -> tuple[float, bool]:
-    """A step's seconds, and whether its threads waited for cores."""
+    """The seconds of a step, and whether its threads waited for cores."""
     queued, began = queued_ns(), time.perf_counter()
     step()
     seconds = time.perf_counter() - began
@@ -183,8 +183,8 @@ def _folder() -> Path:
     return cache_folder() / "backends"
 
 
-def _kept(path: Path, names: Set[str]) -> Measured | None:
-    """The measurement in a file; None where there is none that makes sense."""
+def _read(path: Path, names: Set[str]) -> Measured | None:
+    """The measurement in a file; None if there is no valid one."""
     try:
         record = read_object(path)
     except (OSError, Unreadable):
@@ -199,8 +199,8 @@ def _kept(path: Path, names: Set[str]) -> Measured | None:
     return Measured(seconds, busy, until)
 
 
-def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
-    """Remember what was measured."""
+def _write(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
+    """Write a measurement to its file."""
     record = {"processor": processor_name(), "work": asked, **asdict(measured)}
     try:
         with replacing(path) as draft:
@@ -210,12 +210,12 @@ def _keep(path: Path, asked: Mapping[str, object], measured: Measured) -> None:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Keep other processes from measuring, as far as the cache folder and WAIT_S allow."""
+def _measuring_lock() -> Iterator[None]:
+    """Keep other processes from measuring, if the cache folder allows, for at most WAIT_S."""
     try:
         _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
         file = open_lock(_folder() / ".lock")
-    except OSError:  # `_keep` tells of it
+    except OSError:  # `_write` logs it
         yield
         return
     with file:

@@ -1,7 +1,7 @@
-// The vectors of simd.h for ARM processors, four of NEON's registers each: with its dot products
-// of bf16 and int8 numbers where the compiler may use them, else by conversion.
+// simd.h's vectors for ARM processors, four NEON registers each: with dot products of bf16 and int8
+// if the compiler may use them, else by conversion.
 //
-// Functions say what they do in avx512.h. Arm Architecture Reference Manual, chapter C7.
+// avx512.h documents the functions. Arm Architecture Reference Manual, chapter C7.
 
 #pragma once
 
@@ -11,14 +11,14 @@
 
 namespace {
 
-// Without a dot product of bf16 each word of weights takes two registers.
+// Without a bf16 dot product, each word of weights takes two registers.
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 constexpr int SUMS = 6, IN_REGISTERS = 6;
 #else
 constexpr int SUMS = 4, IN_REGISTERS = 4;
 #endif
 
-// By name: GCC keeps arrays of registers in memory.
+// Not arrays: GCC keeps arrays of registers in memory.
 struct __attribute__((may_alias)) Floats {
   float32x4_t a, b, c, d;
 };
@@ -26,16 +26,16 @@ struct __attribute__((may_alias)) Words {
   int32x4_t a, b, c, d;
 };
 
-// An intrinsic function, which has no address.
+// Wraps an intrinsic, which has no address.
 #define OF(intrinsic) [](auto... x) { return intrinsic(x...); }
 
-// What a function makes of each register of vectors.
+// Apply a function to each register of the vectors.
 template <typename Result, typename Make, typename... Vectors>
 inline Result each(const Make &make, Vectors... x) {
   return {make(x.a...), make(x.b...), make(x.c...), make(x.d...)};
 }
 
-// As `each`, for the lanes of a mask: make gets all bits of a lane, or none.
+// As `each`, with the mask expanded to all or no bits of each lane.
 template <typename Make>
 inline Floats each_masked(const Make &make, Mask mask, Floats x, Floats y) {
   const uint32x4_t bits = {1, 2, 4, 8};
@@ -49,12 +49,12 @@ inline Floats operator-(Floats x, Floats y) { return each<Floats>(OF(vsubq_f32),
 inline Floats operator*(Floats x, Floats y) { return each<Floats>(OF(vmulq_f32), x, y); }
 inline Floats operator/(Floats x, Floats y) { return each<Floats>(OF(vdivq_f32), x, y); }
 
-inline Floats all(float value) {
+inline Floats splat(float value) {
   const float32x4_t x = vdupq_n_f32(value);
   return {x, x, x, x};
 }
 
-inline Words all(int32_t word) {
+inline Words splat(int32_t word) {
   const int32x4_t x = vdupq_n_s32(word);
   return {x, x, x, x};
 }
@@ -66,7 +66,7 @@ inline Words as_words(uint16x8_t a, uint16x8_t b, uint16x8_t c, uint16x8_t d) {
           vreinterpretq_s32_u16(d)};
 }
 
-// The first numbers, as many as a mask has lanes, and zeros.
+// The first numbers, as many as the mask has lanes, then zeros.
 template <typename T>
 struct Some {
   T numbers[LANES] = {};
@@ -76,7 +76,7 @@ struct Some {
   }
 };
 
-// Write as many of 16 numbers.
+// Write the first of 16 numbers, as many as the mask has lanes.
 template <typename T>
 inline void store_some(T *to, const T *numbers, Mask mask) {
   for (int i = 0; mask >> i & 1; ++i) to[i] = numbers[i];
@@ -92,8 +92,8 @@ inline Words load(const int32_t *from, Mask mask = ALL) {
   return {vld1q_s32(from), vld1q_s32(from + 4), vld1q_s32(from + 8), vld1q_s32(from + 12)};
 }
 
-inline Words halves(const uint16_t *from, Mask mask) {
-  if (mask != ALL) return halves(Some<uint16_t>(from, mask).numbers, ALL);
+inline Words load_halves(const uint16_t *from, Mask mask) {
+  if (mask != ALL) return load_halves(Some<uint16_t>(from, mask).numbers, ALL);
   const uint16x8_t low = vld1q_u16(from), high = vld1q_u16(from + 8), zero = vdupq_n_u16(0);
   return as_words(vzip1q_u16(low, zero), vzip2q_u16(low, zero), vzip1q_u16(high, zero),
                   vzip2q_u16(high, zero));
@@ -111,7 +111,7 @@ inline Floats load_fp16(const uint16_t *from) {
   return {of(0), of(4), of(8), of(12)};
 }
 
-// 8 numbers in bf16, rounded to the nearest, of two to the even one.
+// 8 numbers in bf16, rounded to nearest, ties to even.
 inline uint16x8_t to_bf16(float32x4_t low, float32x4_t high) {
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
   return vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
@@ -145,9 +145,9 @@ inline void store(uint16_t *to, Floats value, Mask mask = ALL) {
   if (mask != ALL) store_some(to, all, mask);
 }
 
-inline void store_far(uint16_t *to, Floats value, Mask mask) { store(to, value, mask); }
+inline void store_stream(uint16_t *to, Floats value, Mask mask) { store(to, value, mask); }
 
-inline void end_far() {}
+inline void end_streams() {}
 
 inline void store_bytes(void *to, Words words) {
   const int16x8_t low = vcombine_s16(vmovn_s32(words.a), vmovn_s32(words.b));
@@ -163,7 +163,7 @@ inline Floats fmsub(Floats x, Floats y, Floats z) {
 
 inline Floats abs(Floats x) { return each<Floats>(OF(vabsq_f32), x); }
 
-// Of NaN and a number the number.
+// The maximum of NaN and a number is the number.
 inline Floats max(Floats x, Floats y) { return each<Floats>(OF(vmaxnmq_f32), x, y); }
 
 inline Floats round(Floats x) { return each<Floats>(OF(vrndnq_f32), x); }
@@ -171,8 +171,7 @@ inline Words to_int(Floats x) { return each<Words>(OF(vcvtnq_s32_f32), x); }
 
 inline Floats to_float(Words x) { return each<Floats>(OF(vcvtq_f32_s32), x); }
 
-// For n from -252 on, by two powers of 2, so that it may end among the smallest numbers or beyond
-// the largest.
+// For n >= -252: multiplies by two powers of 2, so that results can be subnormal or overflow.
 inline Floats ldexp(Floats x, Floats n) {
   const auto power = [](int32x4_t n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23));
@@ -185,7 +184,7 @@ inline Floats ldexp(Floats x, Floats n) {
   return each<Floats>(of, x, n);
 }
 
-// An estimate of 8 bits and two steps of Newton's.
+// An 8-bit estimate and two Newton steps.
 inline Floats reciprocal(Floats x) {
   const auto of = [](float32x4_t x) {
     float32x4_t estimate = vrecpeq_f32(x);
@@ -206,7 +205,7 @@ inline int32_t reduce_add(Words x) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.b), vaddq_s32(x.c, x.d)));
 }
 
-// A mask of the lanes that have all bits.
+// The mask of the lanes whose bits are all set.
 inline Mask to_mask(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
   const auto bits = [](uint32x4_t lanes, uint32_t first) {
     const uint32x4_t each = {first, first << 1, first << 2, first << 3};

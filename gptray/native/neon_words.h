@@ -1,4 +1,4 @@
-// The rest of neon.h: words, what they are multiplied by, and how they are laid out.
+// The rest of neon.h: words, their products and their layout.
 
 #pragma once
 
@@ -81,10 +81,10 @@ inline Words look_up(Table table, Words codes) {
   return each<Words>(of, codes);
 }
 
-inline void hold(Words &, Words &) {}
-inline void hold(Words &, Words &, Words &, Words &) {}
+inline void keep_in_registers(Words &, Words &) {}
+inline void keep_in_registers(Words &, Words &, Words &, Words &) {}
 
-// 4 rows of 4 words <-> 4 columns of them.
+// Transpose 4 rows of 4 words.
 inline void transpose(int32x4_t (&w)[4]) {
   const auto wide = OF(vreinterpretq_s64_s32);
   const int64x2_t even = wide(vtrn1q_s32(w[0], w[1])), even_2 = wide(vtrn1q_s32(w[2], w[3]));
@@ -98,7 +98,7 @@ inline void transpose(int32x4_t (&w)[4]) {
 inline void transpose(Words (&w)[LANES]) {
   int32_t *const words = (int32_t *)w;
   for (int i = 0; i < LANES; i += 4)
-    for (int j = 0; j <= i; j += 4) {  // the squares at (i, j) and (j, i) change places
+    for (int j = 0; j <= i; j += 4) {  // swap the squares at (i, j) and (j, i)
       int32_t *const lower = words + i * LANES + j, *const upper = words + j * LANES + i;
       int32x4_t square[4], other[4];
       for (int r = 0; r < 4; ++r) square[r] = vld1q_s32(lower + r * LANES);

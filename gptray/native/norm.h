@@ -1,5 +1,5 @@
 // Layer norm and RMSNorm of rows of C numbers, fp32 or bf16, and their gradients. RMSNorm is layer
-// norm of rows whose mean is taken for 0, without a bias: nullptr asks for it.
+// norm with a mean of 0 and no bias; a bias of nullptr asks for it.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace {
 
 struct Moments {
-  Floats mean, inverse;  // of the deviation
+  Floats mean, inverse;  // inverse: 1 / standard deviation
 };
 
 template <typename T>
@@ -20,13 +20,13 @@ inline Moments moments(const T *x, float eps, int C, bool is_rms) {
   Floats sum = {}, square = {};
   if (!is_rms)
     for (int i = 0; i < C; i += LANES) sum = sum + load(x + i, lanes(C - i));
-  const Floats mean = all(reduce_add(sum) / C);
+  const Floats mean = splat(reduce_add(sum) / C);
   for (int i = 0; i < C; i += LANES) {
     const Floats d = where(lanes(C - i), load(x + i, lanes(C - i)) - mean, Floats{});
     square = fmadd(d, d, square);
   }
   const float variance = reduce_add(square) / C;
-  return {mean, all(1.f / std::sqrt(variance + eps))};
+  return {mean, splat(1.f / std::sqrt(variance + eps))};
 }
 
 template <typename T>
@@ -58,8 +58,8 @@ inline void norm_gradient(const uint16_t *dy, const uint16_t *x, const float *we
     sum = sum + g;
     store(bias_sum + i, d + load(bias_sum + i, mask), mask);
   }
-  const Floats mean = all(reduce_add(sum) / C);
-  const Floats along = all(reduce_add(product) / C);
+  const Floats mean = splat(reduce_add(sum) / C);
+  const Floats along = splat(reduce_add(product) / C);
   for (int i = 0; i < C; i += LANES) {
     const Mask mask = lanes(C - i);
     const Floats n = (load(x + i, mask) - of_row.mean) * of_row.inverse;

@@ -1,5 +1,5 @@
-// Layer norm of all rows, or RMSNorm, and its gradients: see norm.h. All threads of a parallel
-// region call these.
+// Layer norm or RMSNorm of all rows, and its gradients; see norm.h. All threads of a parallel
+// region call these functions.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Parts that the rows are summed in, as many at any number of threads.
+// Partial sums over the rows, as many at any number of threads.
 constexpr int NORM_PARTS = 32;
 
 void normalise_rows(const uint16_t *x, const float *weight, const float *bias, uint16_t *y,
@@ -17,7 +17,7 @@ void normalise_rows(const uint16_t *x, const float *weight, const float *bias, u
     normalise(x + (size_t)row * C, weight, bias, y + (size_t)row * C, eps, C);
 }
 
-// sums (NORM_PARTS, 2, C), of which RMSNorm, without dbias, takes half.
+// sums (NORM_PARTS, 2, C); RMSNorm (no dbias) uses half of it.
 void norm_gradients(const uint16_t *dy, const uint16_t *x, const float *weight, uint16_t *dx,
                     float *dweight, float *dbias, float *sums, float eps, int M, int C) {
   const int count = dbias ? 2 * C : C;

@@ -1,4 +1,4 @@
-// What training multiplies, packed into panels of bf16 words; see gemm.h for their layout.
+// Packs the operands of training into panels of bf16 words; gemm.h has their layout.
 // All threads of a parallel region call `pack_rows`, `pack_columns` and `pack_panels`.
 
 #pragma once
@@ -10,19 +10,19 @@
 
 namespace {
 
-// Room for a `Words`.
+// Storage for a `Words`.
 struct alignas(64) Line {
   int32_t words[LANES];
 };
 
-// A thread's memory for `size` of them; what was in it may be lost.
+// A buffer of at least `size` elements; its old contents may be lost.
 template <typename T>
-T *room(std::vector<T> &vector, size_t size) {
+T *scratch(std::vector<T> &vector, size_t size) {
   if (vector.size() < size) vector.resize(size);
   return vector.data();
 }
 
-// Rows of `count` words -> block `block` of their panels; words(r, k) gives 16 words of the
+// Pack 16 rows of `count` words into block `block` of panels; words(r, k) gives 16 words of the
 // block's row r from word k on.
 template <typename Get>
 inline void pack_block(const Get &words, Words *panels, int block, int count) {
@@ -36,7 +36,7 @@ inline void pack_block(const Get &words, Words *panels, int block, int count) {
   }
 }
 
-// The first `count` of 32 numbers as 16 words, the others as 0; count even.
+// The first `count` of 32 numbers as 16 words, the rest 0; count even.
 inline Words words_of(const float *from, int count) {
   const Floats low = load(from, lanes(count)), high = load(from + LANES, lanes(count - LANES));
   return to_words(low, high);
@@ -45,7 +45,7 @@ inline Words words_of(const uint16_t *from, int count) {
   return load((const int32_t *)from, lanes(count / 2));
 }
 
-// `rows` rows of K numbers, fp32 or bf16, -> block `block` of their panels, words along K.
+// `rows` rows of K numbers, fp32 or bf16 -> block `block` of panels, words along K.
 template <typename Number>
 void pack_row_block(const Number *w, int rows, Words *panels, int block, int K) {
   pack_block(
@@ -61,12 +61,12 @@ void pack_rows(const Number *w, Words *panels, int N, int K) {
     pack_row_block(w + (size_t)block * LANES * K, N - block * LANES, panels, block, K);
 }
 
-// Of a gated layer's 2 N rows, gates before inputs, a panel has 32 gates and then their inputs.
+// A gated layer has 2 N rows, first gates, then inputs; a panel has 32 gates and then their inputs.
 constexpr int GATES = PANEL / 2;
 
 inline int gated_panel_count(int N) { return (N + GATES - 1) / GATES; }
 
-// The gate of a panel's column, without N for an input's.
+// The index of a panel column's gate, also for the column of an input.
 inline int gate_of(int column) { return column / PANEL * GATES + column % GATES; }
 
 inline bool is_gate(int column) { return column % PANEL < GATES; }
@@ -82,15 +82,15 @@ void pack_gated_rows(const Number *w, Words *panels, int N, int K) {
   }
 }
 
-// Words of two rows' numbers; masks say how many there are.
+// Words of two rows' numbers; masks say how many each row has.
 inline Words pair_of(const float *even, const float *odd, Mask mask, Mask odd_mask) {
   return pair(load(even, mask), load(odd, odd_mask));
 }
 inline Words pair_of(const uint16_t *even, const uint16_t *odd, Mask mask, Mask odd_mask) {
-  return pair(halves(even, mask), halves(odd, odd_mask));
+  return pair(load_halves(even, mask), load_halves(odd, odd_mask));
 }
 
-// W (N, K), fp32 or bf16, -> panels of 64 columns, words along N; a last row alone is paired with
+// W (N, K), fp32 or bf16, -> panels of 64 columns, words along N; an odd last row is paired with
 // zeros.
 template <typename Number>
 void pack_columns(const Number *w, Words *panels, int N, int K) {
@@ -107,13 +107,13 @@ void pack_columns(const Number *w, Words *panels, int N, int K) {
       }
 }
 
-// Words of a column of M rows: whole tiles of them where there are tiles.
+// Words of a column of M rows, rounded up to whole tiles if there are tiles.
 inline int column_words(int M) {
   constexpr int whole = HAS_TILES ? LANES : 1;
   return ((M + 1) / 2 + whole - 1) / whole * whole;
 }
 
-// `columns` <= 64 columns of rows (M, stride) bf16 -> a panel of them, words along M.
+// `columns` <= 64 columns of rows (M, stride) in bf16 -> a panel, words along M.
 void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int columns) {
   for (int m = 0; m < M; m += 2, x += 2 * stride)
     for (int b = 0; b < BLOCKS; ++b) {
@@ -124,11 +124,11 @@ void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int colum
   for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill) *panel++ = Words{};
 }
 
-// Where words of a packed panel's columns meet another panel's: one by one as they stand, and in
-// tiles once they are turned, to [16 words][64 columns][16 words].
-constexpr int LEFT_STEP = HAS_TILES ? LANES : 1;  // from column to column
+// The left operand of a product of two panels: registers read it as it is, tiles need it transposed
+// to [16 words][64 columns][16 words].
+constexpr int LEFT_STEP = HAS_TILES ? LANES : 1;  // stride from column to column
 
-void turn_left(Words *panel, int words) {
+void transpose_left(Words *panel, int words) {
   if (!HAS_TILES) return;
   for (int k = 0; k < words; k += LANES, panel += LANES * BLOCKS) {
     Words squares[BLOCKS][LANES];

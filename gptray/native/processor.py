@@ -1,4 +1,4 @@
-"""What the processor must have for the native code, and what this machine's is and has."""
+"""The instruction sets that the native code needs, and those of this machine's processor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 CPUINFO, SYSCTL = Path("/proc/cpuinfo"), Path("/usr/sbin/sysctl")
-# What an x86 processor must have, as Linux names it, and the compiler's option for each.
+# The flags that an x86 processor must have, by Linux's names, and the compiler's option for each.
 INSTRUCTIONS = {
     "avx512f": "-mavx512f",
     "avx512bw": "-mavx512bw",
@@ -18,18 +18,18 @@ INSTRUCTIONS = {
     "avx512_vnni": "-mavx512vnni",
     "avx512_bf16": "-mavx512bf16",
 }
-# What an ARM processor may have besides NEON, as Linux and as macOS name it, and the compiler's
-# option for all up to it.
+# The features that an ARM processor may have besides NEON, by Linux's and macOS's names, and the
+# compiler's option for each feature and those before it.
 ARM_LEVELS = {
     ("asimddp", "FEAT_DotProd"): "-march=armv8.2-a+dotprod",
     ("bf16", "FEAT_BF16"): "-march=armv8.2-a+dotprod+bf16",
 }
 ARM_BASE = "-march=armv8-a"
-# Matrix tiles (Intel's AMX), which are used where the processor has all of this.
+# Matrix tiles (Intel AMX), used if the processor has all of these.
 TILES = {"amx_tile": "-mamx-tile", "amx_bf16": "-mamx-bf16", "amx_int8": "-mamx-int8"}
-# What tells one kind of processor from another: of x86, and of ARM.
+# The entries of /proc/cpuinfo that tell kinds of processors apart, on x86 and on ARM.
 _KIND = ("cpu family", "model", "cache size", "CPU implementer", "CPU part", "CPU variant")
-# Linux gives a process tiles when it asks for them: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+# A process must ask Linux for tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 ARCH_PRCTL, ASK_FOR, TILE_DATA = 158, 0x1023, 18
 
 
@@ -62,7 +62,7 @@ def instruction_options() -> tuple[str, ...]:
 
 
 def may_use_tiles() -> bool:
-    """Whether the processor has tiles and Linux, which is asked here, gives this process them."""
+    """Whether the processor has tiles; asks Linux to let this process use them."""
     if not TILES.keys() <= processor_flags():
         return False
     return bool(ctypes.CDLL(None).syscall(ARCH_PRCTL, ASK_FOR, TILE_DATA) == 0)
@@ -75,19 +75,19 @@ def processor_flags() -> set[str]:
 
 
 def processor_name() -> str:
-    """What this machine's processor is called; its architecture, where that is not told."""
+    """The name of this machine's processor, or its architecture if the name is unknown."""
     return _facts().get("model name") or f"{platform.machine()} processor"
 
 
 def processor_identity() -> list[str]:
-    """What tells this machine's kind of processor from others, for whatever was measured on it."""
+    """What identifies this machine's kind of processor, for measurements made on it."""
     facts = _facts()
     kind = [facts.get(key, "") for key in _KIND]
     return [processor_name(), *kind, *sorted(processor_flags())]
 
 
 def _facts() -> dict[str, str]:
-    """What the system tells of the first core, by the names that Linux has for it."""
+    """The system's facts about the first core, by Linux's names."""
     if platform.system() == "Darwin":
         return mac_facts()
     if not CPUINFO.exists():
@@ -99,7 +99,7 @@ def _facts() -> dict[str, str]:
 
 @cache
 def mac_facts() -> dict[str, str]:
-    """What macOS tells of the processor, by the names that Linux has for it."""
+    """macOS's facts about the processor, by Linux's names."""
     asked = [name for names in ARM_LEVELS for name in names if name.startswith("FEAT_")]
     name = _sysctl("machdep.cpu.brand_string")
     features = [one for one in asked if _sysctl(f"hw.optional.arm.{one}") == "1"]
@@ -107,6 +107,6 @@ def mac_facts() -> dict[str, str]:
 
 
 def _sysctl(name: str) -> str:
-    """What macOS says of a name; empty where it does not know it."""
+    """The value that macOS has for a name; empty if it has none."""
     command = [str(SYSCTL), "-n", name]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

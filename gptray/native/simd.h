@@ -1,8 +1,8 @@
-// Vectors of 16 fp32 numbers, which the kernels are written in: avx512.h has them for x86, neon.h
-// for ARM, by the same names.
+// Vectors of 16 fp32 numbers, in which the kernels are written: avx512.h implements them for x86,
+// neon.h for ARM, under the same names.
 //
 // A word is the 4 bytes that a lane multiplies and adds at once: 1 fp32, 2 bf16 or 4 int8 numbers.
-// bf16 and fp16 numbers are passed as uint16_t. A mask has a bit for each lane; masks of loads and
+// bf16 and fp16 numbers are passed as uint16_t. A mask has one bit per lane; the masks of loads and
 // stores come from `lanes`.
 
 #pragma once
@@ -29,16 +29,16 @@ inline Mask lanes(int count) { return count >= LANES ? ALL : count <= 0 ? 0 : (1
 
 namespace {
 
-// Ask for memory that is read soon.
+// Prefetch memory that will be read soon.
 template <typename T>
-inline void fetch(const T *from, int count) {
+inline void prefetch(const T *from, int count) {
   for (int byte = 0; byte < count * (int)sizeof(T); byte += 64)
     __builtin_prefetch((const char *)from + byte);
 }
 
-// Ask for memory that is read a little later: it comes as near as the second cache.
+// Prefetch memory that will be read a little later, into L2.
 template <typename T>
-inline void fetch_far(const T *from, int count) {
+inline void prefetch_l2(const T *from, int count) {
   for (int byte = 0; byte < count * (int)sizeof(T); byte += 64)
     __builtin_prefetch((const char *)from + byte, 0, 2);
 }

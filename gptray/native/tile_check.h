@@ -1,4 +1,4 @@
-// Whether tiles multiply as registers do on this machine, before anything relies on them.
+// Checks that tiles multiply as registers do on this machine, before anything relies on them.
 
 #pragma once
 
@@ -37,12 +37,12 @@ bool tiles_agree(int rows, int count, const int32_t *x, const Words *panel, Numb
   return agree;
 }
 
-// In each shape of tiles, with words left over.
+// Checks each shape of tiles, with words left over.
 bool tiles_are_right() {
   constexpr int COUNT = 37;
   alignas(64) static int32_t x[TILE * COUNT], panel[COUNT * PANEL];
   uint32_t state = 1;
-  // Of each byte 6 bits, so that both halves of a word are small numbers in bf16.
+  // Masked so that both halves of a word are small numbers in bf16.
   const auto fill = [&](int32_t *to, size_t size) {
     for (size_t i = 0; i < size; ++i) to[i] = (state = state * 1664525 + 1013904223) & 0xBF3FBF3F;
   };

@@ -1,5 +1,5 @@
-// Tiles of 16 rows of 64 bytes, and their products, of processors with AMX: eight of them in each
-// thread. Where a test defines EMULATED_TILES, scalar loops take the instructions' place.
+// AMX tiles of 16 rows of 64 bytes, eight per thread, and their products. If a test defines
+// EMULATED_TILES, scalar loops replace the instructions.
 //
 // Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2.
 
@@ -19,7 +19,7 @@ constexpr bool HAS_TILES = true;
 constexpr bool HAS_TILES = false;
 #endif
 
-// What LDTILECFG reads: how much of each tile is used.
+// LDTILECFG's operand: how much of each tile is used.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
@@ -95,7 +95,7 @@ inline void multiply_int8_tiles() {
 
 #else
 
-// Not by intrinsics: GCC's take a tile's number as it is spelled, which no template argument is.
+// Not by intrinsics: GCC's need a literal tile number, not a template argument.
 
 inline void load_shapes(const TileShapes &from) { asm volatile("ldtilecfg %0" ::"m"(from)); }
 
@@ -117,7 +117,7 @@ inline void store_tile(void *to, size_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
 
-// C += A B, of rows of words by words of columns.
+// C += A B, A in rows of words, B in words of columns.
 template <int C, int A, int B>
 inline void multiply_bf16_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
@@ -131,11 +131,11 @@ inline void multiply_int8_tiles() {
 
 #endif
 
-// The rows that this thread's tiles have the shapes for, see `shape_tiles`; 0: for none.
+// The number of rows for which this thread's tiles are shaped, see `shape_tiles`; 0: not shaped.
 thread_local int shaped_rows = 0;
 
 // Tiles for up to 32 rows by panels: sums in 0 to 3, rows in 4 and 5, words of columns in 6 and 7.
-// Up to 16 rows have a row of four sums, and words of columns in 5 too; more of them two by two.
+// Up to 16 rows use four sums side by side, and 5 for words of columns too; more use two by two.
 inline void shape_tiles(int rows) {
   if (rows == shaped_rows) return;
   shaped_rows = rows;
@@ -150,10 +150,10 @@ inline void shape_tiles(int rows) {
   load_shapes(shapes);
 }
 
-// Lives as long as a thread multiplies tiles: other libraries shape them too, and a thread that
-// sleeps with tiles in use keeps its core from sleeping deeply.
+// Lives while a thread multiplies tiles and then releases them: other libraries shape them too, and
+// a sleeping thread with tiles in use keeps its core out of deep sleep.
 struct TileUse {
-  TileUse() {}  // lest it be called unused
+  TileUse() {}  // avoids the warning about an unused variable
   ~TileUse() {
     if constexpr (HAS_TILES)
       if (shaped_rows) {

@@ -1,8 +1,8 @@
-// A training step's kernels in bf16, the same bits at any number of threads; called by
+// The kernels of a training step in bf16; the same bits at any number of threads. Called by
 // gptray/model/kernels.py.
 //
-// Rows stand one after the other, without gaps. `work` is aligned to 64 bytes and takes panels of
-// as many columns and words as each function says.
+// All arrays are contiguous. `work` is aligned to 64 bytes and holds panels of as many columns and
+// words as each function says.
 
 #include "abi.h"
 #include "frozen_train.h"
@@ -30,7 +30,7 @@ void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Line
   }
 }
 
-// y = GPT-2's GELU of x w^T + b, and the slope there; the rest as `linear`.
+// y = GPT-2's GELU of x w^T + b, and its slope; the rest as `linear`.
 void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
                  Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -38,7 +38,7 @@ void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y,
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
              WithGelu<gelu_and_slope>{{{y, N, b}, slope, {}}});
-    end_far();  // after store_far
+    end_streams();  // after store_stream
   }
 }
 
@@ -50,11 +50,11 @@ void linear_exact_gelu(const uint16_t *x, const float *w, const float *b, uint16
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
              WithGelu<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
-    end_far();
+    end_streams();
   }
 }
 
-// y (M, N) = SwiGLU of x (M, K) w (2 N, K)^T + b (2 N), and the slopes there (M, 2 N), gates before
+// y (M, N) = SwiGLU of x (M, K) w (2 N, K)^T + b (2 N), and its slopes (M, 2 N), gates before
 // inputs; the rest as `linear`. work: 2 N columns, each half rounded up to 32, K / 2 words.
 void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slopes,
                    Line *work, int M, int N, int K, int threads) {
@@ -62,7 +62,7 @@ void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *
   {
     pack_gated_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2, WithSwiglu{{{y, N, b}, slopes, {}}});
-    end_far();
+    end_streams();
   }
 }
 
@@ -104,9 +104,9 @@ void weight_gradients(const uint16_t *dy, const uint16_t *x, float *dw, float *d
   weight_gradient(dy, x, dw, db, (Words *)work, M, N, K);
 }
 
-// y (M, N) = a(x (M, K) w (N, K)^T + b (N) + u (M, R) up (N, R)^T), a being an `Activation`, of
-// which slopes are kept, (M, N), as `linear_gelu` and `linear_swiglu` do; K and R even. nullptr for
-// no b, no slopes, and with R 0 for no u and up. work: columns as those say, (K + R) / 2 words.
+// y (M, N) = a(x (M, K) w (N, K)^T + b (N) + u (M, R) up (N, R)^T) for an `Activation` a, and its
+// slopes, as in `linear_gelu` and `linear_swiglu`; K and R even. nullptr for no b, no slopes, and
+// with R 0 for no u and up. work: columns as there, (K + R) / 2 words.
 void frozen_linear(const uint16_t *x, const uint16_t *w, const float *b, const uint16_t *u,
                    const float *up, uint16_t *y, uint16_t *slopes, Line *work, int M, int N, int K,
                    int R, int activation, int threads) {
@@ -115,8 +115,8 @@ void frozen_linear(const uint16_t *x, const uint16_t *w, const float *b, const u
                (Activation)activation);
 }
 
-// dx = dy (M, N) w (N, K) + mask (M, K) times du (M, R) down (R, K), times the slopes of an
-// `Activation`, as `input_gradient_gelu` and `input_gradient_swiglu` do; N and R even. nullptr for
+// dx = dy (M, N) w (N, K) + mask (M, K) times du (M, R) down (R, K), all times the slopes of an
+// `Activation`, as in `input_gradient_gelu` and `input_gradient_swiglu`; N and R even. nullptr for
 // no mask, no slopes, and with R 0 for no du and down. work: K columns, (N + R) / 2 words.
 void frozen_input_gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *du,
                            const float *down, const uint16_t *mask, const uint16_t *slopes,
@@ -127,14 +127,14 @@ void frozen_input_gradient(const uint16_t *dy, const uint16_t *w, const uint16_t
                   (Activation)activation);
 }
 
-// y (M, C) = layer norm of x (M, C); without bias, nullptr, its RMSNorm.
+// y (M, C) = layer norm of x (M, C), or RMSNorm if bias is nullptr.
 void layer_norm(const uint16_t *x, const float *weight, const float *bias, uint16_t *y, float eps,
                 int M, int C, int threads) {
 #pragma omp parallel num_threads(threads)
   normalise_rows(x, weight, bias, y, eps, M, C);
 }
 
-// dbias as bias. sums: NORM_PARTS * 2 C numbers of room.
+// dbias is nullptr for RMSNorm. sums: scratch memory for NORM_PARTS * 2 C numbers.
 void layer_norm_gradients(const uint16_t *dy, const uint16_t *x, const float *weight, uint16_t *dx,
                           float *dweight, float *dbias, float *sums, float eps, int M, int C,
                           int threads) {
@@ -143,8 +143,8 @@ void layer_norm_gradients(const uint16_t *dy, const uint16_t *x, const float *we
 }
 
 // qkv (B, T, (H + 2 K) D) -> out (B, T, H D) and, for the backward pass, log_sums (B, H, T); D
-// even, K divides H. Queries and keys are normalised first, with weights (D) and eps, and rotated
-// by angles, (T, half) each; nullptr and half 0 for none.
+// even, K divides H. Queries and keys are first normalised with weights (D) and eps, and rotated by
+// angles, (T, half) each; nullptr or half 0 for neither.
 void attention(const uint16_t *qkv, const float *q_weight, const float *k_weight,
                const uint16_t *cosines, const uint16_t *sines, uint16_t *out, float *log_sums,
                float eps, int B, int T, int H, int K, int D, int half, int threads) {
@@ -156,8 +156,8 @@ void attention(const uint16_t *qkv, const float *q_weight, const float *k_weight
     for (int h = 0; h < H; ++h) attend_head(heads, queries, keys, qkv, out, log_sums, b, h);
 }
 
-// grad (B, T, H D) -> dqkv (B, T, (H + 2 K) D), and of the norms' weights dweights (2, D). sums: B
-// K parts of 2 D numbers, whose order of summation is always the same. The rest as `attention`.
+// grad (B, T, H D) -> dqkv (B, T, (H + 2 K) D), and the gradients of the norms' weights, dweights
+// (2, D). sums: B K partial sums of 2 D numbers, added in one fixed order. The rest as `attention`.
 void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const float *q_weight,
                         const float *k_weight, const uint16_t *cosines, const uint16_t *sines,
                         const uint16_t *out, const float *log_sums, uint16_t *dqkv, float *dweights,
@@ -178,8 +178,8 @@ void attention_gradient(const uint16_t *grad, const uint16_t *qkv, const float *
   }
 }
 
-// The losses (M) of x (M, C) by w (V, C), -log softmax of the targets (M), and the gradients of
-// their sum: dx (M, C), dw (V, C), or nullptr for no dw. With w nullptr `frozen` is in its place.
+// The losses (M) of x (M, C) w (V, C)^T, -log softmax at the targets (M), and the gradients of
+// their sum: dx (M, C) and dw (V, C), or nullptr for no dw. If w is nullptr, `frozen` replaces it.
 // Only the first `valid` of V are tokens; C even.
 void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const int64_t *targets,
                float *losses, uint16_t *dx, float *dw, int M, int V, int C, int valid,
@@ -187,7 +187,7 @@ void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const 
   const Head head = {w, V, C, valid, frozen};
   const HeadRows rows = {x, targets, losses, dx};
   thread_local Piece kept;
-  Piece &piece = kept;  // this thread's, also in the others
+  Piece &piece = kept;  // the calling thread's, for all threads of the region
   piece.fit(head, piece_rows(M, V));
 #pragma omp parallel num_threads(threads)
   head_pass(head, rows, dw, piece, M);

@@ -14,7 +14,7 @@ from gptray.config import Config, RunFailed
 from gptray.model.precision import pick_dtype
 from gptray.native.abi import load_library
 from gptray.native.backend import TRAIN_KEY, check_native, why_not_native
-from gptray.native.build import kept, library_name
+from gptray.native.build import cached_library, library_name
 from gptray.native.measured import NAMES, Choice, pytorch_since
 from gptray.native.processor import processor_name
 from gptray.record import Event, read_events, write_event
@@ -57,7 +57,7 @@ def _why_not(
     check_native(TRAIN_KEY, asked, use_gpu=on_gpu)
     if missing := why_not_native(use_gpu=on_gpu):
         return missing
-    if workers.is_first and kept(library_name()) is None:
+    if workers.is_first and cached_library(library_name()) is None:
         message = "building the C++ kernels, once for this processor"
         write_event(run_dir, "building", message=message)
     try:

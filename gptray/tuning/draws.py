@@ -31,7 +31,7 @@ def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 
         # A draw of its own for each entry: adding one to the space leaves the others' values.
         key = [seed, zlib.crc32(entry.paths[0].encode())]
         rng = np.random.default_rng([*key, after] if after else key)
-        drawn = [values for values in trials if entry.counts(values)]
+        drawn = [values for values in trials if entry.is_active(values)]
         for values, stratum in zip(drawn, rng.permutation(len(drawn)), strict=True):
             values |= entry.at((int(stratum) + rng.random()) / len(drawn))
     paths = [path for entry in entries for path in entry.paths]
@@ -46,6 +46,6 @@ def grid_points(entries: Sequence[Entry]) -> list[Values]:
         points = [
             point | option
             for point in points
-            for option in (options if entry.counts(point) else [{}])
+            for option in (options if entry.is_active(point) else [{}])
         ]
     return points

@@ -37,7 +37,7 @@ class Space:
         entries, own = tuple(entries_of(config)), dict[str, object]()
         config = override(config, {"tune.space": []})  # not to be checked with every option
         for entry in entries:
-            if entry.counts(own):
+            if entry.is_active(own):
                 own |= _own_values(entry, config)
         return cls(entries, own)
 

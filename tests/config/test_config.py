@@ -234,7 +234,7 @@ def test_rule_on_a_wrong_value_stays_silent() -> None:
         ("optim:\n  lr: {a: 1}\n", 2, "expects a number, got keys of its own"),
         ("? [a, b]\n: 1\n", 1, "plain name"),
         ("data:\n  source: {a: 1}\n", 2, "text or a list of texts"),
-        ("serve:\n  adapters: {a:/tmp}\n", 2, "'a:/tmp' has no value; a space follows the colon"),
+        ("serve:\n  adapters: {a:/tmp}\n", 2, "'a:/tmp' has no value; put a space after the colon"),
         ("serve:\n  adapters: {a: 3}\n", 2, "serve.adapters: 'a' cannot be 3"),
         ("optim:\n\tlr: 1\n", 2, "tab"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import UserError, load_config
-from gptray.config.names import label_of
+from gptray.config.names import slug
 from gptray.jobs.run_folder import resolve
 
 NAME = "\ud55c\uad6d\uc5b4"  # three syllables, composed
@@ -47,7 +47,7 @@ def test_a_name_is_measured_in_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "label"),
+    ("text", "expected"),
     [
         (unicodedata.normalize("NFD", f"{NAME} \ub300\ud654(1)"), f"{NAME}-\ub300\ud654-1"),
         ("My book_v2!", "my-book-v2"),
@@ -55,8 +55,8 @@ def test_a_name_is_measured_in_bytes() -> None:
         ("\ud55c" * 50, "\ud55c" * 24),
     ],
 )
-def test_a_label_keeps_letters_and_digits(text: str, label: str) -> None:
-    assert label_of(text, 24) == label
+def test_a_slug_keeps_letters_and_digits(text: str, expected: str) -> None:
+    assert slug(text, 24) == expected
 
 
 def test_a_run_is_named_by_its_text(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_bad_json_line_is_named(
 
 
 BAD_CSV = [
-    (b"8,one,two", "3 fields where the header has 2"),
-    (b"8", "1 fields where the header has 2"),
+    (b"8,one,two", "3 fields, but the header has 2"),
+    (b"8", "1 fields, but the header has 2"),
     (b'8,"a"b', "expected after"),
     (b'8,"open', "unexpected end of data"),
     (b"8,\xff", "not UTF-8"),
@@ -184,20 +184,20 @@ def test_utf8_cut_off_at_the_end_is_named(tmp_path: Path) -> None:
 def test_truncated_compressed_file_is_named(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, DOCUMENTS * 50)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=rf"{name}: is truncated or damaged"):
+    with pytest.raises(UserError, match=rf"{name}: truncated or damaged"):
         read(path)
 
 
 def test_file_that_is_not_compressed_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.txt.gz").write_bytes(b"plain text")
-    with pytest.raises(UserError, match=r"t\.txt\.gz: is truncated or damaged"):
+    with pytest.raises(UserError, match=r"t\.txt\.gz: truncated or damaged"):
         read(tmp_path / "t.txt.gz")
 
 
 def test_truncated_parquet_is_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "r.parquet", DOCUMENTS)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"r\.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"r\.parquet: not a complete Parquet file"):
         read(path)
 
 
@@ -282,7 +282,7 @@ def test_bad_json_is_named_by_line(tmp_path: Path, content: str, message: str) -
 
 def test_first_look_finds_a_bad_row_near_the_top(tmp_path: Path) -> None:
     (file,) = find_files(str(write_bytes(tmp_path / "r.csv", b"id,text\n1,a\n2,b,c\n")))
-    with pytest.raises(UserError, match=r"r\.csv:3: 3 fields where the header has 2"):
+    with pytest.raises(UserError, match=r"r\.csv:3: 3 fields, but the header has 2"):
         first_look(file, TEXT)
 
 

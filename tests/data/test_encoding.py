@@ -68,7 +68,7 @@ def test_wide_ascii_without_a_mark_does_not_pass_for_utf8(tmp_path: Path, encodi
 
 
 def test_a_file_of_zero_bytes_is_no_text_in_any_encoding(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"t\.txt: it begins with zero bytes alone"):
+    with pytest.raises(UserError, match=r"t\.txt: it begins with nothing but zero bytes"):
         read(write_bytes(tmp_path / "t.txt", bytes(4096)))
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from gptray.config import UserError
-from gptray.data.json_columns import MOST_KEYS, holds_json
+from gptray.data.json_columns import MAX_KEYS, holds_json
 from tests.data.test_columns import through
 
 BIG = 2**53 + 1
@@ -96,7 +96,7 @@ def test_numbers_beyond_json_are_doubles(tmp_path: Path) -> None:
 
 
 def test_objects_that_are_data_or_too_deep_are_json_text(tmp_path: Path) -> None:
-    wide = [{f"user {i}": i} for i in range(MOST_KEYS + 1)]
+    wide = [{f"user {i}": i} for i in range(MAX_KEYS + 1)]
     field, got = column(tmp_path, *wide)
     assert holds_json(field) and json.loads(got[-1]) == wide[-1]
     deep: Any = 1

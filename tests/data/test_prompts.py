@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     write(path, ROWS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(UserError, match="not a whole Parquet file"):
+    with pytest.raises(UserError, match="not a complete Parquet file"):
         through(path)
     raw = pa.array([b"ok", b"\xff"]).view(pa.string())
     parquet.write_table(pa.table({"prompt": raw, "x": raw}), path)

@@ -138,7 +138,7 @@ def test_rows_of_a_batch_name_their_adapters(
     other = [word.replace("column=style", "column=styl") for word in words]
     with pytest.raises(UserError, match=r"'styl'; columns: style.*generate.adapter_column"):
         scan(job.files, load_config(None, other).generate)
-    with pytest.raises(UserError, match="adapters needs adapter_column"):
+    with pytest.raises(UserError, match="adapters and adapter_column need each other"):
         load_config(None, ["generate.adapter_column=style"])
 
 

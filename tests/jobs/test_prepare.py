@@ -280,7 +280,7 @@ def test_a_row_too_wide_far_down_a_csv_file_is_told_without_ray(tmp_path: Path) 
     lines = ["text,b", *(f"hello world {number},x" for number in range(20_000)), "hello,x,y"]
     (tmp_path / "t.csv").write_text("\n".join(lines))
     config = config_for(tmp_path / "t.csv", tmp_path / "s", tokenizer="char")
-    with pytest.raises(UserError, match=r"t\.csv:20002: 3 fields where the header has 2"):
+    with pytest.raises(UserError, match=r"t\.csv:20002: 3 fields, but the header has 2"):
         check_text(config)
 
 
@@ -301,7 +301,7 @@ def test_storage_path_that_cannot_be_written_is_named(rows: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("place", "told"),
-    [("$HOME/runs", r"\$HOME is not replaced"), ("s3:/runs", "write s3://bucket/")],
+    [("$HOME/runs", r"\$HOME is not expanded"), ("s3:/runs", "write s3://bucket/")],
 )
 def test_a_storage_path_that_means_another_place_is_no_folder(
     rows: Path, tmp_path: Path, place: str, told: str

@@ -269,7 +269,7 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
         (edit_config(peft_type="IA3"), "peft_type='IA3' is not supported, only LORA"),
         (
             edit_config(rank_pattern={"c_attn": 8}),
-            r"lora_A.weight has shape \[4, 48\]; by adapter_config.json .* it is \[8, 48\]",
+            r"lora_A.weight has shape \[4, 48\], but adapter_config.json .* ask for \[8, 48\]",
         ),
         (edit_config(rank_pattern={"c_attn": 0}), r"rank_pattern\['c_attn'\]=0 is not a rank"),
         (edit_config(alpha_pattern={"(": 8}), r"alpha_pattern: '\(': missing \)"),
@@ -278,7 +278,7 @@ ATTN, WTE = "base_model.model.transformer.h.1.attn.c_attn", "base_model.model.tr
         (edit_config(bias="all"), "bias='all' is not supported"),
         (
             edit_config(r=8),
-            r"lora_A.weight has shape \[4, 48\]; by adapter_config.json .* it is \[8, 48\]",
+            r"lora_A.weight has shape \[4, 48\], but adapter_config.json .* ask for \[8, 48\]",
         ),
         (edit_config(r="four"), "r='four' is not a rank"),
         (edit_config(target_modules=None), "target_modules=None is not a list of names"),
@@ -343,7 +343,7 @@ def test_numbers_that_are_not_finite_are_refused(
     base = base_in(tmp_path / "base", "gpt2")
     peft_adapter(base, tmp_path / "adapter")
     edit_weights(lambda x: x[f"{ATTN}.lora_A.weight"][0].fill_(math.nan))(tmp_path / "adapter")
-    with pytest.raises(UserError, match=rf"the numbers of {ATTN}\.lora_A\.weight are not finite"):
+    with pytest.raises(UserError, match=rf"{ATTN}\.lora_A\.weight has numbers that are not finite"):
         load(base, open_adapter(tmp_path / "adapter", base))
 
 

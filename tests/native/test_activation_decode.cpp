@@ -3,7 +3,7 @@
 
 template <typename Function>
 static float of(const Function &function, float x) {
-  return first_of(function(all(x)));
+  return first_of(function(splat(x)));
 }
 
 TEST(the_exact_gelu_is_as_exact_as_fp32) {

@@ -51,7 +51,7 @@ TEST(a_head_and_its_gradients_are_loops_over_earlier_tokens) {
       std::vector<float> log_sums(T);
       const Size size = {T, D};
       attend(q, k, v, size, {out.data(), width}, log_sums.data());
-      const Backward backward(k, v, size);
+      const BackwardWorkspace backward(k, v, size);
       const Queries of = {q, {out.data(), width}, {grad.data(), width}, log_sums.data()};
       attend_backward(backward, of, {d.data(), stride});
       write_gradients(backward, {d.data() + D, stride}, {d.data() + 2 * D, stride});

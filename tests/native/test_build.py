@@ -18,7 +18,7 @@ from gptray.native import processor
 from gptray.native.abi import load_library
 from gptray.native.backend import GENERATE_KEY, TRAIN_KEY, check_native, why_not_native
 from gptray.native.build import build_library, library_name
-from gptray.native.build import kept as kept_library
+from gptray.native.build import cached_library as kept_library
 from gptray.native.compiler import options, uses_tiles, why_no_library
 from tests.generation.models import needs_native
 

@@ -32,7 +32,7 @@ TEST(a_row_that_is_no_distribution_has_equal_weights) {
 static std::vector<int> counts(const std::vector<double> &weights, Draw draw, int draws) {
   std::vector<int> found(weights.size());
   for (draw.position = 0; draw.position < draws; ++draw.position)
-    ++found[draw_place(weights.data(), weights.size(), draw)];
+    ++found[draw_candidate(weights.data(), weights.size(), draw)];
   return found;
 }
 

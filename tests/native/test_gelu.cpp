@@ -5,7 +5,7 @@
 template <typename Function>
 static float of(const Function &function, float x) {
   float results[16];
-  store(results, function(all(x)));
+  store(results, function(splat(x)));
   for (const float result : results) CHECK(!std::memcmp(&result, results, sizeof result));
   return results[0];
 }

@@ -24,7 +24,7 @@ TEST(a_tile_of_fp32_is_a_loop_over_its_words) {
     std::memcpy(x_words.data(), x.data(), x.size() * 4);
     std::memcpy(panel.data(), w.data(), w.size() * 4);
     float out[TILE * PANEL];
-    multiply<Fp32>(x_words, panel, rows, words, all(0.5f), out);
+    multiply<Fp32>(x_words, panel, rows, words, splat(0.5f), out);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         float sum = 0.5f;

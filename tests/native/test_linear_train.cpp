@@ -53,7 +53,7 @@ TEST(results_are_multiplied_by_a_slope_or_go_through_gelu) {
   const float *bias = layer.bias.data();
   layer.run(Sloped{{sloped.data(), N, bias}, slopes.data()});
   layer.run(WithGelu<gelu_and_slope>{{{value.data(), N, bias}, slope.data(), {}}});
-  end_far();
+  end_streams();
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
       const double z = layer.sum(m, n) + layer.bias[n];
@@ -75,7 +75,7 @@ TEST(gates_and_inputs_meet_in_a_panel) {
       std::vector<uint16_t> value(M * N), slopes(M * 2 * N);
       const float *bias = has_bias ? layer.bias.data() : nullptr;
       layer.run(WithSwiglu{{{value.data(), N, bias}, slopes.data(), {}}});
-      end_far();
+      end_streams();
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
           const double gate = layer.sum(m, n) + (has_bias ? layer.bias[n] : 0);

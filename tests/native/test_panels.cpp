@@ -57,7 +57,7 @@ TEST(a_left_panel_is_turned_where_there_are_tiles) {
   int32_t *numbers = (int32_t *)panel.data();
   for (int k = 0; k < words; ++k)
     for (int c = 0; c < PANEL; ++c) numbers[k * PANEL + c] = 100 * k + c;
-  turn_left((Words *)panel.data(), words);
+  transpose_left((Words *)panel.data(), words);
   const Rows left = {numbers, LEFT_STEP, PANEL};
   for (int k = 0; k < words; ++k)
     for (int c = 0; c < PANEL; ++c) {

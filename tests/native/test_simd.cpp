@@ -37,8 +37,8 @@ TEST(a_store_past_the_caches_writes_what_a_store_writes) {
   for (const int at : {0, 1, 16})
     for (const int count : {5, 16}) {
       store(near + at, load(values.data()), lanes(count));
-      store_far(far + at, load(values.data()), lanes(count));
-      end_far();
+      store_stream(far + at, load(values.data()), lanes(count));
+      end_streams();
       CHECK(!std::memcmp(near, far, sizeof near));
     }
 }
@@ -53,5 +53,5 @@ TEST(a_pair_holds_the_even_number_in_its_lower_half) {
 
 TEST(memory_may_be_fetched_to_its_end) {
   const std::vector<float> values(37);
-  fetch(values.data(), 37);
+  prefetch(values.data(), 37);
 }

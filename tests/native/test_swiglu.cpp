@@ -1,7 +1,7 @@
 #include "check.h"
 #include "swiglu.h"
 
-static Gated of(float gate, float input) { return gated(all(gate), all(input)); }
+static Gated of(float gate, float input) { return gated(splat(gate), splat(input)); }
 
 TEST(swiglu_and_its_slopes_are_more_exact_than_bf16) {
   const double input = -1.5;

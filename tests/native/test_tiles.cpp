@@ -59,7 +59,7 @@ TEST(tiles_of_int8_give_the_sums_of_registers) {
       for (int first = 0; first < rows; first += IN_REGISTERS)
         register_product<Int8>(
             std::min(IN_REGISTERS, rows - first), {&x[first * words], (size_t)words, 1},
-            (const Words *)panel.data(), words, [](int, int) { return all(-7); },
+            (const Words *)panel.data(), words, [](int, int) { return splat(-7); },
             [&](int r, int b, Words sum) {
               CHECK(!std::memcmp(&sum, &out[(first + r) * PANEL + b * LANES], sizeof sum));
             });

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError, flatten, load_config
-from gptray.config.names import label_of
+from gptray.config.names import slug
 from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
@@ -148,7 +148,7 @@ def _name(config: Config, models: Sequence[FoundModel]) -> str:
     if config.quantize.weights != "none":
         label = f"{label}-{config.quantize.weights}"
     digest = adapter_sha256(config.evaluate.adapter) or sha256_of_models(models)
-    return f"{label_of(label, 40) or 'model'}-{digest[:6]}"
+    return f"{slug(label, 40) or 'model'}-{digest[:6]}"
 
 
 def sha256_of_models(models: Sequence[FoundModel]) -> str:

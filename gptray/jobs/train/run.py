@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.config.errors import WorkerFailed
-from gptray.files import cannot_write, is_of_files, storing
+from gptray.files import cannot_write, is_file_error, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
 from gptray.jobs.driver_lock import held
@@ -248,7 +248,7 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
             f"times; the same command resumes from the last checkpoint.\n{error}"
         ) from None
     except ray.train.ControllerError as error:
-        if is_of_files(error.controller_failure):
+        if is_file_error(error.controller_failure):
             raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
             "Ray Train's controller failed, which happens when the process that scores "

@@ -109,6 +109,6 @@ def _values(entries: Sequence[Entry], point: Mapping[str, float]) -> dict[str, o
     values: dict[str, object] = {}
     for entry in entries:
         place = point[entry.paths[0]]
-        if entry.counts(values):
+        if entry.is_active(values):
             values |= entry.at((place + 0.5) / len(entry.options) if entry.options else place)
     return values
