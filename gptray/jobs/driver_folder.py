@@ -20,7 +20,7 @@ from gptray.jobs.publisher import Version, is_hidden, version_of
 from gptray.jobs.tasks import Failure, attempt
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, write_event
-from gptray.training.checkpoint import find_checkpoints, newest_whole
+from gptray.training.checkpoint import find_checkpoints, newest_intact
 
 # Of a file that is read or sent in one call.
 BLOCK_BYTES = 32 << 20
@@ -72,7 +72,7 @@ class DriverFolder:
         folders = find_checkpoints(self._root / run)
         there = {one.name: version_of(one) for one in folders}
         if run not in self._newest or self._newest[run][0] != there:
-            folder, _ = newest_whole(self._root / run)
+            folder, _ = newest_intact(self._root / run)
             self._newest[run] = there, folder.name if folder else None
         return self._newest[run][1]
 

@@ -38,7 +38,7 @@ from gptray.jobs.places import check_storage, with_whole_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 
 # Tokens of a window where nobody says; Llama's or Qwen's contexts are no lengths to score in.
@@ -91,7 +91,7 @@ class CheckedEvaluation:
         """The data that the run's newest whole checkpoint says it has seen; None without one."""
         assert self.found.run
         try:
-            checkpoint, _ = newest_whole(self.found.run)
+            checkpoint, _ = newest_intact(self.found.run)
         except RunFailed:
             return None  # there is none to ask
         return TrainerState.load(checkpoint).data if checkpoint else None

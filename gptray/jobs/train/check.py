@@ -39,7 +39,7 @@ from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
 from gptray.model.weight_bytes import linear_bytes
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 
 # fp32 weights, gradients and AdamW's two moments; and of train.ema's average.
@@ -94,7 +94,7 @@ def check(config: Config) -> CheckedTraining:
     also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
     check_free(folder, busy=busy)
-    checkpoint, _ = newest_whole(folder)
+    checkpoint, _ = newest_intact(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
     check_base(config, checkpoint)
     check_not_landing(config, changes, state)

@@ -19,7 +19,7 @@ from gptray.jobs.cluster_nodes import alive_nodes, nodes_to_be_taken
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
-from gptray.training.numbers import Wish
+from gptray.training.numbers import Request
 from gptray.wording import count
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def _heed_sigterm() -> None:
 
 
 class Notices:
-    """What one worker wishes of all. As a context; the first worker watches the cluster in it."""
+    """What one worker requests of all. As a context; the first worker watches the cluster in it."""
 
     def __init__(self, task: TrainTask) -> None:
         self._task, self._compute = task, task.config.compute
@@ -72,22 +72,22 @@ class Notices:
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
-    def wish(self) -> Wish:
-        """What this worker wishes at this step; called at each."""
+    def request(self) -> Request:
+        """What this worker requests at this step; called at each."""
         now = time.monotonic()
         self._longest_s, self._last = max(self._longest_s, now - self._last), now
         if self._is_to_leave or _sigterm.is_set():
-            return Wish.LEAVE
+            return Request.LEAVE
         if self._taken_at is None:
-            return Wish.NONE
+            return Request.NONE
         left_s = self._taken_at - time.time()
         if left_s < 2 * self._longest_s + SPARE_S:
-            return Wish.LEAVE
+            return Request.LEAVE
         if self._has_saved:
-            return Wish.NONE
+            return Request.NONE
         self._has_saved = True
         self._tell(f"{self._reason} in {left_s:.0f} s; saving now, and training until then")
-        return Wish.SAVE
+        return Request.SAVE
 
     def tell_of_leaving(self, step: int) -> None:
         """Say why the workers have left at a step."""

@@ -83,8 +83,8 @@ def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
             validated=Validations(task.run_dir, config).wait
             if config.train.async_validation
             else None,
-            wish=notices.wish,
-            bring=run.bring,
+            request=notices.request,
+            fetch=run.bring,
         )
     if result["stopped"] == "left":
         notices.tell_of_leaving(result["step"])

@@ -14,7 +14,7 @@ from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import seen_at
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import (
     SKIPPED,
@@ -95,7 +95,7 @@ def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
 def _state(run_dir: Path) -> TrainerState | None:
     """Where a trial stands; None also where its checkpoints are damaged, which it says itself."""
     try:
-        checkpoint, _ = newest_whole(run_dir)
+        checkpoint, _ = newest_intact(run_dir)
     except RunFailed:
         return None
     return TrainerState.load(checkpoint) if checkpoint else None
