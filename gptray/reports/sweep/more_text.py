@@ -1,4 +1,4 @@
-"""What more text would bring, and what settings are worth in text: sentences and a figure."""
+"""What more text would gain, and how much text settings are worth: sentences and a figure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from gptray.tuning.text_shares import SHARE, Recipe, TextShares
 from gptray.tuning.trial_plan import score
 from gptray.wording import decimals
 
-# What counts as done against overfitting; other settings are only named.
+# Settings that count as measures against overfitting.
 AGAINST_OVERFITTING = (
     "data.token_replacement", "model.dropout", "optim.weight_decay", "optim.weight_decay_schedule",
     "optim.schedule", "optim.decay_fraction", "train.ema", "train.patience", "lora.dropout",
 )  # fmt: skip
-# The colours of the other recipes; from the fourth on they share the last.
+# The roles, and so colours, of the other recipes; the last is shared from the third on.
 ROLES = ("better", "own", "single")
 BOTTOM = 42
 CURVE_POINTS = 60
 
-_Lines = list[tuple[str, str]]  # how each sentence begins, and its rest
+_Lines = list[tuple[str, str]]  # each sentence's beginning, and its rest
 
 
 def text_lines(found: TextShares) -> _Lines:
-    """What the runs tell of more text; where they tell nothing, why."""
+    """What the runs say about more text or, if nothing, why."""
     if found.plain is None:
         return [
             (
@@ -81,7 +81,7 @@ def _fit(found: TextShares) -> tuple[str, str]:
 
 
 def _compared(found: TextShares) -> Iterator[tuple[Recipe, float]]:
-    """The other recipes with each share on the curve, but for its end: beyond lies no text."""
+    """The other recipes with their shares on the curve except its end, which nothing can exceed."""
     for recipe in found.others:
         for share in recipe.losses:
             if found.curve.shares[0] <= share < found.curve.shares[-1]:
@@ -104,9 +104,9 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     end = "more than " * (high > 0.99 * most)
     about = "more than " * (middle > 0.99 * most) or "less than " * (middle < 1.01 * least)
     times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
-    # At its smallest share the curve's end is all that there is of less.
+    # At the curve's smallest share, nothing below `least` can be measured.
     if low <= max(1.0, 1.01 * least) <= high:
-        return lead, f" was worth {about}{times}, which cannot be told from nothing."
+        return lead, f" was worth {about}{times}, which is no clear effect."
     if middle > 0.99 * most:
         low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
         return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
@@ -118,7 +118,7 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
 
 
 def _untold(found: TextShares) -> _Lines:
-    """Recipes that were run with all of the text only."""
+    """A sentence on recipes that were run only at the curve's end."""
     assert found.plain
     told = [recipe for recipe, _ in _compared(found)]
     untold = [recipe.differs(found.plain) for recipe in found.others if recipe not in told]
@@ -143,7 +143,7 @@ def _cut_off(found: TextShares) -> _Lines:
 
 
 def text_figure(found: TextShares) -> Figure | None:
-    """Validation loss over the share of the text; None where there is no curve to fit."""
+    """A figure of validation loss over the share of the text; None if there is no curve."""
     if found.plain is None:
         return None
     runs = "plain runs" + "; hollow: where twice the text leads" * (found.curve.fall.low > 0)
@@ -198,7 +198,7 @@ def _points(
 
 
 def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
-    """Where twice the text leads, with its interval."""
+    """The prediction for twice the text, with its interval."""
     place, hint = x.at(share), f"{ahead.middle:.4f}, {ahead.low:.4f} to {ahead.high:.4f}"
     ends = [(place, y.at(ahead.low)), (place, y.at(ahead.high))]
     middle = (place, y.at(ahead.middle))
@@ -206,7 +206,7 @@ def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
 
 
 def _dots(recipe: Recipe, role: str, x: Scale, y: Scale, named: str) -> list[Shape]:
-    """A dot for each run; those beyond the curve's shares are left out."""
+    """A dot for each run within the x axis's range."""
     return [
         dot(
             f"dot {role}",
