@@ -17,7 +17,7 @@ from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
-from gptray.jobs.remote_run import bring_run
+from gptray.jobs.remote_run import download_run
 from gptray.jobs.resuming import (
     check_free,
     check_not_landing,
@@ -84,7 +84,7 @@ def check(config: Config) -> CheckedTraining:
     """
     config = resolve(config)
     folder, busy = run_dir(config), BUSY.format(seen_at(config))
-    bring_run(config, busy=busy)
+    download_run(config, busy=busy)
     check_training(config)
     check_trackers(config.track)
     text = check_text(config)

@@ -16,7 +16,7 @@ from gptray.files import expanded
 from gptray.hub import NotOnHub
 from gptray.jobs.evaluate.evaluated_model import held_out, run_of
 from gptray.jobs.models import CONFIG, open_model, unknown
-from gptray.jobs.places import with_whole_paths
+from gptray.jobs.places import with_absolute_paths
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.parameters import parameter_count
@@ -114,8 +114,8 @@ def _check_split(config: Config, teacher: str) -> None:
     run = run_of(model_folder(teacher))
     if run is None:
         return
-    its = held_out(with_whole_paths(load_config(str(run / CONFIG), [])))
-    ours = held_out(with_whole_paths(config))
+    its = held_out(with_absolute_paths(load_config(str(run / CONFIG), [])))
+    ours = held_out(with_absolute_paths(config))
     if its["source"] == ours["source"] and its != ours:
         raise UserError(
             f"{KEY}: {run} was trained on another split of this text, so it has seen some of the "

@@ -84,7 +84,7 @@ def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
             if config.train.async_validation
             else None,
             request=notices.request,
-            fetch=run.bring,
+            fetch=run.fetch,
         )
     if result["stopped"] == "left":
         notices.tell_of_leaving(result["step"])

@@ -20,7 +20,7 @@ from gptray.jobs.cluster import check_training
 from gptray.jobs.models import CONFIG
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
-from gptray.jobs.remote_run import bring_run
+from gptray.jobs.remote_run import download_run
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
@@ -81,7 +81,7 @@ def check(config: Config) -> CheckedSweep:
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
         )
     folder, place = run_dir(config), seen_at(config)
-    bring_run(config, busy=BUSY.format(place))
+    download_run(config, busy=BUSY.format(place))
     changes = check_resumable(config, sweep=True)
     check_free(folder, busy=BUSY.format(place))
     drawn, known = samples_drawn(folder), load_trials(folder)
