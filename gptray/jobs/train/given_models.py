@@ -1,4 +1,4 @@
-"""Whether the models that a run is given suit it: those that it starts from, and its teachers.
+"""Checks that the models given to a run suit it: its initial model, its base, its teachers.
 
 No torch, no Ray.
 """
@@ -31,10 +31,10 @@ _CURE = (
 
 
 def check_vocabulary(config: Config) -> None:
-    """Refuse a tokenizer whose ids mean other tokens than the rows of model.init_from's embedding.
+    """Refuse a tokenizer whose ids do not match the rows of model.init_from's embedding.
 
-    Raises UserError naming both and model.resize_vocab; of a tokenizer that only a download or
-    transformers can open, only where it is not the model's own.
+    Raises UserError naming both, and model.resize_vocab. The model's own tokenizer is not checked
+    if only a download or transformers can open it.
     """
     source = config.model.init_from
     if source is None:
@@ -77,10 +77,10 @@ def check_vocabulary(config: Config) -> None:
 
 
 def check_teachers(config: Config, folder: Path) -> None:
-    """Refuse teachers that are no models, named twice, of tokens that the text cannot have, too
-    short, or other ones than the run in `folder` had, and those that have seen its validation text.
+    """Raise UserError for unsuitable teachers.
 
-    Raises UserError.
+    These are not models, listed twice, have another tokenizer or too short a context, have changed
+    since the run in `folder` began, or have seen its validation text.
     """
     block_size = config.train.block_size
     folders = list[Path]()
@@ -110,7 +110,7 @@ def check_teachers(config: Config, folder: Path) -> None:
 
 
 def _check_split(config: Config, teacher: str) -> None:
-    """Refuse a run on the same text that held out other parts of it. Raises UserError."""
+    """Raise UserError for a teacher trained on the same text with another split."""
     run = run_of(model_folder(teacher))
     if run is None:
         return
@@ -125,7 +125,7 @@ def _check_split(config: Config, teacher: str) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Refuse teachers of different tokenizers, and of more tokens than the text's will have."""
+    """Raise UserError if teachers' tokenizers differ, or have more tokens than the text's will."""
     if not config.train.teachers:
         return
     first, *others = config.train.teachers
@@ -139,7 +139,7 @@ def _check_tokens(config: Config) -> None:
 
 
 def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse teachers whose tokens are not the text's. Raises UserError."""
+    """Raise UserError for teachers with another tokenizer than the text's."""
     for one in config.train.teachers:
         if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
             raise _of_other_tokens(one)
@@ -153,17 +153,16 @@ def _of_other_tokens(teacher: str) -> UserError:
 
 
 def teacher_bytes(config: Config) -> int:
-    """Of the teachers' weights, which each worker keeps in the precision that it computes in."""
+    """Bytes of the teachers' weights, which each worker stores in the compute dtype."""
     each = 2 if config.train.precision == "bf16" or config.compute.use_gpu else 4
     shapes = [read_shape(one) for one in config.train.teachers]
     return each * sum(parameter_count(shape, shape.rows) for shape in shapes)
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
-    """Refuse targets that the base does not have, and a base that is not the checkpoint's; without
-    an adapter, weights in few bits.
+    """Raise UserError for targets that the base lacks, or for a base other than the checkpoint's.
 
-    Raises UserError.
+    Without an adapter, also for quantized weights.
     """
     if config.lora.rank is None:
         if (kind := config.quantize.weights) != "none":
@@ -179,14 +178,14 @@ def check_base(config: Config, checkpoint: Path | None) -> None:
 
 
 def trained_parameters(config: Config) -> int | None:
-    """How many parameters an adapter trains; None where all are trained."""
+    """How many parameters an adapter trains; None without an adapter."""
     if config.lora.rank is None:
         return None
     return trained_count(_base(config, weights=False), config.lora)
 
 
 def trained_facts(config: Config) -> dict[str, int]:
-    """What the JSON line has of an adapter: how many parameters are trained."""
+    """The JSON line's fields for an adapter: how many parameters are trained."""
     count = trained_parameters(config)
     return {} if count is None else {"trained_parameters": count}
 
