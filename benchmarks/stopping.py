@@ -111,19 +111,19 @@ def wait(happened: Callable[[], object], seconds: float) -> float | None:
 
 def send(started: Started, way: str) -> None:
     """Stop a job in one of WAYS or DEATHS."""
-    target, _, cause = way.partition("-")
+    how, _, what = way.partition("-")
     pid = started.process.pid
-    if target == "kill":
+    if how == "kill":
         for one, name in started.alive().items():
-            if cause in name:
+            if what in name:
                 os.kill(one, signal.SIGKILL)
         return
-    number = signal.Signals[f"SIG{cause}"]
-    if target == "group":
+    number = signal.Signals[f"SIG{what}"]
+    if how == "group":
         os.killpg(pid, number)
         return
     os.kill(pid, number)
-    if target == "twice":
+    if how == "twice":
         time.sleep(1.5)  # an earlier signal counts as part of the first stop
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
@@ -176,10 +176,10 @@ def stop(
 
 def wanted_codes(job: str, way: str) -> tuple[int, ...]:
     """The exit codes that are right; an endpoint that has answered all requests exits with 0."""
-    target, _, cause = way.partition("-")
-    code = CODES[target if target == "kill" else cause]
-    if job == "serve" and cause == "TERM":
-        return (0, code) if target == "twice" else (0,)
+    how, _, what = way.partition("-")
+    code = CODES[how if how == "kill" else what]
+    if job == "serve" and what == "TERM":
+        return (0, code) if how == "twice" else (0,)
     return (code,)
 
 
