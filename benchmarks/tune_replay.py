@@ -61,10 +61,10 @@ def replay(
         clock, name = heapq.heappop(running)
         trial = by_name[name].trial
         taken[name] += 1
-        goes_on = halving.goes_on(name, trial.rows[taken[name] - 1], max_steps=trial.max_steps)
+        continues = halving.continues(name, trial.rows[taken[name] - 1], max_steps=trial.max_steps)
         if taken[name] == len(trial.rows):
             halving.ended(name, trial.outcome)
-        elif goes_on:
+        elif continues:
             run_on(name)
         else:
             halving.ended(name, "stopped")

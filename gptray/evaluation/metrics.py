@@ -144,7 +144,7 @@ def losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
 def split_result(
     sums: DocumentSums, split: TokenSplit, windows: Windows, numbers: Sequence[int]
 ) -> SplitResult:
-    """The results for a split of which the windows `numbers` were scored.
+    """The results for a split whose windows `numbers` were scored.
 
     A part of a split is assumed to have as many bytes, and lost bytes, per token as the whole.
     Lost bytes raise every document's loss per token equally, so they do not change its error.

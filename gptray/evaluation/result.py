@@ -1,6 +1,6 @@
 """The results of an evaluation: the schema of `evaluation.json`, reading and writing it.
 
-The numbers are computed elsewhere; `how` says in words how.
+The numbers are computed elsewhere; `how` explains each method in words.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def name_with(name: str, source: str | None) -> str:
     return adapted_name(name, _name(source))
 
 
-def adapter_words(source: str) -> dict[str, str]:
+def adapter_arguments(source: str) -> dict[str, str]:
     """The command-line argument that uses an adapter, by job."""
     pair = (one if _PLAIN.fullmatch(one) else json.dumps(one) for one in (_name(source), source))
     return {

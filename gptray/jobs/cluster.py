@@ -28,9 +28,9 @@ from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 
 # Read by Ray Train in driver, controller and workers. By default it polls every two seconds, which
-# delays reports by as much; polling every 0.2 seconds takes some percent of two cores from
-# training, every second hardly anything. By default it looks for nodes that are being preempted
-# every five seconds, of the thirty that some clouds give.
+# delays reports by as much; polling every 0.2 seconds costs training a few percent of two cores,
+# every second almost nothing. By default it looks for nodes that are being preempted every five
+# seconds; some clouds give notice of thirty.
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",

@@ -75,7 +75,7 @@ def free_resources() -> dict[str, Mapping[str, float]]:
     return free
 
 
-def nodes_to_be_taken() -> dict[str, float]:
+def nodes_being_preempted() -> dict[str, float]:
     """Ids of the nodes being preempted, and when they will be, as `time.time`; 0: unknown."""
     import ray
 

@@ -17,7 +17,7 @@ QUIET_S, POLL_S = 8.0, 0.5
 OF_WAIT = {"is_of_wait": True}
 
 
-class _Heard(logging.Filter):
+class _LastLine(logging.Filter):
     """Records when the last line was logged, and whether it was about a wait."""
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class _Heard(logging.Filter):
 
 
 # For all lines, so that a block knows how long it was quiet before it began.
-_heard = _Heard()
+_heard = _LastLine()
 log.addFilter(_heard)
 # The running blocks of `telling`; only the last, the innermost, logs.
-_blocks: list[_Heard] = []
+_blocks: list[_LastLine] = []
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def so_far(words: str, began: float) -> str:
 @contextmanager
 def telling(line: Callable[[], str | None]) -> Iterator[None]:
     """In the block, log `line()`, unless None, whenever nothing was logged for QUIET_S."""
-    heard = _Heard()
+    heard = _LastLine()
     heard.at = _heard.at
 
     def look() -> None:

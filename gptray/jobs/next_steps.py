@@ -14,7 +14,7 @@ from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf
-from gptray.jobs.adapters import adapter_words
+from gptray.jobs.adapters import adapter_arguments
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import seen_at
@@ -79,7 +79,9 @@ def of_model(
     uses = model_commands(folder, name, typed)
     if adapter is None:
         return uses
-    return {job: f"{uses[job]} {shlex.quote(word)}" for job, word in adapter_words(adapter).items()}
+    return {
+        job: f"{uses[job]} {shlex.quote(word)}" for job, word in adapter_arguments(adapter).items()
+    }
 
 
 def short_name(folder: Path) -> str:

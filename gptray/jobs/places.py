@@ -64,7 +64,7 @@ def is_same_place(before: object, now: object) -> bool:
     return bool(before == now)
 
 
-def words_for(folder: Path) -> list[str]:
+def arguments_for(folder: Path) -> list[str]:
     """The extra arguments of a command with a run's saved config, if the run has been moved."""
     if not (folder / CONFIG).is_file():
         return []

@@ -43,7 +43,7 @@ def worker_resources(
     if places < least and _shares_cores(compute, has, least):
         return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / least)
     if places >= least or (places and not together):
-        return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
+        return _reserved(compute, _cores_taken(compute, cores_that_fit(compute, has, places)))
     return _reserved(compute, _cores_to_come(compute, nodes, least if together else 1))
 
 
@@ -96,8 +96,8 @@ def _reserved(compute: ComputeConfig, cores: float) -> dict[str, float]:
     return {"CPU": float(cores), **gpu}
 
 
-def _moderate(compute: ComputeConfig, cores: int) -> int:
-    """How many of the cores that it could have a worker takes; 0: none fit."""
+def _cores_taken(compute: ComputeConfig, cores: int) -> int:
+    """How many cores a worker takes, given how many it could have; 0: none fit."""
     if compute.cpus_per_worker or compute.use_gpu or is_own_ray():
         return cores
     return min(cores, MODERATE)
@@ -152,7 +152,7 @@ def _cores_to_come(compute: ComputeConfig, nodes: Sequence[Node], workers: int) 
     fitting = cores_that_fit(compute, most, workers)
     if not fitting:
         raise UserError(misfit(compute, nodes, types, workers=workers, cores=cores))
-    return _moderate(compute, fitting)
+    return _cores_taken(compute, fitting)
 
 
 def misfit(
@@ -197,4 +197,4 @@ def trial_resources(
         return at_once or 1, worker_resources(compute, together=True)
     number = min(trials, most, at_once or most)
     cores = cores_that_fit(compute, has, number * compute.max_workers)
-    return number, _reserved(compute, _moderate(compute, cores))
+    return number, _reserved(compute, _cores_taken(compute, cores))

@@ -19,7 +19,7 @@ from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.driver_lock import LOCK, is_held
 from gptray.jobs.models import CONFIG, TOKENIZER
-from gptray.jobs.places import SOURCES, is_same_place, with_absolute_paths, words_for
+from gptray.jobs.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
 from gptray.jobs.run_folder import free_keys, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
@@ -258,7 +258,7 @@ def command(job: str, config: Config, folder: Path, *words: str) -> str:
     if home := home_of(config):
         words = ("--config", f"{home}/{CONFIG}", *words)
     else:
-        words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
+        words = ("--config", str(folder / CONFIG), *arguments_for(folder), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")
     return typed(job, *words)

@@ -48,5 +48,5 @@ class EarlyStopping:
         )
 
     def exhausted(self, patience: int | None) -> bool:
-        """Whether the run has gone `patience` evaluations without getting better."""
+        """Whether the last `patience` evaluations brought no improvement."""
         return patience is not None and self.bad_evals >= patience

@@ -120,7 +120,7 @@ def score_split(
         counts = torch.from_numpy(split.counts(batch[:, 1:])).to(device)
         total[0] += torch.where(counts, losses.double(), 0.0).sum()
         total[1] += counts.sum()
-    for _ in range(idle):  # keep workers with more windows company
+    for _ in range(idle):  # other workers still score, and all must take part
         model.token_losses(*torch.zeros(2, 1, 1, dtype=torch.int64, device=device))
     nats, count = workers.sum(total).tolist()
     model.train(was_training)

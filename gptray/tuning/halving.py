@@ -24,7 +24,7 @@ class _Rung:
     """A step at which trials are compared. By trial: when it arrived, and its score then."""
 
     step: int
-    came: dict[str, int] = field(default_factory=dict)
+    arrived: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
 
@@ -51,27 +51,27 @@ class Halving:
                     self._take_in(trial.name, row, max_steps=trial.max_steps)
                 self.ended(trial.name, trial.outcome)
 
-    def goes_on(self, name: str, row: MetricsRow, *, max_steps: int) -> bool:
+    def continues(self, name: str, row: MetricsRow, *, max_steps: int) -> bool:
         """Take in a row that a trial reports; return whether it continues rather than waits."""
         self._take_in(name, row, max_steps=max_steps)
-        for rung in self._of(name):
+        for rung in self._rungs_of(name):
             if name in rung.promotable(self._one_in):
                 rung.left.add(name)
         return not self.waits(name)
 
     def ended(self, name: str, outcome: str | None) -> None:
         """Take in how a trial ended; if it went wrong, it gives up its place at each rung."""
-        came = [rung for rung in self._of(name) if name in rung.came]
+        reached = [rung for rung in self._rungs_of(name) if name in rung.arrived]
         if outcome in ("diverged", "failed"):
-            for rung in came:
+            for rung in reached:
                 rung.scores[name] = math.inf
-        elif outcome == "stopped" and came:
+        elif outcome == "stopped" and reached:
             # With several workers, a trial may pass the rung before it is stopped.
-            came[-1].left.discard(name)
+            reached[-1].left.discard(name)
 
     def waits(self, name: str) -> bool:
         """Whether a trial has reached a rung and not left it."""
-        return any(name in rung.came and name not in rung.left for rung in self._of(name))
+        return any(name in rung.arrived and name not in rung.left for rung in self._rungs_of(name))
 
     def promote(self, waiting: Collection[str], *, last: bool = False) -> str | None:
         """Pick the waiting trial to continue, from the highest rung; None if none may.
@@ -89,14 +89,14 @@ class Halving:
     def _take_in(self, name: str, row: MetricsRow, *, max_steps: int) -> None:
         """Take in a row, except a landing's scores: other trials at a rung have not cooled down."""
         step, is_compared = row["step"], row.get("phase") != "landing" and "val_bpb" in row
-        reached = [rung for rung in self._of(name) if rung.step <= step]
-        if is_compared and reached and name not in reached[-1].came:
-            reached[-1].came[name], reached[-1].scores[name] = step, row["val_bpb"]
+        reached = [rung for rung in self._rungs_of(name) if rung.step <= step]
+        if is_compared and reached and name not in reached[-1].arrived:
+            reached[-1].arrived[name], reached[-1].scores[name] = step, row["val_bpb"]
         for rung in reached:
-            if step >= max_steps or step > rung.came.get(name, step):
+            if step >= max_steps or step > rung.arrived.get(name, step):
                 rung.left.add(name)
 
-    def _of(self, name: str) -> list[_Rung]:
+    def _rungs_of(self, name: str) -> list[_Rung]:
         """The rungs of a trial's bracket, a fixed random one; longer brackets get more trials."""
         chances = np.exp([float(len(bracket)) for bracket in self._brackets])
         rng = np.random.default_rng([self._seed, zlib.crc32(name.encode())])

@@ -84,7 +84,7 @@ class Ranking:
             and any(values[path] != own.get(path) for path in setting.entry.paths)
         ]
 
-    def told(
+    def clear_effects(
         self, outcome: Literal["loss", "gap"], *, lower: bool
     ) -> list[tuple[Effect, Interval]]:
         """The effects in one direction whose intervals exclude zero, the largest first."""
@@ -92,7 +92,7 @@ class Ranking:
         for effect in self.effects.of:
             if effect.last:
                 interval = effect.last.loss if outcome == "loss" else effect.last.gap
-                if interval.is_told and (interval.middle < 0) == lower:
+                if interval.excludes_zero and (interval.middle < 0) == lower:
                     found.append((effect, interval))
         return sorted(found, key=lambda one: -abs(one[1].middle))
 

@@ -171,7 +171,7 @@ def winner_dir(folder: Path) -> Path | None:
     return _last_trial(folder, "winner", "reopened")
 
 
-def crowned_dir(folder: Path) -> Path | None:
+def published_dir(folder: Path) -> Path | None:
     """The run folder whose model is the sweep's: the winner's or, if reopened, the last winner's.
 
     None before the first winner, and for other folders.

@@ -41,7 +41,7 @@ class Recipe:
     def cut_off(self) -> list[float]:
         return [share for share, trials in self.trials.items() if any(map(_is_cut_off, trials))]
 
-    def differs(self, other: Recipe) -> str:
+    def differences(self, other: Recipe) -> str:
         """The settings that differ from `other`, as on the command line."""
         return " and ".join(
             f"{path}={value_text(value)}"

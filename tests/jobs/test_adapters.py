@@ -123,7 +123,7 @@ def test_rows_of_a_batch_name_their_adapters(
     found = scan(job.files, generate)
     (part,) = staged(job.files, found, 9, lambda _: RowRequest("", {}, None))
     write_part(part, tmp_path / "staged")
-    task = GenerateTask(job.config, 1, job.model, job.called, str(tmp_path), {})
+    task = GenerateTask(job.config, 1, job.model, job.full_name, str(tmp_path), {})
     worker = EngineWorker(task)
     fed = worker.feed(0, str(tmp_path / "staged"))
     assert fed == [] and worker.finish() == [0], fed
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_name_their_adapters(
     alone = texts(f"generate.adapter={adapter}", "sample.max_new_tokens=9")[0]
     plain = texts(f"generate.model={model_dir}", "sample.max_new_tokens=9")[0]
     assert [row["output"] for row in made] == [plain, alone, plain, plain, None]
-    name = job.called
+    name = job.full_name
     assert [row["model"] for row in made] == [name, f"{name}:tales", name, name, f"{name}:news"]
     assert made[4]["error"] == "the adapter 'news' is not in generate.adapters (tales)"
     assert [row["style"] for row in made] == [None, "tales", "", None, "news"]

@@ -52,7 +52,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Examined:
-    """A node with its facts. clock_s: by how much its clock is at least ahead of the driver's."""
+    """A node with its facts. clock_s: how far its clock is ahead of the driver's, at least."""
 
     node: Node
     facts: NodeFacts

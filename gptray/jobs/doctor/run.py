@@ -75,7 +75,7 @@ def look(storage_path: Path) -> ClusterFacts:
 
 
 def _seconds_ahead(nodes: Sequence[Node]) -> list[float]:
-    """By how many seconds each node's clock is at least ahead of this one; negative: behind.
+    """How many seconds each node's clock is ahead of this one, at least; negative: behind.
 
     Nodes are asked one by one, so that each answer lies between two readings of this clock.
     """

@@ -25,7 +25,7 @@ from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
-from gptray.tuning.sweep_record import crowned_dir
+from gptray.tuning.sweep_record import published_dir
 
 # Keys that decide which text is held out, besides the seed of the split.
 _HOLD_OUT = ("source", "val_source", "test_source", "text_column", "separator", "encoding", "split")
@@ -84,7 +84,7 @@ def _in_store(folder: Path, home: RemoteFolder) -> FoundModel:
     records = records_folder(home)
     hold(records.parent)
     fetch_records(home, names, records)
-    if winner := crowned_dir(records):
+    if winner := published_dir(records):
         trial = home / "trials" / winner.name
         return _in_store(model_folder(str(trial)), trial)
     return FoundModel(folder, str(home), records, home)
@@ -92,7 +92,7 @@ def _in_store(folder: Path, home: RemoteFolder) -> FoundModel:
 
 def _trained(model_dir: Path) -> Path:
     """The model in the run that trained it: a sweep's model is a copy of its winner's."""
-    winner = crowned_dir(model_dir.parent)
+    winner = published_dir(model_dir.parent)
     return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 

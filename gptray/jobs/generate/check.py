@@ -71,7 +71,7 @@ class CheckedBatch:
         return for_workers(self.model_dir, self.model_name)
 
     @property
-    def called(self) -> str:
+    def full_name(self) -> str:
         """The model's name in the output, including its adapter's."""
         return name_with(self.model_name, self.config.generate.adapter)
 

@@ -136,7 +136,7 @@ class Engines:
             self._config,
             threads=max(1, int(self._reserved["CPU"])),
             model=output.job.model,
-            model_name=output.job.called,
+            model_name=output.job.full_name,
             output=output.job.output,
             metadata=output.metadata(),
         )

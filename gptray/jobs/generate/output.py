@@ -67,7 +67,7 @@ class Output:
         if plan is None:
             # Check the whole input before creating anything.
             found = scan_input(job)
-            plan = new_plan(identity, job.called, found.rows)
+            plan = new_plan(identity, job.full_name, found.rows)
         with _scratch(job, is_new=found is not None), cls.held(job) as check_held:
             if found and (there := cls.existing_plan(job)):
                 # Another job has started here since the check above.

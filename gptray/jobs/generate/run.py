@@ -61,7 +61,7 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
             _write_empty(output)
         elif missing:
             rows = sum(map(output.rows_of, missing))
-            log.info("%s: %s of %s rows to do", job.called, f"{rows:,}", f"{output.rows:,}")
+            log.info("%s: %s of %s rows to do", job.full_name, f"{rows:,}", f"{output.rows:,}")
             with ray_cluster(wait_s=job.config.compute.wait_s):
                 from gptray.jobs.generate.engines import Engines  # loads Ray and torch
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
-from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_to_be_taken
+from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_being_preempted
 from gptray.jobs.resources import room
 from gptray.wording import count
 
@@ -74,7 +74,7 @@ def _fit_where_there_is_room(
         except ray.train.PreemptionError:
             pass  # the notice left no time to leave in order
         except ray.train.ControllerError as error:
-            if not _is_of_lost_room(error):
+            if not _failed_to_start(error):
                 raise
         except ray.train.WorkerGroupError as error:
             deaths += not _is_preemption(error)
@@ -85,7 +85,7 @@ def _fit_where_there_is_room(
                 return result
 
 
-def _is_of_lost_room(error: ray.train.ControllerError) -> bool:
+def _failed_to_start(error: ray.train.ControllerError) -> bool:
     """Whether workers failed to start, as when the node with room for them is lost meanwhile."""
     return type(error.controller_failure).__name__ in _NOT_STARTED
 
@@ -145,10 +145,10 @@ class Places:
     def look(self) -> tuple[int, bool]:
         """How many places have been given on nodes that stay, and whether that is all for now.
 
-        It is not while the number changes, while a node has room for one more, or while Ray has not
-        yet released what departed workers held.
+        It is not all while the number changes, a node has room for one more, or Ray has yet to
+        release what departed workers held.
         """
-        leaving = nodes_to_be_taken()
+        leaving = nodes_being_preempted()
         given = sum(self._is_given(place, leaving) for place in self._places)
         seen = given, given < len(self._places) and self._may_be_more(leaving)
         if seen != self._seen:

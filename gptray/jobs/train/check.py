@@ -189,7 +189,7 @@ def plan(checked: CheckedTraining) -> Plan:
             adapter = f"an adapter of rank {config.lora.rank}"
             rows.append(("trained", f"{trained:,} ({trained / count:.2%}), {adapter}"))
         rows.append(("saved as", _family(config)))
-        rows.append(("memory per worker", _memory_told(config, count, vocab_size)))
+        rows.append(("memory per worker", _memory_words(config, count, vocab_size)))
         if config.lora.rank and not config.compute.use_gpu:
             shared = f"{_frozen(config, count) / 2**30:.2f} GiB of that, the frozen base"
             rows.append(("shared memory", f"{shared}: all processes of a machine hold it once"))
@@ -239,7 +239,7 @@ def _passes(config: Config) -> str:
     return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
-def _memory_told(config: Config, parameters: int, vocab_size: int) -> str:
+def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:
     """A worker's memory in words; if the base is quantized, also without quantization."""
     taught = teacher_bytes(config)
     told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:.2f} GiB"

@@ -79,8 +79,8 @@ def check_vocabulary(config: Config) -> None:
 def check_teachers(config: Config, folder: Path) -> None:
     """Raise UserError for unsuitable teachers.
 
-    These are not models, listed twice, have another tokenizer or too short a context, have changed
-    since the run in `folder` began, or have seen its validation text.
+    A teacher is unsuitable if it is not a model, is listed twice, has another tokenizer or too
+    short a context, has changed since the run in `folder` began, or has seen its validation text.
     """
     block_size = config.train.block_size
     folders = list[Path]()

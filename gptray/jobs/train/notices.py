@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 
-from gptray.jobs.cluster_nodes import alive_nodes, nodes_to_be_taken
+from gptray.jobs.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
@@ -38,7 +38,7 @@ CLOSE_S = 5.0
 _sigterm = threading.Event()
 
 
-def _heed_sigterm() -> None:
+def _note_sigterm() -> None:
     """Note SIGTERM to this process, which Ray's own handler would let kill it."""
     signal.signal(signal.SIGTERM, lambda number, frame: _sigterm.set())
 
@@ -62,7 +62,7 @@ class Notices:
     def __enter__(self) -> Notices:
         if self._task.may_lose_nodes:
             # Handlers can only be set in the main thread, where the actor's methods run.
-            ray.get(ray.get_runtime_context().current_actor.execute.remote(_heed_sigterm))
+            ray.get(ray.get_runtime_context().current_actor.execute.remote(_note_sigterm))
             if self._is_first:
                 self._thread.start()
         return self
@@ -112,7 +112,7 @@ class Notices:
 
     def _look(self, group: PlacementGroup, places: Places) -> None:
         """Note nodes that will be preempted, and whether there is room elsewhere or for more."""
-        leaving = nodes_to_be_taken()
+        leaving = nodes_being_preempted()
         of_workers = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
         lost = [node for node in of_workers if node in leaving]
         missing = self._compute.max_workers - self._workers  # 0 unless elastic

@@ -113,7 +113,7 @@ def check(config: Config) -> CheckedSweep:
 
 
 def how_to_extend(checked: CheckedSweep) -> str:
-    """The message about a finished sweep: how to give it more trials, if its space has more."""
+    """A hint for a finished sweep: how to run more trials, if its space has more."""
     config, folder = checked.config, checked.folder
     another = "for a new one, set train.resume=never and another name"
     if stopped := StoppedEarly.of_sweep(folder):

@@ -106,7 +106,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _OfQueue:
+class _QueueUser:
     """Base of the objects that Tune calls in the driver; pickled by Tune, they become empty."""
 
     def __init__(self, queue: SweepQueue) -> None:
@@ -117,7 +117,7 @@ class _OfQueue:
         return object, ()
 
 
-class _Searcher(_OfQueue, Searcher):  # type: ignore[misc]
+class _Searcher(_QueueUser, Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials in order."""
 
     def set_search_properties(self, *args: Any, **spec: Any) -> bool:
@@ -146,7 +146,7 @@ def _failure_kept(queue: SweepQueue) -> Iterator[None]:
         queue.failure = queue.failure or error
 
 
-class _Brake(_OfQueue, ray.tune.Stopper):  # type: ignore[misc]
+class _Brake(_QueueUser, ray.tune.Stopper):  # type: ignore[misc]
     """Stops all trials once the sweep's record cannot be written."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -156,7 +156,7 @@ class _Brake(_OfQueue, ray.tune.Stopper):  # type: ignore[misc]
         return self._queue.failure is not None
 
 
-class _Log(_OfQueue, ray.tune.Callback):  # type: ignore[misc]
+class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
     """Records what becomes of each trial."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -216,5 +216,5 @@ class Rungs(FIFOScheduler):  # type: ignore[misc]
         if not task.is_cut or "step" not in result:
             return str(TrialScheduler.CONTINUE)
         most = task.run.config.train.max_steps
-        goes_on = self._halving.goes_on(task.name, cast(MetricsRow, result), max_steps=most)
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+        continues = self._halving.continues(task.name, cast(MetricsRow, result), max_steps=most)
+        return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)

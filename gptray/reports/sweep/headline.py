@@ -68,18 +68,18 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
     """What changed loss and gap, and what is unclear: each sentence's beginning and rest."""
     lines = []
     for outcome, lower, word in CHANGED:
-        told = []
-        for effect, worth in standing.told(outcome, lower=lower):
+        clear = []
+        for effect, worth in standing.clear_effects(outcome, lower=lower):
             if outcome == "gap" and is_noise(effect):
                 continue
             change = f"{worth.middle:+.{decimals(worth.middle)}f}"
-            told.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
-        if told:
-            lines.append((f"{word}:", f" {'; '.join(told)}."))
+            clear.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
+        if clear:
+            lines.append((f"{word}:", f" {'; '.join(clear)}."))
     compared = [effect.last for effect in standing.effects.of if effect.last]
-    untold = sum(not (worth.loss.is_told or worth.gap.is_told) for worth in compared)
-    if untold:
-        rest = count(untold, "other level" if untold < len(compared) else "level")
+    unclear = sum(not (worth.loss.excludes_zero or worth.gap.excludes_zero) for worth in compared)
+    if unclear:
+        rest = count(unclear, "other level" if unclear < len(compared) else "level")
         lines.append(("No clear effect:", f" {rest}."))
     compared_noise = [one for one in standing.effects.of if one.last and is_noise(one)]
     if names := ", ".join(dict.fromkeys(one.setting.name for one in compared_noise)):
@@ -148,12 +148,12 @@ def bits(trial: Trial, standing: Ranking) -> str:
 def _why(standing: Ranking, best: Trial) -> str:
     """The best trial's settings that helped or, if none is known to, those that differ."""
     changes = standing.changes(best)
-    told = {
+    clear = {
         effect.setting.name
-        for effect, _ in standing.told("loss", lower=True)
+        for effect, _ in standing.clear_effects("loss", lower=True)
         if effect.setting.of.get(best.name) == effect.level
     }
-    helped = [setting for setting in changes if setting.name in told]
+    helped = [setting for setting in changes if setting.name in clear]
     named = helped or changes
     shown = [assignment(setting, best.name) for setting in named[:NAMED]]
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""

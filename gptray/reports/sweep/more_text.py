@@ -50,7 +50,7 @@ def text_lines(found: TextShares) -> _Lines:
         ]
     lines = [_doubled(found), _fit(found)]
     lines += [_worth(found, recipe, share) for recipe, share in _compared(found)]
-    return [*lines, *_untold(found), *_cut_off(found)]
+    return [*lines, *_beyond_curve(found), *_cut_off(found)]
 
 
 def _doubled(found: TextShares) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _compared(found: TextShares) -> Iterator[tuple[Recipe, float]]:
 
 def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     assert found.plain
-    changes, curve = recipe.differs(found.plain), found.curve
+    changes, curve = recipe.differences(found.plain), found.curve
     paths = [path for path, value in recipe.values.items() if value != found.plain.values[path]]
     if all(path in AGAINST_OVERFITTING for path in paths):
         lead = f"What you did against overfitting ({changes})"
@@ -117,15 +117,15 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     return lead, f" was worth as much as {times}."
 
 
-def _untold(found: TextShares) -> _Lines:
+def _beyond_curve(found: TextShares) -> _Lines:
     """A sentence on recipes that were run only at the curve's end."""
     assert found.plain
-    told = [recipe for recipe, _ in _compared(found)]
-    untold = [recipe.differs(found.plain) for recipe in found.others if recipe not in told]
-    if not untold:
+    compared = [recipe for recipe, _ in _compared(found)]
+    beyond = [recipe.differences(found.plain) for recipe in found.others if recipe not in compared]
+    if not beyond:
         return []
     rest = f" were run with {SHARE}={found.curve.shares[-1]:g} only, where the curve ends; to tell "
-    return [("; ".join(untold), f"{rest}what they are worth in text, run them with less of it.")]
+    return [("; ".join(beyond), f"{rest}what they are worth in text, run them with less of it.")]
 
 
 def _cut_off(found: TextShares) -> _Lines:
@@ -149,7 +149,8 @@ def text_figure(found: TextShares) -> Figure | None:
     runs = "plain runs" + "; hollow: where twice the text leads" * (found.curve.fall.low > 0)
     legend = [("whole", runs)]
     legend += [
-        (_role(number), recipe.differs(found.plain)) for number, recipe in enumerate(found.others)
+        (_role(number), recipe.differences(found.plain))
+        for number, recipe in enumerate(found.others)
     ]
     unit = "bits per byte, over the share of the text; bar: 95 %"
     wide, narrow = _picture(found, WIDE), _picture(found, NARROW)
@@ -173,7 +174,7 @@ def _picture(found: TextShares, width: int) -> Picture:
         shapes += _ahead(ahead, last, x, y)
         curves.append(line("rung", _points(found, curve.shares[-1], last, x, y)))
     for number, recipe in enumerate(found.others):
-        shapes += _dots(recipe, _role(number), x, y, recipe.differs(found.plain))
+        shapes += _dots(recipe, _role(number), x, y, recipe.differences(found.plain))
     shapes += _dots(found.plain, "whole", x, y, "")
     spoken = f"Validation loss of runs with {first:g} to {curve.shares[-1]:g} of the text"
     return Picture(width, TALL, spoken, shapes, curves, (), (x.start, y.end, x.end, y.start))

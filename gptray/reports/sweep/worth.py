@@ -52,7 +52,7 @@ def _picture(found: Sequence[_Compared], width: int, *, left: int, row: int) -> 
 def _scale(intervals: Sequence[Interval], left: float, right: float) -> Scale:
     """A scale that includes zero, all estimates and the intervals that exclude zero."""
     shown = [0.0, *(one.middle for one in intervals)]
-    shown += [end for one in intervals if one.is_told for end in (one.low, one.high)]
+    shown += [end for one in intervals if one.excludes_zero for end in (one.low, one.high)]
     if max(shown) - min(shown) < 1e-9:
         shown += [end for one in intervals for end in (one.low, one.high)]
     # A very wide interval may leave the picture rather than shrink the others.
@@ -82,7 +82,7 @@ def _label(effect: Effect, worth: EffectSize, y: float) -> list[Shape]:
 
 
 def _reach(now: Interval, first: Interval, scale: Scale, y: float, *, moved: bool) -> list[Shape]:
-    css = "single" if not now.is_told else "better" if now.middle < 0 else "worse"
+    css = "single" if not now.excludes_zero else "better" if now.middle < 0 else "worse"
     hint = f"{now.middle:+.4f}, {now.low:+.4f} to {now.high:+.4f}"
     ends = [(scale.clamped(now.low), y), (scale.clamped(now.high), y)]
     shapes = [line(f"reach {css}", ends, hint)]
