@@ -1,8 +1,8 @@
 """Rate and peak memory of preparing a large text: a .txt file, the same as .jsonl and on one line.
 
-The text is made from the builtin documents' paragraphs with a seed. Memory is the driver's and
-the tasks' processes' (proportional set size without shared memory, so without Ray's object store).
-On a busy machine, megabytes per processor second say more than megabytes per second.
+The text is made from the builtin documents' paragraphs with a seed. Memory is measured in
+the driver and the tasks (proportional set size without shared memory, so without Ray's object
+store). On a busy machine, megabytes per processor second say more than megabytes per second.
 
   python benchmarks/prepare.py --megabytes 1000
 """
