@@ -1,10 +1,10 @@
-"""What this machine's CPU gives gptray: its limits, the backends it takes, peers, and contention.
+"""Benchmarks gptray on this machine's CPU: hardware limits, chosen backends, peers, contention.
 
     python benchmarks/all.py [--quick] [--parts limits,backends,train,generate,contention] [--save]
 
-Systems take turns, each in a process of its own; figures are medians over rounds. transformers,
-CTranslate2 and llama.cpp take part where they are installed. It takes about fifteen minutes, with
---quick three. --save writes a file for this kind of machine to benchmarks/results/.
+Systems take turns, each in its own process; figures are medians over rounds. transformers,
+CTranslate2 and llama.cpp take part if they are installed. It takes about fifteen minutes, or three
+with --quick. --save writes a file for this kind of machine to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gptray.training.device import use_device
 
 HERE = Path(__file__).parent
 SHAPES = ("a", "quick", "b16", "c", "llama")
-# The shape of GPT-2 124M, for generation.
+# Generation uses the shape of GPT-2 124M.
 DECODED = "124m"
 GEMM, MEMORY_BYTES = 2048, 1 << 30
 
@@ -46,7 +46,7 @@ def is_there(package: str) -> bool:
 
 
 def best_seconds(work: Callable[[], object], *, rounds: int = 5) -> float:
-    """The least seconds of a few rounds, after one to get warm."""
+    """The least seconds of a few rounds, after a warm-up."""
     work()
     times = []
     for _ in range(rounds):
@@ -57,7 +57,7 @@ def best_seconds(work: Callable[[], object], *, rounds: int = 5) -> float:
 
 
 def limits(say: Say) -> dict[str, float]:
-    """TFLOP/s (TOPS in int8) of square GEMMs by type, and GB/s of reading memory."""
+    """TFLOP/s (TOPS for int8) of square GEMMs by dtype, and GB/s of reading memory."""
     found: dict[str, float] = {}
     floats = torch.randn(GEMM, GEMM)
     halves, bytes_ = floats.bfloat16(), floats.to(torch.int8)
@@ -76,7 +76,7 @@ def limits(say: Say) -> dict[str, float]:
 
 
 def backends(say: Say) -> dict[str, str]:
-    """What auto takes for each shape, and why."""
+    """Which backend auto chooses for each shape, and why."""
     found = {}
     use_device(Config(), torch.device("cpu"))
     for name in SHAPES:
@@ -104,7 +104,7 @@ def train_config(shape: train.Shape) -> Config:
 
 
 def training(say: Say, *, quick: bool) -> dict[str, Any]:
-    """A training step in bf16, as auto takes it and by each backend, beside transformers'."""
+    """A training step in bf16 with auto and with each backend, compared with transformers."""
     systems = ["hf-bf16"] * is_there("transformers") + ["bf16", "bf16:native", "bf16:torch"]
     found = {}
     for name in SHAPES:
@@ -119,7 +119,7 @@ def training(say: Say, *, quick: bool) -> dict[str, Any]:
 
 
 def generation(say: Say, *, quick: bool) -> dict[str, Any]:
-    """GPT-2 124M's shape in int8 and bf16, beside transformers, CTranslate2 and llama.cpp."""
+    """GPT-2 124M's shape in int8 and bf16, compared with transformers, CTranslate2, llama.cpp."""
     systems = generate.installed(["hf-bf16", "ct2-int8", "llama-q8_0"])
     systems += ["bf16", "bf16:native", "bf16:torch", "int8"]
     batches = [1, 32] if quick else [1, 8, 32, 64]
@@ -136,7 +136,7 @@ def generation(say: Say, *, quick: bool) -> dict[str, Any]:
 
 
 def compared(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
-    """Median tokens per second of each system, and how many times as fast bf16 is as it."""
+    """Median tokens per second of each system, and how many times as fast bf16 is."""
     return {
         "tokens_per_sec": {
             name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()

@@ -1,15 +1,15 @@
-"""Prompts to Parquet end to end: jobs/generate.py against the script that people write.
+"""Prompts to Parquet, end to end: jobs/generate.py against the usual script.
 
-That script is transformers' generate over batches of 32 in the order of the file, padded on the
-left, and pyarrow at the end. Random weights of a GPT-2 shape, prompts of 4 to 96 tokens, 64 new
-tokens each, top-k 50, bf16. Both are whole commands, start-up included, and take turns.
+The usual script calls transformers' generate on left-padded batches of 32 in file order, and
+pyarrow at the end. Random weights of a GPT-2 shape, prompts of 4 to 96 tokens, 64 new tokens each,
+top-k 50, bf16. Both are timed as whole commands, including start-up, and take turns.
 
     python benchmarks/batch.py [--shape 124m|10m] [--prompts 2000] [--rounds 1] [KEY=VALUE ...]
 
 KEY=VALUE are settings of the job, such as quantize.weights=int8.
 
-Prints a table and, last, one JSON line with the ratio and the share of the time between an engine's
-first and last step that it spent in steps.
+Prints a table and, last, one JSON line with the ratio and the share of an engine's time, from its
+first step to its last, that it spent in steps.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def write_prompts(path: Path, count: int) -> None:
 
 
 def hf_script(model_dir: str, source: str, target: str) -> None:
-    """transformers' generate over padded batches, and one Parquet file."""
+    """Generate with transformers over padded batches, and write one Parquet file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,13 +1,13 @@
-"""Kill training at random moments and see that nothing of it shows in what comes out.
+"""Kill training at random moments and check that the results show no trace of it.
 
   python benchmarks/chaos.py --rounds 10
 
-First a run is left alone; then each round runs the same command and kills, with SIGKILL, the
-first worker or the driver (which is then started again with the same command). A round is passed
-when weights, optimizer state and every loss equal the undisturbed run's to the bit, and
-metrics.jsonl has every step once. With --async-validation one worker trains, and in the rounds
-another one scores its checkpoints meanwhile, which must show as little. Prints a table and, last,
-one JSON line; exit code 1 if any round is not passed.
+First, one run is left undisturbed. Then each round runs the same command and kills, with SIGKILL,
+the first worker or the driver (which is started again with the same command). A round passes if
+weights, optimizer state and every loss equal the undisturbed run's bit for bit, and metrics.jsonl
+has every step once. With --async-validation, a single worker trains while, in the rounds, another
+scores its checkpoints, which must not show either. Prints a table and, last, one JSON line; exit
+code 1 if any round fails.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def command(storage: Path, name: str, text: Path, *, workers: int) -> list[str]:
 
 
 def write_text(path: Path, rng: random.Random) -> None:
-    """Sentences enough for some epochs."""
+    """Write enough sentences for some epochs."""
     words = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
     lines = (f"{' '.join(rng.choices(words, k=6))}.\n" for _ in range(3000))
     path.write_text("".join(lines), "utf-8")
@@ -72,7 +72,7 @@ def finish(driver: subprocess.Popen[bytes]) -> None:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file that is being written."""
+    """The complete lines of a JSON Lines file that is being written."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
@@ -89,7 +89,7 @@ def wait_for_step(run_dir: Path, step: int, driver: subprocess.Popen[bytes]) -> 
 
 
 def disturb(arguments: list[str], run_dir: Path, victim: str, rng: random.Random) -> int:
-    """Run the command, kill the victim at a random moment, see the run to its end."""
+    """Run the command, kill the victim at a random moment, and let the run finish."""
     driver = start(arguments)
     step = rng.randrange(1, STEPS)
     wait_for_step(run_dir, step, driver)
@@ -106,7 +106,7 @@ def disturb(arguments: list[str], run_dir: Path, victim: str, rng: random.Random
 
 
 def fingerprint(run_dir: Path) -> dict[str, Any]:
-    """All of a run that must not depend on what happened to it."""
+    """Everything in a run's results that kills must not change."""
     last = run_dir / f"checkpoint_{STEPS:06d}"
     files = [
         run_dir / "model" / "model.safetensors",

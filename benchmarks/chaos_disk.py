@@ -1,14 +1,14 @@
-"""Fill the disk under every job at every moment that writes, and see that nothing is lost.
+"""Fill the disk under every job at each moment when it writes, and check that nothing is lost.
 
-  python benchmarks/chaos_disk.py                 needs root: it mounts a tmpfs of its own
+  python benchmarks/chaos_disk.py                 needs root, to mount a tmpfs
   python benchmarks/chaos_disk.py --only train-checkpoint tune-trial
 
-Each way first runs undisturbed. Then the same command runs on a tmpfs that is filled at its moment,
-all but the bytes that the way leaves. It must end with one sentence that names what could not be
-written, exit code 1, no traceback and no second attempt; once there is room, the same command must
-end well, with the bits of the undisturbed one. Where the job can do without what could not be
-written (a report, the native library), it must end well at once and say so. Prints a table and,
-last, one JSON line; exit code 1 if any way is not passed.
+Each way first runs undisturbed. Then the same command runs on a tmpfs that is filled at a given
+moment, except for the bytes that the way leaves. It must end with one sentence that names what
+could not be written, exit code 1, no traceback and no second attempt; once there is space, the same
+command must succeed, with the same bits as the undisturbed one. If the job can do without what
+could not be written (a report, the native library), it must succeed at once and say so. Prints a
+table and, last, one JSON line; exit code 1 if any way fails.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRAIN = [*SHAPE, "data.tokenizer=char", f"train.max_steps={STEPS}", "train.eval_
 TRAIN += ["train.log_interval=1", "train.patience=null", "sample.max_new_tokens=4"]
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
 TUNE = [*TRAIN, SPACE, "tune.num_samples=3", "tune.max_concurrent_trials=1"]
-# Checkpoint and model of that shape: some bytes more than a checkpoint, less than with a model.
+# For that shape, more bytes than a checkpoint, but fewer than a checkpoint and a model.
 CHECKPOINT = 2_900_000
 
 Moment = Callable[[Path], bool]
@@ -45,13 +45,13 @@ Moment = Callable[[Path], bool]
 
 @dataclass(frozen=True)
 class Way:
-    """A way of running out of disk. `folder` stands for the disk in the words of the command.
+    """A way of running out of disk. `{}` stands for the disk in the command's words.
 
-    before: what has to be there, made with room.
+    before: jobs to run first, with enough space.
     at: when the disk is filled; None: before the job starts.
-    leaves: the bytes that stay free.
-    compared: files that must have the undisturbed run's bits, as globs.
-    goes_on: the job can do without what could not be written.
+    leaves: how many bytes stay free.
+    compared: globs of files that must equal the undisturbed run's.
+    goes_on: whether the job can do without what could not be written.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Way:
 
 
 def step_is(step: int, run: str = "run") -> Moment:
-    """The moment at which a run has logged a step."""
+    """The moment when a run has logged a step."""
 
     def is_there(disk: Path) -> bool:
         logged = rows(disk / run / "metrics.jsonl")
@@ -76,7 +76,7 @@ def step_is(step: int, run: str = "run") -> Moment:
 
 
 def has(pattern: str) -> Moment:
-    """The moment at which there is such a file."""
+    """The moment when a file matches the glob."""
     return lambda disk: any(disk.glob(pattern))
 
 
@@ -135,7 +135,7 @@ class Disk:
         subprocess.run(["mount", *options, str(folder)], check=True)
 
     def fill(self, *, leaves: int) -> None:
-        """Take all room but `leaves` bytes."""
+        """Take all space except `leaves` bytes."""
         with (self.folder / ".filler").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, self.free - leaves))
 
@@ -162,7 +162,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
 
 
 def run_full(way: Way, storage: Path, disk: Disk, environment: dict[str, str]) -> tuple[int, str]:
-    """Run the way's command and fill the disk at its moment."""
+    """Run the way's command, and fill the disk at the way's moment."""
     arguments = command(way.job, way.words, storage)
     if way.at is None:
         disk.fill(leaves=way.leaves)
@@ -180,14 +180,14 @@ def run_full(way: Way, storage: Path, disk: Disk, environment: dict[str, str]) -
 
 
 def digests(storage: Path, patterns: list[str]) -> dict[str, str]:
-    """Of the files that are compared; of an evaluation its numbers, of a batch its rows."""
+    """Digests of the compared files: of an evaluation's numbers, a batch's rows, others' bytes."""
     found = {}
     for path in sorted(path for pattern in patterns for path in storage.glob(pattern)):
         content = path.read_bytes()
         if path.suffix == ".json":
             splits = json.loads(content)["splits"]
             content = json.dumps(splits).encode()
-        if path.suffix == ".parquet":  # `model` says where the model lies
+        if path.suffix == ".parquet":  # the column `model` has the model's path
             table = parquet.read_table(path).drop_columns(["model"])
             content = repr(table.to_pylist()).encode()
         if path.suffix == ".yaml":
@@ -202,7 +202,7 @@ def digests(storage: Path, patterns: list[str]) -> dict[str, str]:
 def faults(way: Way, storage: Path, code: int, errors: str) -> list[str]:
     """What is wrong with how the job ended on the full disk."""
     found = []
-    # Besides, a report that could not be written is a warning.
+    # A report that could not be written causes one more line, a warning.
     said = [line for line in errors.splitlines() if "cannot write" in line or "no room" in line]
     told = sum(way.goes_on or line.startswith(f"{way.job}: ") for line in said)
     if code != (0 if way.goes_on else 1):
@@ -219,14 +219,14 @@ def faults(way: Way, storage: Path, code: int, errors: str) -> list[str]:
 
 
 class Calm:
-    """Undisturbed runs, each made once, and what has to be there before."""
+    """Undisturbed runs, each made once, and the jobs that must run before."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._made: dict[str, Path] = {}
 
     def before(self, way: Way, storage: Path) -> None:
-        """Put into `storage` what has to be there."""
+        """Put the results of the way's earlier jobs into `storage`."""
         if way.before:
             made = self._once(way.before)
             shutil.copytree(made, storage, dirs_exist_ok=True, symlinks=True)
@@ -302,7 +302,7 @@ def main() -> int:
             if options.only and way.name not in options.only:
                 continue
             tried, began = tried + 1, time.monotonic()
-            place = folder / f"{tried}"  # short: Ray keeps sockets below
+            place = folder / f"{tried}"  # short, since Ray keeps sockets below it
             place.mkdir()
             found = try_way(way, place, calm, verbose=options.verbose)
             passed += not found

@@ -1,11 +1,11 @@
-"""Kill a batch generation job at random moments and see that every row is there once, unchanged.
+"""Kill a batch generation job at random moments and check that every row is there once, unchanged.
 
   python benchmarks/chaos_generate.py --prompts 10000 --kills 10
 
-The job runs once undisturbed and once under fire: SIGKILL for an engine and for the driver in
-turn; the driver is then started again with the same command. Meanwhile every visible Parquet file
-is opened again and again. Passed when each id is there exactly once, all rows equal the
-undisturbed run's, and no file was ever broken. Prints what happened and, last, one JSON line.
+The job runs once undisturbed and once with kills: SIGKILL in turn for an engine and for the driver,
+which is started again with the same command. Meanwhile, every visible Parquet file is opened again
+and again. Passes if each id is there exactly once, all rows equal the undisturbed run's, and no
+file was ever broken. Prints what happened and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def command(folder: Path, output: Path, rows_per_file: int) -> list[str]:
     return [
         sys.executable,
         str(ROOT / "jobs" / "generate.py"),
-        "--verbose",  # says which process an engine is
+        "--verbose",  # logs the engines' process ids
         f"generate.model={folder / 'model'}",
         f"generate.input_path={folder / 'prompts.jsonl'}",
         f"generate.output_path={output}",
@@ -76,7 +76,7 @@ def command(folder: Path, output: Path, rows_per_file: int) -> list[str]:
 
 
 class Driver:
-    """The job's process, and the processes of its engines as it tells them."""
+    """The job's process, and its engines' process ids from its log."""
 
     def __init__(self, arguments: list[str]) -> None:
         self.process = subprocess.Popen(
@@ -103,7 +103,7 @@ class Driver:
 
 
 class Reader:
-    """Opens every visible file again and again, until it is stopped; counts what it opened."""
+    """Opens every visible file again and again until closed, counting opened and broken ones."""
 
     def __init__(self, output: Path) -> None:
         self.opened, self.broken = 0, 0
@@ -126,7 +126,7 @@ class Reader:
 
 
 def disturb(arguments: list[str], output: Path, parts: int, kills: int, rng: random.Random) -> None:
-    """Run the job with `kills` kills spread over its parts, engine and driver in turn."""
+    """Run the job with `kills` kills at random moments, of an engine and the driver in turn."""
     moments = sorted(rng.sample(range(parts - 2), kills))
     driver = Driver(arguments)
     for number, moment in enumerate(moments):

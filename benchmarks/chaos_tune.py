@@ -1,11 +1,11 @@
-"""Kill a sweep's driver at random moments and see that the same command ends it as if nothing was.
+"""Kill a sweep's driver at random moments and check that the same command completes the sweep.
 
   python benchmarks/chaos_tune.py --kills 5
 
-A sweep runs once undisturbed and once under fire: SIGKILL for the driver at random moments, then
-the same command again. Passed when both have the same trials, each ended once, with every logged
-step once; when whatever both measured is equal to the bit (how far rungs let a trial go depends on
-who came first); and when there are a winner, its model, its config and the report. Prints what
+A sweep runs once undisturbed and once with kills: SIGKILL for the driver at random moments, then
+the same command again. Passes if both have the same trials, each ended once, with every logged step
+once; if whatever both measured is equal bit for bit (how far rungs let a trial go depends on the
+order of arrival); and if there are a winner, its model, its config and the report. Prints what
 happened and, last, one JSON line.
 """
 
@@ -77,7 +77,7 @@ def finish(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def progress(sweep: Path) -> int:
-    """Rows that trials have logged, and what the record says."""
+    """How many rows the trials have logged, plus the lines of the record."""
     names = [trial.name for trial in load_trials(sweep)] if (sweep / TRIALS).exists() else []
     logged = [len(read_rows(trial_dir(sweep, name) / METRICS)) for name in names]
     return sum(logged) + len(read_rows(sweep / TRIALS))
@@ -105,9 +105,9 @@ def disturb(arguments: list[str], sweep: Path, moments: list[int], rng: random.R
 
 
 def is_whole(sweep: Path) -> bool:
-    """Whether every trial ended once, with each step once, and the sweep left what it should.
+    """Whether every trial ended once, with each step once, and the sweep is complete.
 
-    What a trial's promotion undoes is no end.
+    An end that a promotion undoes does not count.
     """
     events = read_rows(sweep / TRIALS)
     ends = collections.Counter(e["trial"] for e in events if e["event"] == "ended")
@@ -128,12 +128,12 @@ def is_whole(sweep: Path) -> bool:
 
 
 def is_same(calm: Path, disturbed: Path) -> bool:
-    """Whether what both sweeps measured, in trials of the same values, is equal to the bit."""
+    """Whether all that both sweeps measured, in trials with the same values, is equal."""
     for one, other in zip(load_trials(calm), load_trials(disturbed), strict=True):
         if one.replicate_of is None and (one.name, one.values) != (other.name, other.values):
             return False
         if one.values != other.values:
-            continue  # which trials are repeated depends on which were cut
+            continue  # which trials are repeated depends on which were stopped
         rows = {row["step"]: row for row in one.rows}
         for row in other.rows:
             before = rows.get(row["step"], row)

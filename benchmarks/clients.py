@@ -1,4 +1,4 @@
-"""Calls an endpoint with clients that people already use, with their defaults.
+"""Calls an endpoint with popular clients and their defaults.
 
   python benchmarks/clients.py --python ~/venvs/litellm ~/venvs/llm --node ~/node
   python benchmarks/clients.py --url http://127.0.0.1:8000/v1 --model book
@@ -6,10 +6,9 @@
 Tries litellm, langchain-openai, llama-index, llm and openai if one of the Pythons has them
 (--python: virtual environments; by default this one), and npm's openai and Vercel AI SDK if a
 folder with node_modules is given (--node). Each client's calls are in benchmarks/client_scripts/.
-Without --url an endpoint is started on a tiny model. Prints a table of clients and calls: `ok`,
-`refused` if there is no such thing here and its answer says what to call instead, or
-what went wrong. Prints, last, one JSON line; exit code 1 if a call failed or no client is
-installed.
+Without --url, an endpoint with a tiny model is started. Prints a table of clients and calls: `ok`,
+`refused` if the API is unsupported and the answer says what to call instead, or what went wrong.
+Prints, last, one JSON line; exit code 1 if a call failed or no client is installed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from serve import running_server
 from tiny import make_tiny_model
 
 SCRIPTS = Path(__file__).resolve().parent / "client_scripts"
-# The module or package that shows that a client is installed.
+# The module or packages of each client.
 PYTHON = {
     "openai": "openai",
     "litellm": "litellm",
@@ -44,7 +43,7 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
-    """How to run each client's script, for those that are installed."""
+    """The command that runs each installed client's script."""
     found: dict[str, list[str]] = {}
     for python in pythons or [sys.executable]:
         inside = Path(python).expanduser() / "bin" / "python"
@@ -52,7 +51,7 @@ def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
         for name, module in PYTHON.items():
             code = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
             is_there = subprocess.run([path, "-c", code], stderr=subprocess.DEVNULL).returncode == 0
-            # Most of the others bring openai along, perhaps an older one: the first found counts.
+            # Most of the others depend on openai, maybe an older one: the first found counts.
             if is_there and name not in found:
                 found[name] = [path, str(SCRIPTS / f"with_{name}.py")]
     for name, packages in NODE.items() if node and shutil.which("node") else ():
@@ -64,7 +63,7 @@ def commands(pythons: Sequence[str], node: str | None) -> dict[str, list[str]]:
 
 
 def _next_to(folder: Path) -> Path:
-    """A copy of the scripts next to the packages: Node looks for them from the script upwards."""
+    """Copy the scripts next to the packages, since Node looks for these upwards from the script."""
     scripts = folder / ".gptray-clients"
     scripts.mkdir(exist_ok=True)
     for script in SCRIPTS.glob("*.mjs"):
@@ -73,7 +72,7 @@ def _next_to(folder: Path) -> Path:
 
 
 def calls(command: Sequence[str], url: str, model: str) -> list[dict[str, Any]]:
-    """What a client's script reports about its calls."""
+    """Run a client's script; return its report, a row for each call."""
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "HOME": home, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
         done = subprocess.run(
@@ -86,7 +85,7 @@ def calls(command: Sequence[str], url: str, model: str) -> list[dict[str, Any]]:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """One word for a call that is right, a sentence for one that is not."""
+    """One word for a successful call, the error for another."""
     said = row["said"] if isinstance(row["said"], str) else ""
     if row["ok"]:
         return "refused" if said.startswith("refused: ") else "ok"
@@ -95,7 +94,7 @@ def outcome(row: dict[str, Any]) -> str:
 
 @contextmanager
 def endpoint(url: str | None, model: str | None) -> Iterator[tuple[str, str]]:
-    """The endpoint that is given, or one on a tiny model; its URL and the model's name."""
+    """The URL and model name of the given endpoint, or of a new one with a tiny model."""
     if url:
         yield url, model or "model"
         return

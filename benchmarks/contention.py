@@ -1,6 +1,6 @@
-"""How fast a job is beside another one, or beside a busy process, against the job alone.
+"""How fast a job runs beside another job, or beside a busy process, compared with alone.
 
-Training is the quick start's shape, generating GPT-2 124M's in int8. Part of benchmarks/all.py.
+Training uses the quick start's shape, generating GPT-2 124M's in int8. Part of benchmarks/all.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUSY = "while True: pass"
 
 
 def measure(say: Callable[[str], None], *, rounds: int) -> dict[str, dict[str, float]]:
-    """For each kind of job the speed of two at once together, and of one beside a busy process."""
+    """For each kind of job, the total speed of two at once, and of one beside a busy process."""
     with tempfile.TemporaryDirectory() as folder:
         generate.make_model("124m", Path(folder))
         jobs = {
@@ -42,7 +42,7 @@ def _shares(
     pair = [Contestant(str(HERE / script), system, arguments) for _ in range(2)]
     together, beside = [], []
     for contestant in pair:
-        contestant.ask(job)  # finds cold caches
+        contestant.ask(job)  # warms caches
     with ThreadPoolExecutor(2) as pool:
         for _ in range(rounds):
             alone = pair[0].ask(job)

@@ -1,4 +1,4 @@
-"""Processes that train side by side, one a core, and end with the benchmark."""
+"""A pool of single-threaded processes, one per core, that end with the benchmark."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def core_pool() -> ProcessPoolExecutor:
-    """As many processes as there are cores, each of one thread."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # which they read
+    """As many single-threaded processes as there are cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes
     spawn = multiprocessing.get_context("spawn")
     cores = len(os.sched_getaffinity(0))
     return ProcessPoolExecutor(cores, mp_context=spawn, initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however that was."""
+    """End this process as soon as its parent has ended, even if killed."""
     parent = multiprocessing.parent_process()
     assert parent
 

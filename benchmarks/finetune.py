@@ -1,13 +1,13 @@
-"""What fine-tuning gains on texts and loses on another: an adapter, all weights, from scratch.
+"""What fine-tuning gains on its text and loses on another: adapter, all weights, from scratch.
 
     python benchmarks/finetune.py MODEL TEXT... [--other FILE] [--folder runs/finetune] [--save]
 
-MODEL is what model.init_from takes. The first 100 kB of each TEXT are trained on, but for the last
-tenth of them, which is scored; so are 8 kB of documentation that no run has seen: README.md, or
-FILE. The adapter has rank 16 and ten times the learning rate of training all weights; both take 24
-steps of 4 x 128 tokens. From scratch, the quick start's model with a vocabulary of 512 takes 500 of
-16 x 128. Runs are kept in FOLDER, and no run that has ended there is run again, so a benchmark that
-was stopped goes on. Prints a table of bits per byte and, last, one JSON line; --save writes both to
+MODEL is a value of model.init_from. Of the first 100 kB of each TEXT, the last tenth is scored and
+the rest trained on; 8 kB of documentation unseen by all runs (README.md, or FILE) are also scored.
+The adapter has rank 16 and ten times the learning rate of training all weights; both take 24 steps
+of 4 x 128 tokens. From scratch, the quick start's model with a vocabulary of 512 takes 500 steps of
+16 x 128. Runs are kept in FOLDER, and finished runs are not repeated, so a benchmark that was
+stopped continues. Prints a table of bits per byte and, last, one JSON line; --save writes both to
 benchmarks/results/finetune.txt.
 """
 
@@ -46,9 +46,9 @@ WAYS = {
         "data.vocab_size=512", "model.dropout=0.2", "train.max_steps=500", "train.eval_interval=50",
     ],
 }  # fmt: skip
-# A file in the folder of a run that needs no more steps.
+# Marks the folder of a finished run.
 ENDED = "ended"
-# Bits per byte: of the text that is tuned on, of the other one.
+# Bits per byte on the training text's held-out part and on the other text, by way.
 Scores = dict[str, dict[str, float]]
 
 
@@ -82,12 +82,12 @@ def arguments() -> argparse.Namespace:
 
 
 def beginning(text: Path, most: int) -> str:
-    """At most so many bytes of a text, in whole characters."""
+    """At most the first `most` bytes of a text, in whole characters."""
     return text.read_bytes()[:most].decode("utf-8", errors="ignore")
 
 
 def train(way: str, model: str, text: str, other: str, folder: Path) -> None:
-    """One run in the loop that jobs/train.py has, without Ray; it goes on where it was stopped."""
+    """Train with jobs/train.py's loop, without Ray; a stopped run resumes."""
     if (folder / ENDED).is_file():
         return
     words = [*WAYS[way], f"storage_path={folder.parent}", f"name={folder.name}"]
@@ -105,7 +105,7 @@ def train(way: str, model: str, text: str, other: str, folder: Path) -> None:
 
 
 def tokens(config: Config, text: str, other: str, folder: Path) -> TokenData:
-    """The text, its last tenth for validation, and the other one, by the model's tokenizer."""
+    """Tokenize the text, its last tenth for validation, and the other text."""
     cut = text.index("\n", len(text) * 9 // 10)
     source = config.data.tokenizer
     if config.model.init_from:
@@ -118,7 +118,7 @@ def tokens(config: Config, text: str, other: str, folder: Path) -> TokenData:
 
 
 def scores_of(runs: dict[str, Path]) -> Scores:
-    """Of the best model of each way, and of the model as it came."""
+    """The scores of each way's best model, and of the given model (zero-shot)."""
     scores: Scores = {}
     for way, folder in runs.items():
         own, other = changes_of(read_metrics(folder), read_events(folder))
@@ -129,7 +129,7 @@ def scores_of(runs: dict[str, Path]) -> Scores:
 
 
 def table(scores: dict[str, Scores]) -> list[str]:
-    """A line for each way, and one for how much better than from scratch an adapter is."""
+    """A line for each way, and one for an adapter's gain over training from scratch."""
     lines = [f"{'bits per byte':14}" + "".join(f"{name:>18}   other" for name in scores)]
     for way in ("zero-shot", *WAYS):
         pairs = [f"{of[way]['text']:18.3f} {of[way]['other']:7.3f}" for of in scores.values()]
@@ -140,7 +140,7 @@ def table(scores: dict[str, Scores]) -> list[str]:
 
 
 def heading(given: argparse.Namespace) -> str:
-    """The command, with the names of its files."""
+    """The command, with bare file names."""
     names = [Path(given.model).name, *(text.name for text in given.texts)]
     return f"python benchmarks/finetune.py {' '.join(names)} --other {given.other.name}"
 

@@ -1,18 +1,17 @@
 """Tokens per second of gptray's engine against transformers' generate, CTranslate2 and llama.cpp.
 
 Random weights of a GPT-2 or Llama shape, the same prompts of 32 tokens, 64 new tokens each, top-k
-50, reading of the prompts included. Every system has a process of its own, and they take turns, so
-that a busy machine slows them alike; figures are medians over rounds.
+50, including prefill. Systems run in separate processes and take turns, so that a busy machine
+slows all alike; figures are medians over rounds.
 
     python benchmarks/generate.py [--shape 124m|llama-135m|10m] [--batch 1,8,32,64]
         [--systems bf16,ct2-int8]
 
 bf16+adapters and int8+adapters give each sequence one of 32 adapters of rank 8 on all layers.
-
-CTranslate2 (pip install ctranslate2) runs with one sequence on all cores, with more on one core
-for each of two replicas, where it is fastest. llama.cpp (pip install llama-cpp-python, which builds
-it for this processor) decodes all sequences as one batch on all cores. Peers that are not installed
-are left out.
+CTranslate2 (pip install ctranslate2) runs a single sequence on all cores, and several on replicas
+with a core each, where it is fastest. llama.cpp (pip install llama-cpp-python, which builds it for
+this processor) decodes all sequences as one batch on all cores. Peers that are not installed are
+left out.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 N_POSITIONS = 1024
-# Prompts are drawn from so many words.
+# Prompts are drawn from this many words.
 WORDS = 49_000
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 32, 64, 50
 MAX_BATCH_SIZE = 64
@@ -65,7 +64,7 @@ OF_BACKENDS = (
     *("int8:native", "int8:torch", "int4:native"),
 )
 
-# Generates for that many sequences; the argument makes each call's prompts others.
+# Generates for a batch of this size; the second argument varies the prompts.
 Run = Callable[[int, int], None]
 
 
@@ -129,7 +128,7 @@ def random_adapters(engine: Any, model_dir: str) -> list[Any]:
 
 
 def hf_generate(model: Any, ids: Any, new_tokens: int) -> Any:
-    """What transformers gives for prompts ids (B, T): exactly that many new tokens, by top-k."""
+    """transformers' output for prompts ids (B, T): exactly new_tokens more, sampled by top-k."""
     import torch
 
     with torch.inference_mode():
@@ -203,13 +202,13 @@ def llama_run(model_dir: str, precision: str) -> Run:
 
 
 def installed(systems: list[str]) -> list[str]:
-    """Those of some systems whose package is there."""
+    """The systems whose packages are installed."""
     packages = {system: PEERS.get(system.partition("-")[0], ("gptray",))[0] for system in systems}
     return [one for one, package in packages.items() if importlib.util.find_spec(package)]
 
 
 def timed(system: str, model_dir: str) -> Callable[[int], float]:
-    """Make a system; the function generates for a batch and returns its seconds."""
+    """Load a system; return a function that generates for a batch and returns the seconds."""
     kind, _, precision = system.rpartition("-")
     run = {"": gptray_run, "hf": hf_run, "ct2": ct2_run, "llama": llama_run}[kind](
         model_dir, precision
@@ -225,7 +224,7 @@ def timed(system: str, model_dir: str) -> Callable[[int], float]:
 
 
 def make_model(shape: str, folder: Path) -> None:
-    """A model folder with random weights, and words for a tokenizer that all systems open."""
+    """Make a model folder with random weights and a word tokenizer that all systems can open."""
     from made_tokens import word_tokenizer
 
     from gptray.config import ModelConfig

@@ -1,24 +1,24 @@
-"""What gptray does with one GPU: speed against its peers, the same bits, where the time goes.
+"""Benchmarks gptray on one GPU: speed against peers, determinism, where the time goes.
 
     python benchmarks/gpu.py [--parts gen,quant,serve,facts,right,train] [--seconds N] [--out FILE]
                              [--data FOLDER]
     python benchmarks/gpu.py --device cpu --tiny
 
-Needs neither Ray nor a network. The last command is a dry run of every line of it on a CPU. Parts
-run in the order given, what is least known first; after --seconds none goes on to its next figure.
+Needs neither Ray nor a network. The last command is a dry run of all code on a CPU. Parts run in
+the given order, by default the least known first; after --seconds, no new figure is started.
 
-facts: the card's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
+facts: the GPU's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
     batch, on the GPU and on the CPU?
-train: GPT-2 124M's step against the loop as nanoGPT writes it and transformers' GPT-2, in turns.
-gen: decoding against transformers' generate and the floor that the bandwidth sets, and one step
+train: GPT-2 124M's step against a loop like nanoGPT's and transformers' GPT-2, in turns.
+gen: decoding against transformers' generate and the bound set by memory bandwidth, and one step
     under the profiler.
-quant: products with weights in int8, int4 and iq4_nl, and steps of the engine with them, against
+quant: matrix products with int8, int4 and iq4_nl weights, and the engine's steps with them, against
     bf16, for 1, 8, 32 and 256 sequences.
-serve: the engine's thread under streams, which is what HTTP stands on.
+serve: the engine thread with many streams, without HTTP.
 
-Every line is printed when it is known. A part that fails says why, the next one runs, and the exit
-code is 1. The last line is JSON, and also goes to --out, where a killed run leaves what it has.
+Every line is printed as soon as it is known. A part that fails says why, the next one runs, and the
+exit code is 1. The last line is JSON, which is also written to --out as it grows.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def parts(text: str) -> list[str]:
 
 
 def run_part(bench: Bench, part: str) -> None:
-    """Run one part to its end or to its failure, and say how long it took."""
+    """Run one part, report any failure, and say how long it took."""
     begin = bench.clock()
     try:
         PARTS[part](bench)

@@ -1,6 +1,6 @@
 """llama.cpp as a peer of benchmarks/generate.py (pip install llama-cpp-python, built from source).
 
-Several sequences at a time need its C functions: the package's own class continues one.
+Uses its C functions, since the package's own class continues only one sequence at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gptray.model.gguf_names import family_of, gguf_numbers, gguf_tensors, gguf_
 from gptray.model.importance import quantizer
 from gptray.model.stored_weights import stored_model
 
-# Continues each prompt, all of one length, by exactly that many tokens.
+# Continues prompts of the same length by exactly the given number of tokens.
 Continue = Callable[[Sequence[Sequence[int]], int], None]
 
 
 def write_without_words(model_dir: Path, precision: str) -> Path:
-    """A GGUF file of a model in a folder, which takes and gives token ids only."""
+    """Write a folder's model as a GGUF file without a vocabulary, for token ids only."""
     model = stored_model(model_dir)
     family = family_of(model)
     fields = {
@@ -40,7 +40,7 @@ def write_without_words(model_dir: Path, precision: str) -> Path:
 
 
 def open_llama(path: Path, *, most: int, length: int, top_k: int) -> Continue:
-    """A model in a file on all cores, for at most `most` sequences of `length` tokens at a time."""
+    """Open a model on all cores, for at most `most` sequences of `length` tokens at a time."""
     import llama_cpp
 
     cores = os.cpu_count() or 1
@@ -78,7 +78,7 @@ def open_llama(path: Path, *, most: int, length: int, top_k: int) -> Continue:
         ends = [at for at, row in enumerate(rows) if row[3]]
         for position in range(read, read + new_tokens):
             drawn = [api.llama_sampler_sample(chain, context, at) for at in ends]
-            if position < read + new_tokens - 1:  # nobody asks what follows the last
+            if position < read + new_tokens - 1:  # nothing follows the last token
                 decode([(token, position, one, True) for one, token in enumerate(drawn)])
                 ends = list(range(len(drawn)))
 

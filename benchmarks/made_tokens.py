@@ -1,4 +1,4 @@
-"""Prepared data that a benchmark makes for itself, without Ray: random ids, or text."""
+"""Makes prepared data for benchmarks, without Ray: random ids, or text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of made-up words that every library opens; end of text comes last."""
+    """A tokenizer of made-up words that every library can open; the end of text is the last id."""
     import tokenizers
     from tokenizers import models
 
@@ -33,7 +33,7 @@ def word_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def random_tokens(folder: Path, vocab_size: int, *, tokens: int = 2_000_000) -> TokenData:
-    """Data for timing a training step: uniformly random ids."""
+    """Uniformly random ids, for timing a training step."""
     tokenizer = word_tokenizer(vocab_size)
     dtype = np.dtype(shard_dtype(vocab_size)).newbyteorder("<")
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def random_tokens(folder: Path, vocab_size: int, *, tokens: int = 2_000_000) -> 
 
 
 def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
-    """Data to learn from: the sentences of `tiny_text`, a tenth of them for validation."""
+    """The sentences of `tiny_text`, which can be learnt, with a tenth for validation."""
     lines = tiny_text(sentences).splitlines(keepends=True)
     cut = len(lines) * 9 // 10
     tokenizer = train_bpe(lines[:cut], 300)
@@ -58,9 +58,9 @@ def text_tokens(folder: Path, *, sentences: int = 4000) -> TokenData:
 
 
 def whole_text(name: str) -> str:
-    """A file's text, of a .csv the first two columns; builtin: Python's documentation.
+    """A file's text (of a .csv, the first two columns) or, for "builtin", Python's documentation.
 
-    Rows and documents are shuffled, the same way in every call.
+    Rows and documents are shuffled, in the same way in every call.
     """
     if name == "builtin":
         documents = builtin_documents()
@@ -75,7 +75,7 @@ def whole_text(name: str) -> str:
 
 
 def split_tokens(folder: Path, tokenizer: Tokenizer, **splits: str) -> TokenData:
-    """Each split, such as train and val, is one document; a text that is not split is `test`."""
+    """Tokenize each split, such as train and val, as one document; an unsplit text is `test`."""
     encoder, entries = ShardEncoder(tokenizer), {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in splits.items():
@@ -88,7 +88,7 @@ def split_tokens(folder: Path, tokenizer: Tokenizer, **splits: str) -> TokenData
 
 
 def _data(folder: Path, tokenizer: Tokenizer, entries: Mapping[str, ShardEntry]) -> TokenData:
-    """The folder with a tokenizer and a manifest of one shard and one document for each split."""
+    """Add the tokenizer and a manifest with one shard and one document per split."""
     tokenizer.save(folder / "tokenizer")
     manifest = {
         "format": FORMAT_VERSION,

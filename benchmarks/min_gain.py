@@ -1,15 +1,15 @@
-"""How often a sweep that stops itself would have gained more than it said from ten more trials.
+"""How often a sweep that stops itself would have gained more from ten more trials than it said.
 
   python benchmarks/min_gain.py
   python benchmarks/min_gain.py --sweeps 400 --seed 2
 
-Sweeps of trials with made-up scores, one trial after the other, without rungs and with two (ASHA,
-one in three goes on, scores at the rungs correlated with the last ones). Each is judged after every
-trial by `gptray.tuning.more_trials` and stops as soon as it may; then ten more trials run. The
-scores: quadratic in 2, 4 or 8 settings, normal, skewed, of a few choices, or with 8 % of trials far
-ahead of the others, as in sweeps of configs/overfitting_sweep.yaml; each spread over 0.01 to 0.5
-bits per byte, with noise. Prints a table and, last, one JSON line: of how many sweeps
-stopped, the share that would have gained more, and the median of trials that they ran.
+Simulates sweeps with synthetic scores, one trial after another, without rungs and with two (ASHA
+with a reduction factor of three; scores at rungs correlate with final ones).
+`gptray.tuning.more_trials` judges each sweep after every trial and stops it as soon as it may; then
+ten more trials run. Scores are quadratic in 2, 4 or 8 settings, normal, skewed, from a few choices,
+or with 8 % of trials far ahead of the others, as in sweeps of configs/overfitting_sweep.yaml; all
+are spread over 0.01 to 0.5 bits per byte, with noise. Prints a table and, last, one JSON line: how
+many sweeps stopped, the share of these that would have gained more, and the median trial count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = ("quadratic 2", "quadratic 4", "quadratic 8", "normal", "skewed", "choic
 
 
 def scores(kind: str, number: int, rng: np.random.Generator) -> Floats:
-    """What trials come to when they run to their ends, in bits per byte."""
+    """The trials' final scores, in bits per byte."""
     spread, noise = (np.exp(rng.uniform(*np.log(ends))) for ends in ((0.01, 0.5), (5e-4, 8e-3)))
     name, _, dimensions = kind.partition(" ")
     if name == "quadratic":
@@ -51,7 +51,7 @@ def scores(kind: str, number: int, rng: np.random.Generator) -> Floats:
 
 
 def stages(last: Floats, rng: np.random.Generator) -> Floats:
-    """Scores at two rungs and at the end, (3, trials): correlated by 0.65 to 0.99."""
+    """Scores at two rungs and at the end, (3, trials), with correlations of 0.65 to 0.99."""
     spread, slope = last.std(), rng.uniform(0.7, 1.4)
     late, early = rng.uniform(0.1, 0.5), rng.uniform(0.2, 1.0)
     second = last + late * spread * rng.standard_normal(len(last)) + spread
@@ -61,19 +61,19 @@ def stages(last: Floats, rng: np.random.Generator) -> Floats:
 
 @dataclass
 class Sweep:
-    """Trials in their order; `reached` has for each the last stage that it has a score of."""
+    """Trials in order; `reached` has each one's last stage with a score."""
 
     stages: Floats
     reached: list[int] = field(default_factory=list)
 
     def run(self, trials: int) -> None:
-        """Start so many trials more, one after the other, each promotion before the next."""
+        """Start more trials, one after another, with all promotions before the next."""
         for _ in range(trials):
             self.reached.append(0)
             self._promote(at_least=0)
 
     def end(self) -> float:
-        """The best score once no trial is to come; leaves the sweep as it is."""
+        """The best score if no more trials come; does not change the sweep."""
         whole = Sweep(self.stages, list(self.reached))
         whole._promote(at_least=1)
         return float(whole._lowest().min())
@@ -108,9 +108,9 @@ class Sweep:
 
 
 def stop(kind: str, trials: int, rng: np.random.Generator, *, rungs: bool) -> tuple[int, float]:
-    """Run a sweep until it stops itself: after how many trials, and what ten more would gain.
+    """Run a sweep until it stops itself; return the number of trials, and the gain of ten more.
 
-    After all of them, and nothing, if it does not.
+    If it does not stop itself, return all trials, and 0.
     """
     last = scores(kind, trials + MORE, rng)
     sweep = Sweep(stages(last, rng) if rungs else last[None])

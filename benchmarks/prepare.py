@@ -1,9 +1,8 @@
 """Rate and peak memory of preparing a large text: a .txt file, the same as .jsonl and on one line.
 
-The text is made from the builtin documents' paragraphs with a seed. Memory is the driver's and the
-tasks' processes (proportional set size without shared memory, so without Ray's object store).
-
-On a machine that does other work too, megabytes per processor second say more than per second.
+The text is made from the builtin documents' paragraphs with a seed. Memory is measured in
+the driver and the tasks (proportional set size without shared memory, so without Ray's object
+store). On a busy machine, megabytes per processor second say more than megabytes per second.
 
   python benchmarks/prepare.py --megabytes 1000
 """
@@ -96,7 +95,7 @@ def measure(path: Path, folder: Path, tokenizer: str) -> dict[str, Any]:
 
 
 class Watch:
-    """Memory and processor time of this process and Ray's workers under it, together."""
+    """The total memory and processor time of this process and its Ray workers."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -124,12 +123,12 @@ class Watch:
             last = self._done.wait(0.25)
             pids = [os.getpid(), *_workers()]
             self.peak_bytes = max(self.peak_bytes, sum(_private_bytes(pid) for pid in pids))
-            for pid in pids:  # one that has just ended reads as 0
+            for pid in pids:  # a process that has just ended reads as 0
                 self._now[pid] = max(self._now.get(pid, 0.0), _cpu_seconds(pid))
 
 
 def _workers() -> Iterator[int]:
-    """Processes with this one above them that Ray has named as workers."""
+    """Descendants of this process that Ray has named as workers."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

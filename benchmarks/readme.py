@@ -1,15 +1,15 @@
 """Type the commands of README and docs/, block by block, in a fresh clone with a fresh HOME.
 
   python benchmarks/readme.py                     all of them; about an hour on two cores
-  python benchmarks/readme.py --skip pytest       all but the commands that hold this word
-  python benchmarks/readme.py --keep FOLDER       the clone, HOME and outputs stay there
+  python benchmarks/readme.py --skip pytest       all except commands that contain this word
+  python benchmarks/readme.py --keep FOLDER       keep the clone, HOME and outputs there
 
-One bash types every line of every bash block as written, and feeds Python blocks to `python`:
-README's, then those of the pages that it links to, in that order. Files that they take as the
-reader's own (book.txt, prompts.jsonl ...) are written beforehand. Models that they take from the
-hub are small folders of the same name, unless --hub is given. A server
-stays until the next command that is not Python. Ray's ports must be free. Prints a table with each
-command's time and, last, one JSON line; exit code 1 if any command failed.
+One bash runs every line of every bash block as written, and feeds Python blocks to `python`:
+README's, then those of the pages that it links to, in that order. The reader's own files (book.txt,
+prompts.jsonl ...) are written beforehand. Models from the hub are replaced by small folders of the
+same name, unless --hub is given. A server runs until the next command that is not Python. Ray's
+ports must be free. Prints a table with each command's time and, last, one JSON line; exit code 1 if
+any command failed.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 3600.0
-# What a reader has not set: Python's, Ray's and the libraries' own variables.
+# Prefixes of variables that a reader has not set: Python's, Ray's and the libraries' own.
 FOREIGN = ("PYTHON", "RAY_", "VIRTUAL_ENV", "XDG_", "HF_", "TRANSFORMERS_", "OMP_", "CXX")
 
-# What needs the environment that README's first command makes.
+# Run in the environment that README's first command creates.
 PARQUET = """
 import pyarrow.json, pyarrow.parquet
 pyarrow.parquet.write_table(pyarrow.json.read_json("prompts.jsonl"), "prompts.parquet")
 """
-# Stand for the hub's GPT-2 and Qwen3.
+# Replace the hub's GPT-2 and Qwen3.
 SMALL_MODELS = """
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -92,7 +92,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. reason: why it failed, the last of what it said; empty: it did not."""
+    """How a command ended. reason: the last line it printed if it failed, otherwise empty."""
 
     command: Command
     seconds: float
@@ -100,7 +100,7 @@ class Outcome:
 
 
 def pages(clone: Path) -> list[Path]:
-    """README and what it links to of docs/, in that order."""
+    """README and the pages of docs/ that it links to, in that order."""
     readme = clone / "README.md"
     linked = re.findall(r"\]\((docs/\w+\.md)\)", readme.read_text("utf-8"))
     return [readme, *(clone / name for name in dict.fromkeys(linked))]
@@ -122,7 +122,7 @@ def commands(page: Path) -> Iterator[Command]:
 
 
 class Shell:
-    """A bash that lives from the first command to the last, as a reader's terminal does."""
+    """A bash that runs from the first command to the last, like a reader's terminal."""
 
     def __init__(self, folder: Path, env: dict[str, str], outputs: Path) -> None:
         self._outputs = outputs
@@ -136,7 +136,7 @@ class Shell:
         self._selector.register(self._bash.stdout, selectors.EVENT_READ)
 
     def run(self, text: str, name: str) -> int:
-        """Type a command and wait for its end; its exit status. Raises TimeoutError."""
+        """Run a command to its end; return its exit status. Raises TimeoutError."""
         self._type(f"{{ {text}\n}} {self._redirections(name)}; echo $?")
         assert self._bash.stdout is not None
         if not self._selector.select(DEADLINE_S):
@@ -144,8 +144,8 @@ class Shell:
         return int(self._bash.stdout.readline() or -1)
 
     def start(self, text: str, name: str) -> int:
-        """Start a server and wait until it answers; 0 once it does. Raises TimeoutError."""
-        # A shell that reads no terminal would have its children ignore SIGINT: SIGTERM ends them.
+        """Start a server and wait until it answers; return 0 if it does. Raises TimeoutError."""
+        # A non-interactive shell makes its background jobs ignore SIGINT, so SIGTERM ends them.
         self.run(f"{text} & server=$!", name)
         end = time.monotonic() + DEADLINE_S
         while time.monotonic() < end:
@@ -157,14 +157,14 @@ class Shell:
         raise TimeoutError
 
     def stop(self) -> int:
-        """End the server as a service manager does; its exit status."""
+        """Stop the server like a service manager; return its exit status."""
         return self.run("kill $server; wait $server", "server-stop")
 
     def output(self, name: str, stream: str = "out") -> str:
         return (self._outputs / f"{name}.{stream}").read_text("utf-8", errors="replace")
 
     def close(self) -> None:
-        """Leave the terminal; whatever still runs in it ends."""
+        """Leave the terminal, ending whatever still runs in it."""
         self._in.close()
         with self._bash:
             if self._bash.poll() is None:
@@ -178,7 +178,7 @@ class Shell:
 
 
 def type_all(shell: Shell, todo: list[Command]) -> Iterator[Outcome]:
-    """Run the commands in order; a server lasts until the next command that is not Python."""
+    """Run the commands in order; a server runs until the next command that is not Python."""
     server: Command | None = None
     for number, command in enumerate(todo):
         if server and command.language == "bash":
@@ -202,7 +202,7 @@ def _outcome(command: Command, run: Callable[[], int], shell: Shell, name: str) 
 
 
 def write_files(folder: Path) -> None:
-    """Write what the pages take as the reader's own files, from text that every Python carries."""
+    """Write the files that the pages take as the reader's own, from text in every Python."""
     text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
     lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
     for name, length in (lengths | {"the-verdict": 20_000}).items():
@@ -228,7 +228,7 @@ def write_files(folder: Path) -> None:
 
 
 def environment(home: Path, python_folder: Path) -> dict[str, str]:
-    """A reader's environment: a HOME with nothing in it, `python3` this very Python's."""
+    """A reader's environment: an empty HOME, and a `python3` that runs this Python."""
     python = python_folder / "python3"
     python.write_text(f'#!/bin/sh\nexec "{Path(sys.executable).resolve()}" "$@"\n', "utf-8")
     python.chmod(0o755)
@@ -240,7 +240,7 @@ def environment(home: Path, python_folder: Path) -> dict[str, str]:
 
 @contextmanager
 def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
-    """A fresh clone of what is committed, and a shell in it."""
+    """A fresh clone of the committed files, and a shell in it."""
     clone, home, outputs, binaries = (work / name for name in ("gptray", "home", "outputs", "bin"))
     for folder in (home, outputs, binaries):
         folder.mkdir(parents=True)

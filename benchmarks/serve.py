@@ -1,22 +1,22 @@
-"""The HTTP endpoint under load, against its engine alone and two servers that people write.
+"""The HTTP endpoint under load, against its engine alone and two typical servers.
 
 Random weights of a GPT-2 shape, bf16, prompts of 16 to 128 tokens, outputs of 16 to 128, top-k 50,
-streamed; every client asks again as soon as it has its answer. Systems: gptray (jobs/serve.py),
-engine (no HTTP), app (gptray's routes without Ray), hf (FastAPI and transformers' generate, one
-request at a time), batch (transformers' generate over batches of 32 by @serve.batch). They take
-turns, each started again with only its clients running.
+streamed; every client sends its next request as soon as it has its answer. Systems: gptray
+(jobs/serve.py), engine (no HTTP), app (gptray's routes without Ray), hf (FastAPI and transformers'
+generate, one request at a time), batch (transformers' generate over batches of 32 with
+@serve.batch). They take turns, each started afresh and running alone.
 
     python benchmarks/serve.py [--shape 124m|10m] [--clients 1,8,32,64] [--systems gptray,engine]
     python benchmarks/serve.py --overload
     python benchmarks/serve.py --adapters [--rounds 3]
 
-The second is gptray alone with ten times as many clients as fit, who honour Retry-After: its
-throughput against that with as many clients as fit, before and after. The third serves a model and
-32 adapters of rank 8 on all its layers: 32 clients who name an adapter each, against as many who
-ask the model itself, in turns, with weights in bf16 and in int8.
+--overload tests gptray alone with ten times as many clients as fit, which honour Retry-After: its
+throughput compared with that of as many clients as fit, before and after. --adapters serves a model
+with 32 adapters of rank 8 on all layers: 32 clients that each name an adapter, against 32 that name
+the model, in turns, with weights in bf16 and in int8.
 
-Prints a table and, last, one JSON line with tokens per second and waiting times: a first token's
-from the request on, and between an output's tokens.
+Prints a table and, last, one JSON line with tokens per second and waiting times: from a request to
+its first token, and between an output's tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Measure = Callable[[int], dict[str, Any]]
 
 
 def engine_alone(model_dir: str, seconds: float) -> Measure:
-    """The engine with the requests of that many clients, in one thread."""
+    """The engine in one thread, with the requests of a number of clients."""
     from gptray.config import load_config
     from gptray.generation.loading import open_engine
     from gptray.generation.sequence import Sequence
@@ -85,7 +85,7 @@ def engine_alone(model_dir: str, seconds: float) -> Measure:
 def running_server(
     system: str, model_dir: str, *, weights: str = "none", **settings: Any
 ) -> Iterator[int]:
-    """A server in a process of its own; its port, once it answers."""
+    """Run a server in its own process; yields its port once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,7 +118,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def contest(system: str, model_dir: str, seconds: float) -> None:
-    """One turn of a system: measure as often as is asked on stdin."""
+    """One turn of a system: measure whenever asked on stdin."""
     if system == "engine":
         answer(lambda: engine_alone(model_dir, seconds))
         return
@@ -127,7 +127,7 @@ def contest(system: str, model_dir: str, seconds: float) -> None:
 
 
 def measure(args: argparse.Namespace, levels: list[int], systems: list[str]) -> dict[str, Any]:
-    """Every system's reports, of all rounds, at each number of clients."""
+    """Every system's reports, one per round, at each number of clients."""
     reports: dict[str, Any] = {system: {level: [] for level in levels} for system in systems}
     with tempfile.TemporaryDirectory() as folder:
         make_model(args.shape, Path(folder))
@@ -144,7 +144,7 @@ def measure(args: argparse.Namespace, levels: list[int], systems: list[str]) -> 
 
 
 def overload(shape: str, seconds: float) -> dict[str, Any]:
-    """Reports of as many clients as find room, of ten times as many, and of the first again."""
+    """Reports with as many clients as fit, with ten times as many, and again as at first."""
     room = 2 * BATCH_SIZE
     reports = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +159,7 @@ def overload(shape: str, seconds: float) -> dict[str, Any]:
 
 
 def adapted(shape: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """What clients who name an adapter each get of what as many get who ask the model."""
+    """The throughput of clients that each name an adapter, relative to those naming the model."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         base, adapters = Path(folder, "base"), Path(folder, "adapters")
@@ -174,7 +174,7 @@ def adapted(shape: str, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def in_turns(port: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Reports of clients who ask a server's model, and of as many who name an adapter each."""
+    """Reports of clients that name a server's model, and of as many that each name an adapter."""
     reports: dict[str, list[dict[str, Any]]] = {"base": [], "adapters": []}
     names = adapter_names(port)
     for _ in range(rounds):
@@ -185,7 +185,7 @@ def in_turns(port: int, seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def save_adapters(model_dir: Path, folder: Path) -> None:
-    """Adapters of a model, with random weights, each in a folder of its own."""
+    """Save adapters of a model with random weights, each in its own folder."""
     import torch
 
     from gptray.config import LoraConfig
@@ -203,7 +203,7 @@ def save_adapters(model_dir: Path, folder: Path) -> None:
 
 
 def adapter_names(port: int) -> list[str]:
-    """What a server calls the adapters that it serves."""
+    """The names under which a server serves its adapters."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(f"http://127.0.0.1:{port}/v1/models", timeout=START_S) as answered:
         names = [one["id"] for one in json.load(answered)["data"]]
@@ -213,7 +213,7 @@ def adapter_names(port: int) -> list[str]:
 
 
 def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of several: every figure's median."""
+    """Merge several reports into one with every figure's median."""
     merged: dict[str, Any] = {}
     for name, value in reports[0].items():
         values = [report[name] for report in reports if report[name] is not None]
@@ -225,7 +225,7 @@ def middle(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ratios(reports: dict[str, Any], figure: Callable[[Any], Any]) -> dict[str, dict[int, float]]:
-    """gptray's figure by each other system's."""
+    """gptray's figure divided by each other system's."""
     ours = reports.get("gptray", {})
     return {
         f"gptray/{other}": {

@@ -1,8 +1,8 @@
-"""Clients of a completions server, each with one request at a time, and what they see of it.
+"""Clients of a completions server, each with one request at a time, and the latencies they measure.
 
-Raw asyncio streams, for a client takes CPU time from the server. A window of time is
-measured, after the clients have begun; what runs into it and out of it counts for its part. Who is
-refused comes back when he is told to.
+Raw asyncio streams, since clients take CPU time from the server. Measuring starts after a warm-up
+and covers a fixed window; a request that overlaps either end counts for the part inside. A refused
+client retries after the seconds that Retry-After names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-# Lengths of prompts and outputs, all equally likely.
+# Shortest and longest prompt and output; uniform in between.
 PROMPT_TOKENS, NEW_TOKENS = (16, 128), (16, 128)
 VOCABULARY, TOP_K = 50_000, 50
 WARM_UP_S = 5.0
@@ -29,7 +29,7 @@ _COUNT = re.compile(rb'"completion_tokens":\s*([0-9]+)')
 
 @dataclass
 class Ask:
-    """What one request asks for."""
+    """One completion request."""
 
     prompt: list[int]
     new_tokens: int
@@ -37,7 +37,7 @@ class Ask:
 
 
 def asks() -> Iterator[Ask]:
-    """The same requests in the same order at each call."""
+    """An endless sequence of requests, the same for every call."""
     rng = np.random.default_rng(0)
     for seed in itertools.count():
         length, new_tokens = (int(rng.integers(a, b + 1)) for a, b in (PROMPT_TOKENS, NEW_TOKENS))
@@ -46,7 +46,7 @@ def asks() -> Iterator[Ask]:
 
 @dataclass
 class Answer:
-    """What came of a request so far."""
+    """The tokens of a request so far and their times."""
 
     began: float = field(default_factory=time.perf_counter)
     tokens: int = 0
@@ -56,7 +56,7 @@ class Answer:
 
 
 class Window:
-    """The time that is measured, and all answers that it saw."""
+    """The measured span of time and the answers that fall into it."""
 
     def __init__(self, seconds: float) -> None:
         self.begin = time.perf_counter() + WARM_UP_S
@@ -66,7 +66,7 @@ class Window:
 
     @property
     def left(self) -> float:
-        """Seconds to the end."""
+        """Seconds until the end."""
         return max(0.0, self.end - time.perf_counter())
 
     def new_answer(self) -> Answer:
@@ -74,12 +74,12 @@ class Window:
         return self._answers[-1]
 
     def refused(self, answer: Answer) -> None:
-        """It will never be one."""
+        """Drop the answer and count a refusal."""
         self._answers.remove(answer)
         self._refused += self.begin <= time.perf_counter() < self.end
 
     def got(self, answer: Answer, tokens: int, *, ended: bool) -> None:
-        """An answer has so many tokens now."""
+        """Record that an answer now has this many tokens."""
         now = time.perf_counter()
         if self.begin <= now < self.end:
             self._tokens += tokens - answer.tokens
@@ -88,10 +88,10 @@ class Window:
         answer.tokens, answer.last, answer.ended = tokens, now, ended
 
     def report(self) -> dict[str, Any]:
-        """Rates, and the median and 99th percentile of waiting times in seconds."""
+        """Rates, and the median and 99th percentile of latencies in seconds."""
         seconds = self.end - self.begin
         ended = [a for a in self._answers if a.ended and self.begin <= a.last < self.end]
-        # Who still waits for the first token has waited at least until the end.
+        # A client still waiting for its first token has waited at least until the end.
         firsts = [(a.first or self.end, a.began) for a in self._answers if a.began < self.end]
         waits = [min(first, self.end) - began for first, began in firsts if first >= self.begin]
         steps = [(a.last - (a.first or 0)) / (a.tokens - 1) for a in ended if a.tokens > 1]
@@ -112,9 +112,9 @@ def _quantiles(values: list[float]) -> dict[str, float | None]:
 
 
 def load(port: int, clients: int, seconds: float, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Have that many clients ask a server for the time of a window.
+    """Report on a server under the load of this many clients for one window.
 
-    names: of models, one for each client; without any, no request names one.
+    names: a model for each client; by default, requests name none.
     """
     return asyncio.run(_load(port, clients, seconds, names))
 
@@ -135,16 +135,16 @@ async def _load(port: int, clients: int, seconds: float, names: Sequence[str]) -
             task.result()
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    # What the server still does for those that went away is not the next level's.
+    # Work left over from disconnected clients must not slow the next measurement.
     while wait := await _complete(port, Ask([1], 1, 0), window):
         await asyncio.sleep(wait)
     return window.report()
 
 
 async def _complete(port: int, ask: Ask, window: Window, name: str | None = None) -> int:
-    """One completion as a stream; the seconds to wait if it is refused, 0 if it is there.
+    """Stream one completion; return 0, or the seconds to wait if it was refused.
 
-    name: of a model that is served. Raises RuntimeError for an answer that is none.
+    name: of a served model. Raises RuntimeError for any other error or a truncated answer.
     """
     body = json.dumps(
         {
@@ -178,7 +178,7 @@ async def _complete(port: int, ask: Ask, window: Window, name: str | None = None
                 if tokens > answer.tokens:
                     window.got(answer, tokens, ended=tokens == ask.new_tokens)
         if not answer.ended:
-            raise RuntimeError(f"{answer.tokens} of {ask.new_tokens} tokens came")
+            raise RuntimeError(f"got only {answer.tokens} of {ask.new_tokens} tokens")
         return 0
     finally:
         writer.close()

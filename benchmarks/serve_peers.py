@@ -1,10 +1,10 @@
 """Servers that benchmarks/serve.py measures, each a process: python serve_peers.py KIND FOLDER PORT
 
 app: gptray's routes on uvicorn, without Ray. hf: FastAPI and transformers' generate, one request
-at a time. batch: transformers' generate over batches of up to 32 by Ray Serve's @serve.batch, with
-an event for every eighth token, since Serve's proxy takes as long for one as the model for a token;
-who is done early is held until its batch is, for then all ask again at once and the next batch
-fills. All stream, in bf16, and stop at SIGTERM.
+at a time. batch: transformers' generate over batches of up to 32 from Ray Serve's @serve.batch,
+with an event for every eighth token, since Serve's proxy takes as long per event as the model per
+token; finished requests are held until their whole batch is done, so that all clients ask again
+together and fill the next batch. All stream, in bf16, and stop on SIGTERM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_CLIENTS, EVENT_STEPS = 256, 8
 
 
 class HuggingFace:
-    """transformers' model and what it gives at each of its steps."""
+    """A transformers model that streams the tokens of each decoding step."""
 
     def __init__(self, model_dir: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +40,7 @@ class HuggingFace:
         self._model.generation_config.eos_token_id = None
 
     def generate(self, bodies: Sequence[Any], tell: Callable[[list[str]], None]) -> None:
-        """Complete a batch, padded on the left; tell every row's event at each step."""
+        """Complete a left-padded batch; pass one event per row to `tell` at each step."""
         longest = max(len(body["prompt"]) for body in bodies)
         pads = [longest - len(body["prompt"]) for body in bodies]
         ids = torch.tensor([[0] * pad + b["prompt"] for pad, b in zip(pads, bodies, strict=True)])
@@ -68,7 +68,7 @@ class HuggingFace:
 
 
 class _Steps:
-    """What `generate` takes for a streamer: it gets the prompts, then every step's tokens."""
+    """A streamer for `generate`, which puts the prompts first, then the tokens of each step."""
 
     def __init__(self, tell: Callable[[int, list[int]], None]) -> None:
         self._step, self._tell = 0, tell
@@ -83,11 +83,11 @@ class _Steps:
 
 
 class ClientGone(Exception):
-    """Ends a generation for which nobody waits."""
+    """Aborts a generation whose client has disconnected."""
 
 
 class OneAtATime:
-    """A thread that completes requests in the order in which they came."""
+    """A thread that completes requests in order of arrival."""
 
     def __init__(self, model: HuggingFace) -> None:
         self._model = model
@@ -198,7 +198,7 @@ def _run_uvicorn(app: Any, port: int) -> None:
 
 
 if __name__ == "__main__":
-    # Blocked in every thread before there is another, so that sigwait gets it.
+    # Block SIGTERM before any thread starts, so that all inherit the mask and sigwait receives it.
     if sys.argv[1] == "batch":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     {"app": app, "hf": hf, "batch": batch}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))

@@ -1,7 +1,7 @@
 """Peak memory of a worker under ddp and fsdp: GPT-2 124M on two CPU workers, in one run.
 
-Training alone, and with an evaluation: validation, checkpoint, samples. The batch is small, so that
-weights and the optimizer's state are what takes memory.
+Measured after training, and again after an evaluation (validation, checkpoint, samples). The batch
+is small, so that weights and optimizer state dominate.
 
     python benchmarks/sharding.py [--precision fp32] [--block-size 64] [--steps 3]
 """
@@ -78,7 +78,7 @@ def worker(rank: int, config: Config, data_dir: Path, folder: Path, port: int, s
 
 
 def peak() -> float:
-    """GiB that this process has held at most. Linux counts in KiB."""
+    """Peak resident memory of this process in GiB; Linux reports KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

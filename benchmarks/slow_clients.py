@@ -1,9 +1,9 @@
-"""The endpoint with a thousand slow clients of one kind at a time, next to a few good ones.
+"""The endpoint under a thousand slow clients of one kind at a time, beside a few good ones.
 
 Kinds: headers (a request's headers never end), body (half a body, then a byte at a time), unread (a
-stream is requested and never read), idle (kept alive after one answer). A refused client comes
-back at once. Good clients request short completions in a loop; the 99th percentile of their times
-is compared with that before and after, without the slow ones.
+stream is requested and never read), idle (kept alive after one answer). A slow client that is
+disconnected reconnects at once. Good clients request short completions in a loop; the 99th
+percentile of their latencies is compared with that before and after, without slow clients.
 
     python benchmarks/slow_clients.py [--connections 1000] [--kinds headers,body,unread,idle]
 
@@ -33,7 +33,7 @@ from serve import running_server
 
 KINDS = ("headers", "body", "unread", "idle")
 GOOD_CLIENTS, NEW_TOKENS = 4, 16
-# Connections opened in a second, and seconds between two bytes.
+# Connections opened per second, and seconds between two bytes.
 OPENED_PER_S, DRIP_S = 100, 5.0
 SPARE_FILES = 100
 
@@ -47,7 +47,7 @@ def request(path: str, body: dict[str, Any] | None = None) -> bytes:
 
 
 async def slow_client(kind: str, port: int) -> None:
-    """One connection after another, each as slow as the server allows."""
+    """Open one connection after another, each held as long as the server allows."""
     body = {"prompt": [1] * 250, "max_tokens": 1, "stream": True}
     completion = request("/v1/completions", body)
     first = {
@@ -77,7 +77,7 @@ async def _until_end(reader: asyncio.StreamReader) -> None:
 
 
 def slow_clients(kind: str, port: int, connections: int, opened: Event) -> None:
-    """All slow clients, in their own process, which is killed in the end."""
+    """Run all slow clients, in their own process, which is killed in the end."""
 
     async def run() -> None:
         running = set()
@@ -113,7 +113,7 @@ def slow(kind: str, port: int, connections: int) -> Iterator[None]:
 
 
 def wait_for_idle_engine(port: int) -> None:
-    """Wait until no sequence runs or waits: by then unread answers have been written."""
+    """Wait until no sequence runs or waits, so that all unread answers have been written."""
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
@@ -124,7 +124,7 @@ def wait_for_idle_engine(port: int) -> None:
 
 
 def good_clients(port: int, seconds: float) -> dict[str, Any]:
-    """Counts and times, in seconds, of good clients' answers, and the longest time of /health."""
+    """Counts and latencies (seconds) of good clients' answers, and the slowest /health."""
     took: list[float] = []
     health: list[float] = []
     refused = 0
@@ -174,19 +174,19 @@ def good_clients(port: int, seconds: float) -> dict[str, Any]:
 
 
 def measure(port: int, kinds: list[str], connections: int, seconds: float) -> dict[str, Any]:
-    """Reports for each kind and for the quiet times around it."""
+    """Reports for each kind and for the quiet periods around it."""
     good_clients(port, 3.0)
     reports = {"quiet": [good_clients(port, seconds)]}
     for kind in kinds:
         with slow(kind, port, connections):
             reports[kind] = [good_clients(port, seconds)]
-        time.sleep(2.0)  # the server notices that they are gone
+        time.sleep(2.0)  # lets the server notice that they are gone
         reports["quiet"].append(good_clients(port, seconds))
     return reports
 
 
 def room_for(connections: int) -> None:
-    """Let this process, and the server, which inherits the limit, open that many files."""
+    """Raise the open file limit for this process and the server, which inherits it."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most < connections + SPARE_FILES:
         sys.exit(f"{connections} connections need more files than the {most} of `ulimit -Hn`")

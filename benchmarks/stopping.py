@@ -1,14 +1,14 @@
-"""Stops every job by a signal, to its driver or its process group, and checks what is left.
+"""Stop every job by a signal to its driver or process group, and check that nothing is left.
 
   python benchmarks/stopping.py
   python benchmarks/stopping.py --jobs train serve --ways group-TERM kill-raylet
 
 Each job runs on a tiny model and text and is stopped while it works: by SIGTERM or SIGINT to the
 driver or to the whole process group (as `timeout`, a service manager or Ctrl-C in a terminal send
-them), by SIGKILL to the driver, or by the death of one of its Ray processes. The table has the
-exit code, the seconds to the exit and until the job's last process was gone, and whether the same
-command then resumed and succeeded. Prints, last, one JSON line; exit code 1 if a stop took longer
-than ten seconds, left a process, printed a traceback or did not resume.
+them), by SIGKILL to the driver, or by killing one of its Ray processes. The table has the exit
+code, the seconds until the driver exited and until the job's last process was gone, and whether
+the same command then resumed and succeeded. Prints, last, one JSON line; exit code 1 if a stop took
+longer than ten seconds, left a process, printed a traceback or did not resume.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tiny import make_tiny_model, tiny_text
 
 LIMIT_S, START_S = 10.0, 120.0
 MARK = "GPTRAY_STOPPING"
-# What a job prints, or the name of one of its processes, once it is at work.
+# A job is at work once it prints this, or once it has a process of this name.
 BEGUN = {
     "train": "step  30",
     "tune": "ray::ImplicitFunc",
@@ -45,7 +45,7 @@ BEGUN = {
     "generate": "400 rows  ",
     "serve": "serving",
 }
-# The right exit codes, by way; serve drains and exits with 0.
+# Expected exit codes by way; serve drains on SIGTERM and exits with 0.
 CODES = {"TERM": 130, "INT": 130, "KILL": -9, "kill": 1}
 WAYS = ("driver-TERM", "driver-INT", "group-TERM", "group-INT", "twice-TERM", "driver-KILL")
 DEATHS = ("kill-raylet", "kill-gcs_server", "kill-TrainController")
@@ -53,20 +53,20 @@ DEATHS = ("kill-raylet", "kill-gcs_server", "kill-TrainController")
 
 @dataclass
 class Started:
-    """A job's process, what it printed, and every process with its mark."""
+    """A job's driver, the lines it printed, and the mark in the environment of its processes."""
 
     process: subprocess.Popen[str]
     mark: str
-    out: list[str] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
+    stdout: list[str] = field(default_factory=list)
+    stderr: list[str] = field(default_factory=list)
 
-    def has_said(self, word: str) -> bool:
-        return any(word in line for line in self.said)
+    def has_printed(self, word: str) -> bool:
+        return any(word in line for line in self.stderr)
 
     def has_begun(self, word: str) -> bool:
         if word.startswith("ray::"):
             return any(name.startswith(word) for name in self.alive().values())
-        return self.has_said(word)
+        return self.has_printed(word)
 
     def alive(self) -> dict[int, str]:
         """The names of the job's running processes, by process id."""
@@ -82,7 +82,7 @@ class Started:
 
 
 def start(command: Sequence[str], env: Mapping[str, str]) -> Started:
-    """Start a job in a process group of its own, as a shell or a service manager does."""
+    """Start a job in its own process group, as a shell or a service manager does."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command,
@@ -94,13 +94,13 @@ def start(command: Sequence[str], env: Mapping[str, str]) -> Started:
         start_new_session=True,
     )
     started = Started(process, mark)
-    for stream, lines in ((process.stdout, started.out), (process.stderr, started.said)):
+    for stream, lines in ((process.stdout, started.stdout), (process.stderr, started.stderr)):
         threading.Thread(target=lines.extend, args=(stream,), daemon=True).start()
     return started
 
 
 def wait(happened: Callable[[], object], seconds: float) -> float | None:
-    """Seconds until it happened; None if it did not within the limit."""
+    """Wait until it has happened; return the seconds, or None if the time ran out."""
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         if happened():
@@ -110,21 +110,21 @@ def wait(happened: Callable[[], object], seconds: float) -> float | None:
 
 
 def send(started: Started, way: str) -> None:
-    """Stop a job."""
-    whom, _, what = way.partition("-")
+    """Stop a job in one of WAYS or DEATHS."""
+    how, _, what = way.partition("-")
     pid = started.process.pid
-    if whom == "kill":
+    if how == "kill":
         for one, name in started.alive().items():
             if what in name:
                 os.kill(one, signal.SIGKILL)
         return
     number = signal.Signals[f"SIG{what}"]
-    if whom == "group":
+    if how == "group":
         os.killpg(pid, number)
         return
     os.kill(pid, number)
-    if whom == "twice":
-        time.sleep(1.5)  # a signal that comes sooner counts as the same stop
+    if how == "twice":
+        time.sleep(1.5)  # an earlier signal counts as part of the first stop
         with suppress(ProcessLookupError):
             os.killpg(pid, number)
 
@@ -132,7 +132,7 @@ def send(started: Started, way: str) -> None:
 def stop(
     command: Sequence[str], job: str, way: str, env: Mapping[str, str], *, again: bool
 ) -> dict[str, Any]:
-    """Start a job, stop it while it works, wait for its last process, start it again."""
+    """Start a job, stop it at work, wait for its last process to end; if `again`, resume it."""
     began = time.monotonic()
     job_started = start(command, env)
     ready = wait(
@@ -140,7 +140,7 @@ def stop(
     )
     row: dict[str, Any] = {"job": job, "way": way, "ready_s": round(time.monotonic() - began, 1)}
     if ready is None or job_started.process.poll() is not None:
-        row |= {"code": job_started.process.poll(), "error": "".join(job_started.said)[-2000:]}
+        row |= {"code": job_started.process.poll(), "error": "".join(job_started.stderr)[-2000:]}
         finish(job_started)
         return {**row, "good": False}
     stream = Stream(job_started, job)
@@ -151,8 +151,8 @@ def stop(
     row["left"] = sorted(job_started.alive().values())
     row["code"], row["exit_s"] = job_started.process.poll(), code_s and round(code_s, 1)
     row["gone_s"] = None if gone_s is None or code_s is None else round(code_s + gone_s, 1)
-    row["traceback"] = job_started.has_said("Traceback")
-    row["said"] = [line.strip()[:300] for line in job_started.said[-6:]]
+    row["traceback"] = job_started.has_printed("Traceback")
+    row["said"] = [line.strip()[:300] for line in job_started.stderr[-6:]]
     row["stream"] = stream.outcome()
     if stream.ended:
         row["stream_s"] = round(stream.ended - sent, 1)
@@ -175,16 +175,16 @@ def stop(
 
 
 def wanted_codes(job: str, way: str) -> tuple[int, ...]:
-    """The right exit codes; an endpoint that has answered all requests exits with 0."""
-    whom, _, what = way.partition("-")
-    code = CODES[whom if whom == "kill" else what]
+    """The exit codes that are right; an endpoint that has answered all requests exits with 0."""
+    how, _, what = way.partition("-")
+    code = CODES[how if how == "kill" else what]
     if job == "serve" and what == "TERM":
-        return (0, code) if whom == "twice" else (0,)
+        return (0, code) if how == "twice" else (0,)
     return (code,)
 
 
 def finish(started: Started) -> None:
-    """Kill what is left."""
+    """Kill the processes that are left."""
     for pid in started.alive():
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -192,14 +192,14 @@ def finish(started: Started) -> None:
 
 
 class Stream:
-    """One answer that an endpoint streams while it is stopped."""
+    """A streamed answer that is in progress while the endpoint is stopped."""
 
     def __init__(self, started: Started, job: str) -> None:
         self._lines: list[str] = []
         self._thread: threading.Thread | None = None
         self.ended: float | None = None
         if job == "serve":
-            url = json.loads(started.out[0])["url"]
+            url = json.loads(started.stdout[0])["url"]
             self._thread = threading.Thread(target=self._read, args=(url,), daemon=True)
             self._thread.start()
             wait(lambda: len(self._lines) > 10, 30)
@@ -224,7 +224,7 @@ class Stream:
 
 
 def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
-    """The command of each job; the number tells the rounds apart."""
+    """For each job, a function from a round's number, which makes names unique, to the command."""
     text = folder / "text.txt"
     text.write_text(tiny_text(3000), "utf-8")
     large = folder / "large.txt"
@@ -283,9 +283,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", nargs="+", choices=list(BEGUN), default=list(BEGUN))
     parser.add_argument("--ways", nargs="+", choices=[*WAYS, *DEATHS], default=list(WAYS))
-    parser.add_argument("--once", action="store_true", help="do not start the jobs again")
+    parser.add_argument("--once", action="store_true", help="do not resume the jobs")
     arguments = parser.parse_args()
-    # A shell has background jobs ignore SIGINT; the jobs that are stopped here must not.
+    # A shell starts background jobs with SIGINT ignored, which the jobs here must not inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     rows = []
     with tempfile.TemporaryDirectory(prefix="gptray-stop-") as name:

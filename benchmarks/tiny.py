@@ -1,4 +1,4 @@
-"""A tiny model and a tiny text, for benchmarks of behaviour rather than of speed."""
+"""A tiny model and a tiny text for benchmarks of behaviour rather than speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VERBS = ("sees", "likes", "follows", "remembers", "calls")
 
 
 def tiny_text(sentences: int) -> str:
-    """Sentences of a small grammar, the same in every call."""
+    """Sentences of a small grammar, with a fixed seed."""
     rng = random.Random(7)
     return "".join(
         f"{rng.choice(NOUNS)} {rng.choice(VERBS)} {rng.choice(NOUNS)}.\n" for _ in range(sentences)
@@ -18,7 +18,7 @@ def tiny_text(sentences: int) -> str:
 
 
 def make_tiny_model(folder: Path, **shape: int) -> None:
-    """A model folder with random weights, large enough to have clear favourites, and a BPE."""
+    """Write a model folder: a BPE, and random weights large enough to give peaked predictions."""
     from gptray.config import ModelConfig
     from gptray.data.tokenizer import train_bpe
     from gptray.model.gpt import GPT

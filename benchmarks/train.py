@@ -1,13 +1,13 @@
-"""Tokens per second of gptray's training step against a plain loop over transformers' network.
+"""Tokens per second of gptray's training step against a plain loop around a transformers model.
 
-Shapes are of GPT-2 and of Llama. All systems take turns on the same shape and batch, each in a
-process of its own; ratios are medians over rounds.
+Shapes are of GPT-2 and of Llama. All systems take turns on the same shape and batch, each in its
+own process; ratios are medians over rounds.
 
     python benchmarks/train.py [--shape c] [--compile] [--systems hf-fp32,hf-bf16,bf16]
 
-ray-bf16 is the step in a Ray Train worker: its ratio to bf16 is what Ray costs. bf16 trains with
-what train.backend=auto chooses; bf16:native and bf16:torch name the backend. With --rank gptray's
-systems train an adapter of all linear layers, and so does hf-peft, beside a frozen network in bf16.
+ray-bf16 runs the step in a Ray Train worker; its ratio to bf16 is the overhead of Ray. bf16 uses
+the backend that train.backend=auto chooses; bf16:native and bf16:torch name one. With --rank,
+gptray's systems and hf-peft train an adapter of all linear layers beside a frozen bf16 network.
 Prints a table with the peak memory of each process and, last, one JSON line.
 """
 
@@ -38,16 +38,16 @@ from gptray.training.loop import train_step
 from gptray.training.run import start
 from gptray.training.workers import Workers
 
-# What one system does in a step, in the order of its training.
+# One training step of a system.
 Step = Callable[[], None]
-# Does a job: runs a few steps and returns the mean seconds of one, or tells its peak memory in MB.
+# Runs a job. STEPS: a few steps, giving the mean seconds of one. PEAK: the peak memory in MB.
 Timed = Callable[[int], float]
 STEPS, PEAK = range(2)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """An adapter of all linear layers, and the folder of the model that it adapts."""
+    """The rank of an adapter of all linear layers, and the folder of its base model."""
 
     rank: int
     base: str
@@ -61,13 +61,13 @@ class Shape:
     block_size: int
     batch_size: int
     vocab_size: int
-    # Of a Llama; 0: GPT-2.
+    # Llama only; 0 for a GPT-2.
     n_kv_head: int = 0
     n_inner: int = 0
 
     @property
     def network(self) -> dict[str, object]:
-        """Fields of the section model."""
+        """Values of the config's model section."""
         names = ("n_layer", "n_head", "n_embd")
         fields = {name: getattr(self, name) for name in names} | {"n_positions": self.block_size}
         if not self.n_kv_head:
@@ -78,12 +78,12 @@ class Shape:
 
 
 SHAPES = {
-    # nanoGPT's recipe for a CPU, and for characters on a GPU with a quarter of its batch
+    # nanoGPT's character recipes: for a CPU, and for a GPU with a quarter of its batch
     "a": Shape(4, 4, 128, 64, 12, 65),
     "b16": Shape(6, 6, 384, 256, 16, 65),
     # the quick start
     "quick": Shape(2, 4, 256, 128, 16, 2048),
-    # GPT-2 124M, its vocabulary padded
+    # GPT-2 124M with a padded vocabulary
     "c": Shape(12, 12, 768, 256, 4, 50304),
     # configs/llama_small.yaml
     "llama": Shape(2, 4, 128, 128, 16, 2048, n_kv_head=2, n_inner=352),
@@ -98,7 +98,7 @@ OF_BACKENDS = ("bf16:native", "bf16:torch")
 def gptray_step(
     shape: Shape, system: str, adapted: Adapted | None, *, compiled: bool, device: torch.device
 ) -> Step:
-    """gptray's own training step, batches and dropout seeds included."""
+    """gptray's own training step, including its batches and dropout seeds."""
     precision, _, backend = system.partition(":")
     network, adapter = shape.network, dict[str, object]()
     if adapted:
@@ -119,7 +119,7 @@ def gptray_step(
         }
     )
     folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)  # batches are read from it
+    atexit.register(folder.cleanup)  # not earlier: batches are read from it
     run_dir = Path(folder.name)
     data = random_tokens(run_dir / "tokens", shape.vocab_size)
     run = start(config, data, run_dir, workers=Workers.current(), device=device)
@@ -152,7 +152,7 @@ def hf_gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size:
 
 
 def hf_llama(shape: Shape) -> nn.Module:
-    """transformers' Llama with a tied head."""
+    """transformers' Llama with tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -173,13 +173,13 @@ def hf_llama(shape: Shape) -> nn.Module:
 
 
 def hf_network(shape: Shape) -> nn.Module:
-    """transformers' network of a shape."""
+    """transformers' model of a shape."""
     fields = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size
     return hf_llama(shape) if shape.n_kv_head else hf_gpt2(*fields)
 
 
 def save_base(shape: Shape, folder: str) -> None:
-    """Write a network to adapt."""
+    """Write a base model to adapt."""
     from transformers import PreTrainedModel
 
     network = hf_network(shape)
@@ -188,7 +188,7 @@ def save_base(shape: Shape, folder: str) -> None:
 
 
 def peft_network(adapted: Adapted) -> nn.Module:
-    """A network frozen in bf16 and an adapter of PEFT's, fp32, beside it."""
+    """A frozen bf16 model with PEFT's fp32 adapter."""
     import peft
     from transformers import AutoModelForCausalLM
 
@@ -203,7 +203,7 @@ def peft_network(adapted: Adapted) -> nn.Module:
 
 
 def hf_step(shape: Shape, kind: str, adapted: Adapted | None, *, device: torch.device) -> Step:
-    """The step that people write around transformers: autocast, clipping, fused AdamW."""
+    """The usual loop around transformers: autocast, gradient clipping, fused AdamW."""
     model = peft_network(adapted) if adapted else hf_network(shape)
     model.to(device).train()
     learns = [one for one in model.parameters() if one.requires_grad]
@@ -231,7 +231,7 @@ def timed(
     compiled: bool,
     device: str,
 ) -> Timed:
-    """Make a system; the function does its jobs."""
+    """Build a system; return the function that runs its jobs."""
     on = torch.device(device)
     if system.startswith("hf-"):
         step = hf_step(shape, system.removeprefix("hf-"), adapted, device=on)
@@ -241,7 +241,7 @@ def timed(
     def run(job: int) -> float:
         if job == PEAK:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        step()  # finds cold caches
+        step()  # warm-up
         begin = time.perf_counter()
         for _ in range(steps):
             step()
@@ -259,9 +259,9 @@ def timed_on_ray(
     compiled: bool,
     device: str,
 ) -> Timed:
-    """The same in a Ray Train worker, with the controller and all that looks after it.
+    """`timed` in a Ray Train worker, with its controller and other actors running.
 
-    Turns and times go through a socket: any actor more would cost what is to be measured.
+    Jobs and results go through a socket: an extra actor would add to the overhead being measured.
     """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -304,7 +304,7 @@ def result(
     compiled: bool,
     rounds: int,
 ) -> dict[str, Any]:
-    """Tokens per second (medians) of each system and the ratio of ours to each of HF's."""
+    """Median tokens per second of each system, and ratios of ours to those of HF and Ray."""
     tokens = shape.batch_size * shape.block_size
     return {
         "shape": shape_name,

@@ -1,22 +1,22 @@
-"""What a sweep's rungs save and what they cost, against the same trials all run to their end.
+"""What a sweep's rungs save and cost, against the same trials all run to their end.
 
     python benchmarks/tune.py shakespeare.txt chat.csv [--small] [--sweep] [--folder runs/tune]
     python benchmarks/tune.py book.txt --seeds 1 2 tune.grace_period=2
 
 For each text and seed, all trials of configs/overfitting_sweep.yaml, or of another config, run
 without rungs. Then the sweep is replayed on their curves: in the order in which the seed draws
-the trials, and in 50 random ones. With --sweep the sweep of the first seed runs for real, too.
+the trials, and in 50 random ones. With --sweep the sweep of the first seed also runs for real.
 
-Of a text the first --characters are read, of which the last validate, as data.split says; of a .csv
-the first two columns, rows shuffled. Each trial has one core, as many run at once as there are:
-the five grids of a text take about an hour on two cores, with --small (half the width, blocks of
-64, a vocabulary of 1,024) a quarter of that. What FOLDER has curves of is not run again, so a
-benchmark that was stopped goes on. Further arguments are keys of the config for all trials and
-sweeps; rungs and tune.num_samples may differ from one call to the next at no cost.
+The first --characters of a text are used, the last of them for validation, as data.split says; of a
+.csv, the first two columns with rows shuffled. Each trial has one core, with one trial per core at
+a time: the five grids of a text take about an hour on two cores, or a quarter of that with --small
+(half the width, blocks of 64, a vocabulary of 1,024). Curves already in FOLDER are kept, so a
+stopped benchmark resumes. Further arguments are config keys for all trials and sweeps; changing
+rungs or tune.num_samples between calls reruns nothing.
 
-Prints a table and, last, one JSON line. `share`: steps of the sweep, of the grid's. `behind`: how
-far the winner is above the grid's best, as a share of its loss. `rank_correlation`: Spearman's, of
-all trials' losses at a rung and their lowest of all steps.
+Prints a table and, last, one JSON line. `share`: the sweep's steps as a share of the grid's.
+`behind`: how far the winner's loss is above the grid's best, as a share of it. `rank_correlation`:
+Spearman's, between the trials' losses at a rung and their lowest at any step.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Figures = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A text, a seed, the keys that both add to the config, and what it resolves to."""
+    """A text, a seed, the config keys for all trials, and the resolved config."""
 
     text: Text
     seed: int
@@ -77,7 +77,7 @@ def main() -> int:
     found = [measure(sweep, grids) for sweep in sweeps]
     show(found)
     real = [
-        really(sweep, given.config, grids, folder)
+        real_sweep(sweep, given.config, grids, folder)
         for sweep in sweeps
         if given.sweep and sweep.seed == given.seeds[0]
     ]
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def small(config: Config) -> list[str]:
-    """Keys that make a config's trials smaller: half the width, in the space as well."""
+    """Keys that shrink a config's trials: half the width, also in the search space, and so on."""
     space = [dict(entry) for entry in config.tune.space]
     for entry in space:
         paths = cast(list[str], entry.get("paths", []))
@@ -133,7 +133,7 @@ def show(found: list[Figures]) -> None:
 
 
 def summary(found: list[Figures]) -> Figures:
-    """The promises, over all texts and seeds."""
+    """Means and extremes over all texts and seeds."""
     behind = [cast(float, row["behind"]) for row in found]
     first = [
         next(iter(cast(Mapping[str, float], row["rank_correlation"]).values())) for row in found
@@ -148,8 +148,8 @@ def summary(found: list[Figures]) -> Figures:
     }
 
 
-def really(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
-    """Run a sweep on Ray, unless that was done; compare it with its grid."""
+def real_sweep(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
+    """Run a sweep on Ray, unless its result is kept; compare it with its grid."""
     name = f"{sweep.text.folder.name}-{sweep.seed}"
     kept = folder / "sweeps" / f"{name}.json"
     if not kept.exists():
@@ -178,7 +178,7 @@ def really(sweep: Sweep, path: Path, grids: Grids, folder: Path) -> Figures:
 def run_sweep(
     sweep: Sweep, path: Path, storage: Path, name: str
 ) -> tuple[dict[str, object], float]:
-    """Run jobs/tune.py; return its JSON line and its seconds."""
+    """Run jobs/tune.py; return its JSON line and the seconds it took."""
     began = time.monotonic()
     command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={path}"]
     command += [*sweep.keys, *sweep.text.keys, f"storage_path={storage}", f"name={name}"]
@@ -190,7 +190,7 @@ def run_sweep(
 
 
 def curve_difference(trials: list[Trial], curves: list[Curve]) -> float:
-    """The most that an evaluation of a sweep's trial and of the same one in the grid differ."""
+    """The largest difference in val_bpb between sweep and grid for the same trial and step."""
     full = {
         (curve.trial.name, row["step"]): row["val_bpb"]
         for curve in curves

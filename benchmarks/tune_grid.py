@@ -1,6 +1,6 @@
-"""The trials of a sweep, each run to its own end without rungs and without Ray: their curves.
+"""Learning curves of a sweep's trials, each run to its own end without rungs and without Ray.
 
-What a folder has curves of is not run again, so a grid that was stopped goes on.
+Curves already in the folder are not run again, so a stopped grid resumes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "dive
 
 @dataclass(frozen=True)
 class Text:
-    """A text cut for training and validation, and its tokens, in a folder of its own."""
+    """A text split into training and validation, and its tokens, in its own folder."""
 
     name: str
     folder: Path
 
     @property
     def keys(self) -> list[str]:
-        """What has a job read the same tokens."""
+        """Config keys that make a job read the same tokens."""
         return [
             f"data.source={self.folder / 'train.txt'}",
             f"data.val_source={self.folder / 'val.txt'}",
@@ -46,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Curve:
-    """A trial that was run to its end, and the seconds that it took."""
+    """A trial that ran to its end, and the seconds it took."""
 
     trial: Trial
     seconds: float
@@ -61,14 +61,14 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Equal for runs that come to the same."""
+        """A hash, equal for runs that give the same result."""
         config = flatten(self.planned.config) | {"name": "", "storage_path": "", "data.source": ""}
         said = json.dumps([self.text.folder.name, config], sort_keys=True, default=list)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def prepare(source: str, config: Config, folder: Path, *, characters: int) -> Text:
-    """Cut the first characters of a text, and encode it as the config says: bpe or char."""
+    """Split the first characters of a text and encode them with the config's kind of tokenizer."""
     from gptray.data.tokenizer import char_tokenizer, train_bpe
 
     whole = whole_text(source)
@@ -95,13 +95,13 @@ def jobs_of(text: Text, config: Config) -> list[Job]:
     trials = plan_trials(config, "grid")
     if len({text_key(planned.config) for planned in trials}) > 1:
         raise SystemExit(
-            "trials that differ in data.* need a text each; leave that out of the space"
+            "trials that differ in data.* need a text each; leave data.* out of the space"
         )
     return [Job(text, planned) for planned in trials]
 
 
 class Grids:
-    """The curves of a folder, which a file keeps."""
+    """The curves of a folder, stored in curves.jsonl."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class Grids:
                 self._rows[row["key"]] = row
 
     def run(self, jobs: Iterable[Job]) -> None:
-        """Run those that have no curve yet, as many at a time as there are cores."""
+        """Run the jobs that have no curve yet, one per core at a time."""
         new = [job for job in jobs if job.key not in self._rows]
         pool = core_pool()
         try:
@@ -129,7 +129,7 @@ class Grids:
             pool.shutdown(cancel_futures=True)
 
     def curves(self, jobs: Sequence[Job]) -> list[Curve]:
-        """Of trials that have run."""
+        """The curves of jobs that have run."""
         return [_curve(job.planned, self._rows[job.key]) for job in jobs]
 
 
@@ -143,7 +143,7 @@ def _curve(planned: Planned, row: Mapping[str, object]) -> Curve:
 
 
 def train(job: Job, folder: Path) -> dict[str, object]:
-    """Run one trial in a process of its own; return its row of curves.jsonl."""
+    """Run one trial in its own process; return its row of curves.jsonl."""
     import torch
 
     from gptray.data.tokens import TokenData
@@ -152,7 +152,7 @@ def train(job: Job, folder: Path) -> dict[str, object]:
 
     began, planned = time.monotonic(), job.planned
     run_dir = folder / "running" / job.key
-    shutil.rmtree(run_dir, ignore_errors=True)  # half a run has half of the seconds
+    shutil.rmtree(run_dir, ignore_errors=True)  # a resumed run would report too few seconds
     ended = fit(
         planned.config, TokenData.open(job.text.folder / "tokens"), run_dir,
         report=lambda metrics, checkpoint: None, sample=lambda model: [],

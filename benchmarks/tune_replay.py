@@ -1,4 +1,4 @@
-"""What a sweep with rungs would have made of the curves of its trials, in any order of arrival."""
+"""Replay a sweep with rungs on the full curves of its trials, in any order of arrival."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gptray.tuning.halving import Halving
 from gptray.tuning.sweep_record import Trial, rungs
 from gptray.tuning.trial_plan import score
 
-# The winner may be this far above the best of all.
+# A winner counts as close if its loss is at most this share above the best.
 CLOSE = 0.005
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A sweep's steps as a share of the grid's, and its winner: rank and distance there."""
+    """A sweep's steps as a share of the grid's, and its winner's rank and distance in the grid."""
 
     share: float
     rank: int
@@ -33,7 +33,7 @@ class Outcome:
 def replay(
     config: Config, curves: Sequence[Curve], order: Iterable[str], *, at_once: int = 2
 ) -> Outcome:
-    """Decide as `gptray.jobs.tune.queue` does, trials of that order `at_once` at a time."""
+    """Decide as `gptray.jobs.tune.queue` does, with trials in this order, `at_once` at a time."""
     by_name = {curve.trial.name: curve for curve in curves}
     halving, waiting, stopped = Halving(config), deque(order), set[str]()
     taken = dict.fromkeys(by_name, 0)  # evaluations made
@@ -61,10 +61,10 @@ def replay(
         clock, name = heapq.heappop(running)
         trial = by_name[name].trial
         taken[name] += 1
-        goes_on = halving.goes_on(name, trial.rows[taken[name] - 1], max_steps=trial.max_steps)
+        continues = halving.continues(name, trial.rows[taken[name] - 1], max_steps=trial.max_steps)
         if taken[name] == len(trial.rows):
             halving.ended(name, trial.outcome)
-        elif goes_on:
+        elif continues:
             run_on(name)
         else:
             halving.ended(name, "stopped")
@@ -87,9 +87,9 @@ def _outcome(curves: Mapping[str, Curve], taken: Mapping[str, int]) -> Outcome:
 
 
 def rank_correlation(trials: Iterable[Trial], rung: int) -> float:
-    """Spearman's, of what trials had at a step and what they came to; ties are none.
+    """Spearman's correlation of trials' losses at a rung and their final scores, assuming no ties.
 
-    Of those that came to the step before any cool-down, which alone are compared there.
+    Only of trials that reached the rung before any cool-down, as rungs compare only these.
     """
     there = {
         trial.name: (next(row["val_bpb"] for row in stable if row["step"] >= rung), score(trial))
@@ -104,10 +104,10 @@ def rank_correlation(trials: Iterable[Trial], rung: int) -> float:
 
 
 def figures(config: Config, curves: Sequence[Curve], *, orders: int) -> dict[str, object]:
-    """What a sweep of this config keeps of its promises on these curves.
+    """How a sweep of this config does on these curves.
 
-    share, rank, behind: in the order in which the seed draws the trials. shares: in others, the
-    least, mean and most; close: in how many of these the winner is within CLOSE of the best.
+    share, rank, behind: in the order in which the seed draws the trials. shares: the least, mean
+    and most in random orders; close: the share of these whose winner is within CLOSE of the best.
     """
     names = [curve.trial.name for curve in curves]
     own = replay(config, curves, names)

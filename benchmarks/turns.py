@@ -1,6 +1,6 @@
-"""Systems that are timed in turns, each in a process of its own with its own settings.
+"""Time systems in turns, each in its own process with its own settings.
 
-A busy machine then slows all of them alike, and none lives with what another switched on.
+A busy machine then slows all of them alike, and none is affected by another's global settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 
 class Contestant:
-    """A process that runs `script --worker system ...` and answers each job: seconds, or more."""
+    """A process that runs `script --worker system ...` and answers each job, often in seconds."""
 
     def __init__(self, script: str, system: str, arguments: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -25,7 +25,7 @@ class Contestant:
             text=True,
         )
         self._system = system
-        self._answer()  # it is ready
+        self._answer()  # wait for "ready"
 
     def ask(self, job: int) -> Any:
         print(job, file=cast(IO[str], self._process.stdin), flush=True)
@@ -38,14 +38,14 @@ class Contestant:
     def _answer(self) -> str:
         line = cast(IO[str], self._process.stdout).readline()
         if not line:
-            raise RuntimeError(f"{self._system} has ended; its own message is above")
+            raise RuntimeError(f"{self._system} exited; its own message is above")
         return line.strip()
 
 
 def answer(prepare: Callable[[], Callable[[int], Any]]) -> None:
-    """The contestant's side: prepare, then answer every job on stdin with what JSON can hold."""
+    """The contestant's side: prepare, then answer every job on stdin with a line of JSON."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep libraries' prints out of the answers
     run = prepare()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -55,7 +55,7 @@ def answer(prepare: Callable[[], Callable[[int], Any]]) -> None:
 def take_turns(
     script: str, systems: Sequence[str], arguments: Sequence[str], jobs: Sequence[int], rounds: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of every system in every round, for each job; a first round is thrown away."""
+    """Seconds by job and system, one for each round after a warm-up round."""
     contestants = {system: Contestant(script, system, arguments) for system in systems}
     seconds: dict[int, dict[str, list[float]]] = {}
     for job in jobs:
@@ -71,5 +71,5 @@ def take_turns(
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times as fast ours is: the median over rounds of each round's ratio."""
+    """How many times as fast ours is: the median of the rounds' ratios."""
     return round(statistics.median(t / o for t, o in zip(theirs, ours, strict=True)), 3)

@@ -1,18 +1,19 @@
-"""How many times more text the recipe for little text is worth.
+"""How many times as much text the recipe for little text is worth.
 
     python benchmarks/worth.py shakespeare.txt chat.csv builtin [--folder runs/worth] [--quick]
 
-A quarter of each text is trained on by configs/little_text.yaml: one model, an ensemble of three,
-and one model that they teach. The old recipe, cosine with dropout and early stopping, gets an
-eighth, a quarter, half and all of it, each time with the best of six settings by the first seed
-(dropout 0, 0.1 or 0.25, a third of the steps or all). A curve through its losses
-(gptray.tuning.text_curve) tells which fraction it needs for the recipe's losses, as far as it goes.
-Three seeds each, with intervals of 95 %.
+configs/little_text.yaml trains on a quarter of each text: one model, an ensemble of three, and one
+model that they teach. The old recipe, cosine with dropout and early stopping, gets an eighth, a
+quarter, half and all of it, each with the best of six settings on the first seed (dropout 0, 0.1 or
+0.25; all of the steps or a third). A curve through its losses (gptray.tuning.text_curve) tells how
+much text it needs to match the recipe's losses, as far as the curve goes. Three seeds each, with
+95 % intervals.
 
-All of a text is 240,000 characters; the last 30,000 validate. Of a .csv the first two columns are
-read, rows shuffled; builtin is read by BPE, all else by characters. A model has two layers of
-width 64 and takes at most 3,000 steps of 8 x 64 tokens. Each run has one core, as many run at once
-as there are. What FOLDER has results of is not run again, so a benchmark that was stopped goes on.
+A whole text is 240,000 characters; 30,000 more, from its end, validate. Of a .csv the first two
+columns are read, rows shuffled; builtin is encoded by BPE, all else by characters. A model has two
+layers of width 64 and takes at most 3,000 steps of 8 x 64 tokens. Each run has one core, with one
+run per core at a time. Results already in FOLDER are kept, so a stopped benchmark resumes.
+
 Prints a table and, last, one JSON line.
 """
 
@@ -45,7 +46,7 @@ OLD = {
     f"dropout {dropout}, {1 / part:.0%} of the steps": (dropout, part)
     for dropout, part in product((0.0, 0.1, 0.25), (3, 1))
 }
-# The recipe, each half of it alone, and what may be added. Keys beyond the recipe's.
+# Config keys on top of the recipe's: none, those that leave one half of it, and possible additions.
 WAYS = {
     "recipe": [],
     "landing alone": ["data.token_replacement=0", "model.dropout=0.1"],
@@ -66,7 +67,7 @@ class Size:
 
     @property
     def pupils(self) -> list[int]:
-        """Their seeds, which no teacher has."""
+        """Seeds of the pupils, none of them a teacher's."""
         return [seed + len(self.seeds) for seed in self.seeds]
 
 
@@ -75,7 +76,7 @@ QUICK = Size(12_000, 3000, steps=15, fractions=(QUARTER, 0.5, 1.0), seeds=(1, 2)
 
 @dataclass(frozen=True)
 class Job:
-    """A run, by what its result is found by again."""
+    """A run, and the key of its result."""
 
     text: str
     fraction: float
@@ -95,9 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="a file, or builtin")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "worth")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny runs, whose figures mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny runs with meaningless figures")
     given = parser.parse_args()
     size = QUICK if given.quick else Size()
     folder = given.folder.resolve() / ("quick" if given.quick else "whole")
@@ -120,7 +119,7 @@ def prepare(text: str, size: Size, folder: Path) -> str:
     name, whole = Path(text).stem, whole_text(text)
     train, val = whole[: size.characters], whole[-size.validation :]
     if len(whole) < size.characters + size.validation:
-        raise SystemExit(f"{text} has {len(whole):,} characters, fewer than training takes")
+        raise SystemExit(f"{text} has {len(whole):,} characters, fewer than the benchmark needs")
     tokenizer = train_bpe([train], 512) if text == "builtin" else char_tokenizer(train + val)
     for fraction in size.fractions:
         part = train[: int(fraction * len(train))]
@@ -129,37 +128,39 @@ def prepare(text: str, size: Size, folder: Path) -> str:
 
 
 def first_jobs(text: str, size: Size) -> list[Job]:
-    """The old recipe's settings with the first seed, and the new one's ways with all."""
+    """The old recipe's settings with the first seed, and all new ways with all seeds."""
     new = [Job(text, QUARTER, way, seed) for way in WAYS for seed in size.seeds]
     return [Job(text, f, way, size.seeds[0]) for f in size.fractions for way in OLD] + new
 
 
 def second_jobs(text: str, size: Size, losses: Losses) -> list[Job]:
-    """What follows from the first: the best old setting with all seeds, and the pupils."""
+    """The jobs that depend on the first: the best old setting with all seeds, and the pupils."""
     best = [(f, best_old(text, f, size, losses)) for f in size.fractions]
     old = [Job(text, fraction, way, seed) for fraction, way in best for seed in size.seeds]
     return old + [Job(text, QUARTER, "pupil", seed) for seed in size.pupils]
 
 
 def best_old(text: str, fraction: float, size: Size, losses: Losses) -> str:
-    """The setting with the lowest loss by the first seed."""
+    """The setting with the lowest loss on the first seed."""
     return min(OLD, key=lambda way: losses[Job(text, fraction, way, size.seeds[0])])
 
 
 def old_losses(text: str, size: Size, losses: Losses) -> dict[float, list[float]]:
-    """Of the best setting, all seeds, by fraction."""
+    """Losses of the best setting, all seeds, by fraction."""
     best = {f: best_old(text, f, size, losses) for f in size.fractions}
     return {f: [losses[Job(text, f, way, seed)] for seed in size.seeds] for f, way in best.items()}
 
 
 def new_losses(text: str, size: Size, losses: Losses) -> dict[str, list[float]]:
-    """Of all seeds, by way."""
+    """Losses of all seeds, by way."""
     seeds = dict.fromkeys(WAYS, list(size.seeds)) | {"pupil": size.pupils}
-    return {way: [losses[Job(text, QUARTER, way, one)] for one in of] for way, of in seeds.items()}
+    return {
+        way: [losses[Job(text, QUARTER, way, seed)] for seed in own] for way, own in seeds.items()
+    }
 
 
 class Bench:
-    """The runs of a folder and their losses, which a file keeps."""
+    """The runs of a folder and their losses, stored in results.jsonl."""
 
     def __init__(self, folder: Path, size: Size) -> None:
         self._folder, self._size = folder, size
@@ -171,7 +172,7 @@ class Bench:
                 self.losses[Job(*(row[key] for key in Job.__annotations__))] = row["loss"]
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run those that have no result yet."""
+        """Run the jobs that have no result yet."""
         new = [job for job in dict.fromkeys(jobs) if job not in self.losses]
         pool = core_pool()
         try:
@@ -189,7 +190,7 @@ class Bench:
         print(f"{job.name:50} {result['loss']:.4f}  {result['seconds']:6.0f} s", flush=True)
 
     def ensemble(self, text: str) -> float:
-        """The loss of the recipe's models together."""
+        """The loss of the ensemble of the recipe's models."""
         import torch
 
         from gptray.data.scoring import Windows
@@ -213,7 +214,7 @@ def members(text: str, size: Size, folder: Path) -> list[str]:
 
 
 def train(job: Job, size: Size, folder: Path) -> dict[str, float]:
-    """Run one job in a process of its own; keep the model if it is to teach."""
+    """Run one job in its own process; keep the model if it is a teacher."""
     import torch
 
     from gptray.config import load_config

@@ -1,4 +1,4 @@
-"""What every Python client's script shares: its calls are made one by one and reported."""
+"""Shared by all Python clients' scripts: makes a client's calls one by one and reports them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPT, PROMPTS = "the cat sat", ["the cat", "on the mat", "a dog"]
 
 
 def report(calls: Mapping[str, Callable[[], Any]]) -> None:
-    """Print a JSON line per call: what it gave, or the error that it ended with."""
+    """Print a JSON line per call, with its result or its error."""
     for name, call in calls.items():
         try:
             said, ok = call(), True
@@ -22,7 +22,7 @@ def report(calls: Mapping[str, Callable[[], Any]]) -> None:
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """The error of a call that an endpoint of completions cannot answer, if it says what can."""
+    """The error of an unsupported call; AssertionError unless it names what is supported."""
     try:
         call()
     except Exception as error:
@@ -32,18 +32,18 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def same(first: Any, second: Any) -> Any:
-    """What two calls with one seed gave, if it is the same; else an AssertionError."""
+    """The result of two calls with the same seed; AssertionError if they differ."""
     assert first == second, f"{first!r} is not {second!r}"
     return first
 
 
 def without(stop: str, text: str) -> str:
-    """A text that a stop string has ended, if that is not in it; else an AssertionError."""
+    """A text that ended at a stop string; AssertionError if it contains the stop string."""
     assert stop not in text, f"{stop!r} is in {text!r}"
     return text
 
 
 def counted(number: int, found: list[Any]) -> list[Any]:
-    """The list, if it is so long; else an AssertionError."""
+    """The list; AssertionError unless it has `number` items."""
     assert len(found) == number, f"{len(found)} for {number}"
     return found

@@ -1,4 +1,4 @@
-"""langchain-openai: its class for completions, OpenAI."""
+"""langchain-openai: its classes OpenAI (completions) and ChatOpenAI."""
 
 from typing import Any
 

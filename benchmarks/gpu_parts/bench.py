@@ -1,4 +1,4 @@
-"""What all parts of `gpu.py` share: the device, the clock, and where figures go."""
+"""Shared by all parts of `gpu.py`: the device, the clock and the results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ import torch
 
 
 class OutOfTime(Exception):
-    """The run has taken the seconds that it was given."""
+    """The run has used up its time."""
 
 
 class Bench:
     """One run of the benchmark.
 
-    tiny: the shapes of a dry run. scratch: a folder that goes with the run. data: prepared text, if
-    the user has some. limit_s: when to end. `results` has every figure by name, `failures` what did
-    not work.
+    tiny: use a dry run's shapes. scratch: a temporary folder. data: prepared text, if given.
+    limit_s: when to end. `results` has every figure by name, `failures` the names of what failed.
     """
 
     def __init__(
@@ -48,19 +47,19 @@ class Bench:
         return time.perf_counter() - self._begin
 
     def say(self, text: str) -> None:
-        """Print a line. Raises OutOfTime where it was the last for which there was time."""
+        """Print a line. Raises OutOfTime if the time is up."""
         print(f"[{self.clock():5.0f}s] {text}", flush=True)
         if self.clock() >= self._limit_s:
             raise OutOfTime
 
     def keep(self, name: str, value: Any) -> None:
-        """Keep a figure; the file has it at once."""
+        """Record a figure, and write it to the file at once."""
         self.results[name] = value
         if self._out:
             self._out.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
     def fail(self, name: str, error: Exception) -> None:
-        """Say and keep that something did not work."""
+        """Print and record a failure."""
         self.failures.append(name)
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
         self.keep(name, {"failed": reason})
@@ -72,7 +71,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, call: Callable[[], object], *, warm: int = 3, times: int = 10) -> float:
-        """Median seconds of a call, the GPU's part included."""
+        """Median seconds of a call, including its work on the GPU."""
         for _ in range(warm):
             call()
         self.wait()
@@ -85,7 +84,7 @@ class Bench:
         return statistics.median(taken)
 
     def free(self) -> None:
-        """Give back the memory of what is gone, on the GPU too."""
+        """Free unused memory, also on the GPU."""
         gc.collect()
         if self.on_gpu:
             torch.cuda.empty_cache()

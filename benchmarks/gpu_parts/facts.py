@@ -1,4 +1,4 @@
-"""The card's own limits, which every other figure is to be held against."""
+"""The GPU's own limits, to compare all other figures with."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def facts(bench: Bench) -> None:
 
 
 def gemm_rate(bench: Bench) -> float:
-    """FLOP/s of a large bf16 product of random numbers."""
+    """FLOP/s of a large bf16 matrix product of random numbers."""
     size = 256 if bench.tiny else 8192
     a, b = (torch.randn(size, size, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / bench.seconds(lambda: a @ b)
 
 
 def copy_rate(bench: Bench) -> float:
-    """Bytes per second, read and written, of a large copy in the card's memory."""
+    """Bytes per second, read plus written, of a large copy in the GPU's memory."""
     source = torch.empty(1 << (20 if bench.tiny else 30), device=bench.device)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / bench.seconds(lambda: target.copy_(source))
 
 
 def attention(bench: Bench, name: str, kernel: SDPBackend, *, deterministic: bool) -> None:
-    """One attention kernel, forward and backward, at GPT-2 124M's shape and 12 sequences."""
+    """Time an attention kernel, forward and backward, for GPT-2 124M's shape and 12 sequences."""
     title = f"facts: attention by {name}{', deterministic' if deterministic else ''}"
     torch.use_deterministic_algorithms(deterministic)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each kernel that was not chosen, and why
+            warnings.simplefilter("ignore")  # PyTorch warns why it did not choose other kernels
             ms = bench.seconds(attention_step(bench, kernel)) * 1e3
-    except RuntimeError:  # the card, the library or determinism does not have it
+    except RuntimeError:  # not available on this GPU, in this build or with determinism
         bench.keep(title, None)
         bench.say(f"{title}: not available")
     else:

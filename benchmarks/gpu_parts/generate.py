@@ -54,7 +54,7 @@ def generate(bench: Bench) -> None:
 
 
 def contest(bench: Bench, engine: Engine, peer: Any, batch: int, new_tokens: int) -> None:
-    """Both in turns, a round to warm up and three that count; prompts are read in them too."""
+    """Time both in turns: a warm-up round and three that count, including prefill."""
     runs = {
         "gptray": gptray_run(engine, batch, new_tokens),
         "transformers": transformers_run(bench, peer, batch, new_tokens),
@@ -79,7 +79,7 @@ def contest(bench: Bench, engine: Engine, peer: Any, batch: int, new_tokens: int
 
 
 def model_folder(bench: Bench) -> Path:
-    """GPT-2 124M with random weights, made once."""
+    """A folder of GPT-2 124M with random weights, made once."""
     folder = bench.scratch / "model"
     if not folder.exists():
         make_model("tiny" if bench.tiny else "124m", folder)
@@ -131,7 +131,7 @@ def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int) -> R
 
 
 def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -> float:
-    """What reading the weights and each sequence's keys and values once takes, in bf16."""
+    """The seconds to read the weights, and each sequence's keys and values, once in bf16."""
     shape = SHAPES["tiny" if bench.tiny else "124m"]
     n_layer, n_embd = int(shape["n_layer"]), int(shape["n_embd"])
     weights = 12 * n_layer * n_embd**2 + 50257 * n_embd
@@ -140,7 +140,7 @@ def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -
 
 
 def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
-    """Time the steps of a full batch, and look at one through the profiler."""
+    """Time the steps of a full batch, and profile one."""
     seen: dict[str, Any] = {}
     seconds = step_seconds(
         bench, engine, batch, lambda: seen.update(profiled_step(bench, engine.step))
@@ -153,7 +153,7 @@ def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
 def step_seconds(
     bench: Bench, engine: Engine, batch: int, then: Callable[[], object] = lambda: None
 ) -> float:
-    """Of a step of a full batch, which is still there for `then`."""
+    """Seconds of a step with a full batch, which still runs when `then` is called."""
     sampling = Sampling(max_new_tokens=400, top_k=TOP_K, ignore_eos=True)
     assert PROMPT_TOKENS + 400 < N_POSITIONS
     running = [engine.submit(Sequence(ids, sampling)) for ids in prompts(batch, 1)]

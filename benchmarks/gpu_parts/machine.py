@@ -1,4 +1,4 @@
-"""Which machine a figure is from."""
+"""Describes the machine that a figure is from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """The GPU, its driver, the processor and the versions; "" for what cannot be found out."""
+    """The GPU, its driver, the processor and versions; "" for what is unknown."""
     on_gpu = device.type == "cuda"
     cores = len(os.sched_getaffinity(0))
     return {
@@ -43,7 +43,7 @@ def _processor() -> str:
 
 
 def _answer(*command: str) -> str:
-    """The first line that a command prints; "" where it is missing or fails."""
+    """The first line that a command prints; "" if it is missing or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

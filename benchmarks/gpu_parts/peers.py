@@ -1,4 +1,4 @@
-"""The training steps that gptray's is compared with: as nanoGPT writes it, and transformers'."""
+"""The training steps that gptray's is compared with: nanoGPT's and transformers'."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape = tuple[int, int, int, int]
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, GPT-2's."""
+    """GPT-2's block: pre-norm attention and MLP."""
 
     def __init__(self, n_head: int, n_embd: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    """GPT-2 with its head tied; forward gives the loss, from all logits at once."""
+    """GPT-2 with a tied head; forward returns the loss, from all logits at once."""
 
     def __init__(self, shape: Shape, vocab_size: int) -> None:
         super().__init__()
@@ -56,21 +56,21 @@ class NanoGPT(nn.Module):
 
 
 class TransformersGPT2(nn.Module):
-    """transformers' GPT-2 with the same forward."""
+    """transformers' GPT-2 with the same signature of forward."""
 
     def __init__(self, shape: Shape, vocab_size: int) -> None:
         super().__init__()
         self.model = hf_gpt2(*shape, vocab_size)
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self.model(idx, labels=idx).loss  # shifts them itself
+        loss: Tensor = self.model(idx, labels=idx).loss  # transformers shifts the labels
         return loss
 
 
 def peer_step(
     model: nn.Module, rows: int, block_size: int, device: torch.device, *, compiled: bool
 ) -> Step:
-    """The step around either: autocast to bf16, clipping, fused AdamW, no look at the loss."""
+    """A step of either: autocast to bf16, clipping, fused AdamW, without reading the loss."""
     model.to(device).train()
     loss_of = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)

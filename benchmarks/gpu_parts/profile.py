@@ -1,4 +1,4 @@
-"""What one step asks of the GPU: launches, waits and copies, and how long the GPU works on it."""
+"""Profiles a step: kernel launches, waits and copies, and how long the GPU is busy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COPIES = ("cudaMemcpyAsync", "cudaMemcpy")
 
 
 def profiled_step(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
-    """Counts by name; without a GPU, the operators that PyTorch ran."""
+    """Counts by name; without a GPU, the number of PyTorch operators."""
     activities = [ProfilerActivity.CPU]
     if bench.on_gpu:
         activities.append(ProfilerActivity.CUDA)

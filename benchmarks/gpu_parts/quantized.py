@@ -1,4 +1,4 @@
-"""Weights in few bits against bf16: single products, and steps of the engine."""
+"""Quantized weights against bf16: single matrix products, and steps of the engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gptray.generation.recording import Graphs
 from gptray.model.packed_weights import PACKINGS
 
 KINDS = ("none", *PACKINGS)
-# Outputs and inputs of a model of 124 M weights, and of 7 B.
+# (outputs, inputs) of layers of models with 124 M and 7 B parameters.
 SHAPES = [(768, 3072), (4096, 4096), (11008, 4096)]
-# Weights that are multiplied in turns: more than a GPU's cache holds.
+# How many copies of the weights are used in turns, so that they do not fit in the GPU's cache.
 COPIES = 48
 
 
@@ -37,7 +37,7 @@ def quantized(bench: Bench) -> None:
 def compare(
     bench: Bench, what: str, batch: int, kinds: Iterable[str], seconds: Callable[[str], float]
 ) -> None:
-    """Keep and say what each kind takes, and how many times as fast as bf16, the first, it is."""
+    """Report each kind's time, and how many times as fast as bf16 (the first) it is."""
     whole = 0.0
     for kind in kinds:
         taken = seconds(kind)
@@ -48,7 +48,7 @@ def compare(
 
 
 def product_seconds(bench: Bench, shape: tuple[int, int], batch: int, kind: str) -> float:
-    """Of one product, among others with weights of their own in one CUDA graph."""
+    """Seconds of one product, among others with their own weights in one CUDA graph."""
     generator = torch.Generator(bench.device).manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -68,7 +68,7 @@ def product_seconds(bench: Bench, shape: tuple[int, int], batch: int, kind: str)
 
 
 def engine_seconds(bench: Bench, batch: int, kind: str) -> float:
-    """Of a step of GPT-2 124M for a full batch."""
+    """Seconds of a step of GPT-2 124M with a full batch."""
     engine = engine_of(bench, model_folder(bench), batch, precision="bf16", quantize=kind)
     seconds = step_seconds(bench, engine, batch)
     del engine

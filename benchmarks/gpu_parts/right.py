@@ -1,4 +1,4 @@
-"""Do runs repeat to the bit, and do rows keep their text whatever runs with them, and where?"""
+"""Do runs repeat bit for bit, and do rows keep their text in any batch and on any device?"""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class Interrupted(Exception):
-    """Stands for whatever ends a run in the middle."""
+    """Simulates whatever interrupts a run."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def right(bench: Bench) -> None:
 
 
 def same_bits(bench: Bench, data: TokenData, kind: str, keys: dict[str, Any]) -> None:
-    """Train twice, and once with an interruption in the middle."""
+    """Train twice, and once with an interruption."""
     once, again, resumed = (
         trained(bench, data, f"right: {kind}{how}", keys, stop=bool(stop))
         for how, stop in (("", False), (", again", False), (", resumed", True))
@@ -69,7 +69,7 @@ def same_bits(bench: Bench, data: TokenData, kind: str, keys: dict[str, Any]) ->
 
 
 def same_losses(bench: Bench, data: TokenData) -> None:
-    """Losses on the CPU and the GPU, without dropout, whose masks differ."""
+    """Train on the GPU and on the CPU, without dropout, since masks would differ."""
     keys = {"precision": "fp32", "compile": False}
     trained(bench, data, "right: fp32, no dropout", keys, dropout=0.0)
     trained(bench, data, "right: fp32, no dropout, CPU", keys, dropout=0.0, device=CPU)
@@ -85,7 +85,7 @@ def trained(
     stop: bool = False,
     device: torch.device | None = None,
 ) -> Trained:
-    """A run of its own by `fit`; with `stop` interrupted after half of its steps, and resumed."""
+    """Train a run with `fit`; with `stop`, interrupt it after half its steps and resume it."""
     device, folder, begin = device or bench.device, bench.scratch / name, bench.clock()
     config = small(bench, keys, dropout=dropout, on_gpu=device.type == "cuda")
     half = config.train.max_steps // 2
@@ -153,7 +153,7 @@ def small(bench: Bench, keys: dict[str, Any], *, dropout: float, on_gpu: bool) -
 
 
 def same_rows(bench: Bench, folder: Path, vocab_size: int) -> None:
-    """Shares of rows with the same tokens alone and in a batch, and on GPU and CPU in fp32."""
+    """The share of rows with the same tokens alone and in a batch, and on GPU and CPU in fp32."""
     count = 4 if bench.tiny else 24
     rng = np.random.default_rng(1)
     lengths = rng.integers(2, 20 if bench.tiny else 40, size=count).tolist()
@@ -172,7 +172,7 @@ def same_rows(bench: Bench, folder: Path, vocab_size: int) -> None:
 def outputs(
     bench: Bench, folder: Path, precision: str, prompts: abc.Sequence[list[int]], *, batch: int
 ) -> list[list[int]]:
-    """The new tokens of every prompt, sampled in one way after the other."""
+    """The new tokens of every prompt, for each of WAYS in turn."""
     engine = engine_of(bench, folder, batch, precision=precision)
     new_tokens = 4 if bench.tiny else 16
     return [
@@ -188,7 +188,7 @@ def outputs(
 
 
 def tell_equal(bench: Bench, what: str, ones: list[list[int]], others: list[list[int]]) -> None:
-    """Say which share of rows is the same, for each way to sample."""
+    """Report the share of equal rows for each way of sampling."""
     each = len(ones) // len(WAYS)
     equal = [one == other for one, other in zip(ones, others, strict=True)]
     shares = {

@@ -1,4 +1,4 @@
-"""The engine's thread under streams in one event loop."""
+"""The engine thread with many streams in one event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def serve(bench: Bench) -> None:
     try:
         for streams in levels:
             for live in (False, True):
-                asyncio.run(load(thread, streams, new_tokens, live=live))  # finds cold caches
+                asyncio.run(load(thread, streams, new_tokens, live=live))  # warm-up
                 rate, wait = asyncio.run(load(thread, streams, new_tokens, live=live))
                 name = f"serve: {streams} streams{', live text' if live else ''}"
                 bench.keep(name, {"tokens_per_s": round(rate, 1), "slowest_first_token_s": wait})
@@ -34,7 +34,7 @@ def serve(bench: Bench) -> None:
 async def load(
     thread: EngineThread, streams: int, new_tokens: int, *, live: bool
 ) -> tuple[float, float]:
-    """Tokens per second of so many streams at once, and the longest wait for a first token."""
+    """Tokens per second of concurrent streams, and the longest wait for a first token."""
     rng = np.random.default_rng(0)
     sampling = Sampling(max_new_tokens=new_tokens, top_k=TOP_K, ignore_eos=True)
 

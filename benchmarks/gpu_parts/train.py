@@ -1,4 +1,4 @@
-"""A training step of GPT-2 124M at block 1024, in bf16, in turns with its peers."""
+"""A training step of GPT-2 124M with block size 1024 in bf16, in turns with peers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOCAB_SIZE, PADDED = 50257, 50304
 
 @dataclass
 class System:
-    """One step under the switches that its own start set, and what was seen of it."""
+    """A training step with its own PyTorch settings, and its measurements."""
 
     name: str
     step: Step
@@ -50,7 +50,7 @@ class System:
         return (time.perf_counter() - begin) / steps
 
 
-# Builds a step: how, for how many sequences of which length.
+# (function that builds a step, sequences per step, their length).
 Build = tuple[Callable[[], Step], int, int]
 
 
@@ -85,7 +85,7 @@ def train(bench: Bench) -> None:
     contest(bench, eager)
     if not bench.tiny:  # a CPU takes half a minute to compile
         for rows in (few, many):
-            torch.compiler.reset()  # or it would compile for any number of rows
+            torch.compiler.reset()  # or it would compile with a dynamic number of rows
             contest(bench, {
                 f"nanoGPT's loop, compiled, B={rows}": nanogpt(rows, compiled=True),
                 f"gptray, compiled, B={rows}": ours(rows, compile=True),
@@ -118,7 +118,7 @@ def shaped(bench: Bench, shape: Shape, rows: int, **keys: Any) -> Config:
 
 
 def recipe(bench: Bench) -> Build:
-    """The config that users are given, with four micro-batches a step where it has more."""
+    """The config that users get, with at most four micro-batches per step."""
     config = load_config(str(RECIPE), [f"compute.use_gpu={str(bench.on_gpu).lower()}"])
     if bench.tiny:
         small = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 64}
@@ -133,7 +133,7 @@ def recipe(bench: Bench) -> Build:
 
 
 def gptray_step(bench: Bench, config: Config) -> Step:
-    """gptray's own training step, batches and dropout seeds included."""
+    """gptray's own training step, including batches and dropout seeds."""
     tokens = bench.scratch / "tokens"
     data = TokenData.open(tokens) if tokens.exists() else random_tokens(tokens, VOCAB_SIZE)
     folder = Path(tempfile.mkdtemp(dir=bench.scratch))
@@ -146,7 +146,7 @@ def gptray_step(bench: Bench, config: Config) -> Step:
 
 
 def contest(bench: Bench, builds: dict[str, Build]) -> None:
-    """Build the systems, let them take turns, and say what each reached."""
+    """Build the systems, let them take turns, and report their speeds."""
     systems = []
     for name, build in builds.items():
         try:
@@ -167,7 +167,7 @@ def contest(bench: Bench, builds: dict[str, Build]) -> None:
 
 
 def built(bench: Bench, name: str, build: Build) -> System:
-    """A system that has made its first step, which compiles it."""
+    """Build a system and make its first step, which compiles it."""
     make, rows, block_size = build
     bench.free()
     before = 0
@@ -204,7 +204,7 @@ def tell(bench: Bench, system: System) -> None:
 
 
 def tell_ratios(bench: Bench, systems: list[System]) -> None:
-    """How many times as fast as nanoGPT's loop gptray is: the median over turns."""
+    """Report how many times as fast as nanoGPT's loop gptray is: the median over turns."""
     for ours in systems:
         for theirs in systems:
             if ours.name.startswith("gptray") and theirs.name.startswith("nanoGPT"):
@@ -215,9 +215,9 @@ def tell_ratios(bench: Bench, systems: list[System]) -> None:
 
 
 def mfu(bench: Bench, rate: float) -> float | None:
-    """Share of the card's bf16 peak that GPT-2 124M's products make up at so many tokens/s.
+    """The share of the GPU's bf16 peak that GPT-2 124M uses at `rate` tokens per second.
 
-    Per token 6 FLOPs for each weight of a product, 12 x layers x width x block for attention.
+    Per token, 6 FLOPs for each weight of a product and 12 x layers x width x block for attention.
     """
     peak = peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
     if peak is None or bench.tiny:

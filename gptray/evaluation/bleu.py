@@ -1,4 +1,4 @@
-"""BLEU's tokenizer: which one to use, whether it can run here, and what its scores compare with."""
+"""BLEU's tokenizer: which to use, whether it can run, and what its scores are comparable with."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 from gptray.config import UserError
 
 KEY = "evaluate.bleu_tokenize"
-# Letters of scripts that 13a does not split into words, or too coarsely: Hangul, kana, Han, Thai to
-# Khmer.
+# Scripts that 13a splits into words too coarsely or not at all: Hangul, kana, Han, Thai to Khmer.
 _LETTER = re.compile(r"[^\W\d_]")
 _DENSE = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u3400-\u4dbf"
     "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]"
 )
-# Where sacrebleu keeps what it downloads.
+# Where sacrebleu stores the downloaded model.
 _FLORES = "models/flores200sacrebleuspm"
 
 _COMPARES = {
@@ -67,5 +66,5 @@ def pick_bleu(tokenize: str, references: Sequence[str]) -> str:
 
 
 def compares(tokenize: str) -> str:
-    """What the score counts, and what it can be compared with."""
+    """What the score counts, and which scores it is comparable with."""
     return _COMPARES[tokenize]

@@ -1,4 +1,4 @@
-"""What training has done to texts besides its own: bits per byte before and after, and in words."""
+"""Forgetting: other texts' bits per byte before and after training, as numbers and a sentence."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from gptray.record import Event, MetricsRow, base_event
 
-# A text whose bits per byte have risen by more than this share is forgotten, by less is noise.
+# A text is forgotten if its bits per byte rise by more than this share; less is noise.
 NOTICED = 0.01
 
 
 @dataclass(frozen=True)
 class Change:
-    """Bits per byte of a text under the weights that a run began with, and under its best model.
+    """Bits per byte of a text under a run's initial weights and under its best model.
 
-    name: as evaluate.also has it; "": the run's own validation text. before: None where the run
-    began with new weights.
+    name: its name in evaluate.also; "" for the run's own validation text. before: None if the run
+    began with random weights.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Change:
 
 
 def changes_of(rows: Sequence[MetricsRow], events: Sequence[Event]) -> list[Change]:
-    """The run's own text, then those of evaluate.also; nothing without such texts or a score."""
+    """The run's own text, then those of evaluate.also; empty without such texts or a score."""
     scored = [row for row in rows if "val_loss" in row]
     best = min(scored, key=lambda row: row["val_loss"], default=None)
     if best is None or "also" not in best:
@@ -53,7 +53,7 @@ def changes_of(rows: Sequence[MetricsRow], events: Sequence[Event]) -> list[Chan
 
 
 def also_scores(changes: Sequence[Change]) -> dict[str, dict[str, float | None]]:
-    """Bits per byte of the texts of evaluate.also, as a JSON line has them: before, and after."""
+    """Bits per byte of the texts of evaluate.also before and after, for the job's JSON line."""
     return {one.name: {"base_bpb": one.before, "bpb": one.after} for one in changes if one.name}
 
 

@@ -1,9 +1,8 @@
-"""Losses of a split, in ranges of windows that anyone may score and in any order.
+"""Losses of a split, and the cost of quantization on the same text.
 
-And the cost of quantization: the same text, read with the full weights and with each kind.
-
-Sums are kept by document and in float64: neither the ranges nor the batch size change the result
-beyond rounding. Which windows there are is `gptray.data.scoring`'s.
+Windows can be scored in any order and by any worker. Sums are kept per document in float64, so that
+neither the division of the work nor the batch size changes the result beyond rounding.
+`gptray.data.scoring` defines the windows.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import QuantizedResult, SplitResult
 from gptray.model.precision import pick_dtype
 
-# Tokens looked at together when document ends are searched.
+# Tokens read at a time when searching for document ends.
 SEARCH_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Summed nats and the number of targets of some documents, each of shape (documents,).
+    """Summed nats and target counts of some documents, each of shape (documents,).
 
-    `documents` are their places in the split, ascending. A document that a range cuts is in
-    several.
+    `documents` are their positions in the split, ascending. A document that is scored in several
+    parts appears in the sums of each.
     """
 
     documents: NDArray[np.int64]
@@ -44,14 +43,14 @@ class DocumentSums:
     def of(
         cls, documents: NDArray[np.int64], nats: NDArray[np.float64], tokens: NDArray[np.int64]
     ) -> DocumentSums:
-        """Add up what belongs to the same document."""
+        """Add up the values that belong to the same document."""
         names, place = np.unique(documents, return_inverse=True)
         counts = np.bincount(place, weights=tokens).astype(np.int64)
         return cls(names, np.bincount(place, weights=nats).astype(np.float64), counts)
 
     @classmethod
     def joined(cls, parts: Sequence[DocumentSums]) -> DocumentSums:
-        """All parts together; the order is theirs, so that the last bit is always the same."""
+        """The sums of all parts, added in the given order so that the result is reproducible."""
         return cls.of(
             np.concatenate([part.documents for part in parts]),
             np.concatenate([part.nats for part in parts]),
@@ -60,7 +59,7 @@ class DocumentSums:
 
     @property
     def standard_error(self) -> float | None:
-        """Of the loss as a ratio of sums over documents, drawn at random; None below two of them.
+        """The loss's standard error, with documents as a random sample; None for fewer than two.
 
         sqrt(D / (D - 1) x sum_d (nats_d - loss x tokens_d)^2) / tokens (Cochran 1977, 6.13)
         """
@@ -74,7 +73,7 @@ class DocumentSums:
 
 
 def scoring_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What a model is scored in for `evaluate.precision`; auto: on a CPU fp32.
+    """The dtype for `evaluate.precision`; auto is fp32 on a CPU.
 
     Raises UserError for a GPU that does not compute in bf16.
     """
@@ -93,13 +92,13 @@ def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
 
 
 class Scored(Protocol):
-    """A model that is scored: a `GPT`, or what reads as the engine does."""
+    """A model to score: a `GPT`, or a network that reads like the engine."""
 
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of targets (B, T) after idx (B, T), in nats; (B, T)."""
 
 
-# From inputs and targets, (B, T) each, to M numbers of each target, (M, B, T), in float64.
+# Maps inputs and targets, (B, T) each, to M measures of each target, (M, B, T), in float64.
 Measure = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -114,10 +113,10 @@ def sum_windows(
     batch_size: int,
     device: torch.device,
 ) -> list[DocumentSums]:
-    """The sums of each of the M numbers of targets that count in the windows of these numbers.
+    """Sum each of the M measures over the scored targets of some windows.
 
-    numbers: ascending. ends: `document_ends` of the split; an end of text belongs to the document
-    that it closes. What a document begins with is read, but not scored.
+    numbers: which windows, ascending. ends: `document_ends` of the split; an end of text belongs to
+    the document that it closes. Tokens that begin a document are read but not scored.
     """
     documents, found = [], []
     for batch, tokens in windows.batches(split, numbers, batch_size):
@@ -134,9 +133,9 @@ def sum_windows(
 
 
 def losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
-    """The losses (1, B, T), in float64, of the models' average probability of each target.
+    """Losses (1, B, T), in float64, under the models' average probability of each target.
 
-    -log(1/M sum_m exp(-loss_m)); of one model, its loss to the bit.
+    -log(1/M sum_m exp(-loss_m)); for one model, exactly its loss.
     """
     each = torch.stack([model.token_losses(idx, targets).double() for model in models])
     return math.log(len(models)) - torch.logsumexp(-each, dim=0, keepdim=True)
@@ -145,10 +144,10 @@ def losses(models: Sequence[Scored], idx: Tensor, targets: Tensor) -> Tensor:
 def split_result(
     sums: DocumentSums, split: TokenSplit, windows: Windows, numbers: Sequence[int]
 ) -> SplitResult:
-    """The numbers of a split of which the windows of these numbers were scored.
+    """The results for a split whose windows `numbers` were scored.
 
-    A part of a split is taken to have as many bytes a token as the whole, and as many lost ones.
-    Lost bytes raise the loss of every document by the same per token: no change to its error.
+    A part of a split is assumed to have as many bytes, and lost bytes, per token as the whole.
+    Lost bytes raise every document's loss per token equally, so they do not change its error.
     """
     tokens, whole = int(sums.tokens.sum()), len(numbers) == len(windows)
     read = sum(len(windows.counted(number)) for number in numbers)
@@ -203,12 +202,14 @@ class Reader(Protocol):
     """A network with one kind of weights."""
 
     def read(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of targets (B, T) after idx (B, T): losses in nats, and the likeliest tokens."""
+        """Losses in nats of targets (B, T) after idx (B, T), and the likeliest tokens, (B, T)."""
 
 
 def compared(readers: Sequence[Reader], idx: Tensor, targets: Tensor) -> Tensor:
-    """Of K readers, the full weights' first: the losses of each, and for each but the first whether
-    its likeliest token is the first's; (2 K - 1, B, T) in float64."""
+    """Compare K readers, the one with full weights first; (2 K - 1, B, T) in float64.
+
+    First the K losses, then, for all but the first, whether the likeliest token is the first's.
+    """
     losses, likeliest = zip(*(reader.read(idx, targets) for reader in readers), strict=True)
     agrees = [tokens == likeliest[0] for tokens in likeliest[1:]]
     return torch.stack([one.double() for one in (*losses, *agrees)])
@@ -222,10 +223,10 @@ def quantized_results(
     windows: Windows,
     numbers: Sequence[int],
 ) -> list[QuantizedResult]:
-    """What K kinds of weights cost, the full ones first.
+    """The cost of K kinds of weights, the full ones first.
 
-    sums: of what `compared` gives. weight_bytes: of each kind. Windows and numbers as
-    `split_result`'s.
+    sums: of the measures from `compared`. weight_bytes: of each kind. windows, numbers: as for
+    `split_result`.
     """
     losses, agreed = sums[: len(kinds)], sums[len(kinds) :]
     full = losses[0]

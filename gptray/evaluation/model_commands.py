@@ -1,4 +1,4 @@
-"""Commands that use or improve a model: each works when a reader types it."""
+"""Commands that use or improve a model, ready for a reader to paste."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def model_commands(
 ) -> dict[str, str]:
     """The commands that evaluate, generate with, and serve a model, by job.
 
-    folder: of a run, a sweep or the model itself.
-    name: what the commands call it; by default its folder.
-    command: what makes a command of a job and its words, see `gptray.commands`.
+    folder: a run's, a sweep's or the model's own.
+    name: how the commands refer to it; by default by its folder.
+    command: formats a job and its arguments as a command, see `gptray.commands`.
     """
     name = name or str(folder.resolve())
     return {
@@ -30,12 +30,12 @@ def model_commands(
 
 
 def home_of(config: Config) -> str | None:
-    """The URI of a run that is at home in an object store; None for any other run."""
+    """The URI of a run whose storage is an object store; None for any other run."""
     return f"{config.storage_path}/{config.name}" if is_uri(config.storage_path) else None
 
 
 def _prompt_word(folder: Path) -> str:
-    """`sample.prompt=` and a prompt that suits the model; quoted only where YAML needs it."""
+    """`sample.prompt=` with a prompt that suits the model; quoted only if YAML needs it."""
     prompt = load_example(folder / "model") or load_example(folder) or FALLBACK
     is_plain = prompt.isprintable() and prompt[0] not in "'\"[~" and prompt.lower() != "null"
     return f"sample.prompt={prompt if is_plain else json.dumps(prompt, ensure_ascii=False)}"
@@ -44,7 +44,7 @@ def _prompt_word(folder: Path) -> str:
 def train_command(
     folder: Path, config: Config, changes: Mapping[str, object], *, resumes: bool
 ) -> str | None:
-    """The command that trains with these keys changed: the same run longer, or a new one.
+    """The command that trains with these changes, resuming the same run or starting a new one.
 
     None if the changed keys contradict others of the run.
     """

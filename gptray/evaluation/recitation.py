@@ -1,6 +1,6 @@
-"""Whether a model recites: which n-grams of generated tokens stand in a split, word for word.
+"""Verbatim memorisation: which n-grams of generated tokens occur in a split.
 
-The split may be far larger than memory: it is read in ranges, by anyone and in any order, and
+The split may be far larger than memory: it is read in ranges, by any worker in any order, and
 compared by 64-bit rolling hashes (Karp and Rabin 1987).
 """
 
@@ -13,22 +13,22 @@ from numpy.typing import NDArray
 
 from gptray.data.tokens import TokenSplit
 
-# n-grams of these lengths are looked for.
+# The lengths n of the n-grams.
 LENGTHS = (20, 50)
-# Tokens of a continuation that is looked at, and of training text that it begins with at most.
+# Tokens of a continuation that are checked, and at most of the training text that prompts it.
 RECITED_TOKENS, PROMPT_TOKENS = 96, 32
 READ_TOKENS = 1 << 20
 _BASE = 0x9E3779B97F4A7C15
-# A first sieve, by the lowest bits: of what is not wanted almost nothing passes.
+# A prefilter on the lowest bits, which almost no unwanted hash passes.
 _SIEVE = np.uint64((1 << 20) - 1)
 
 Hashes = NDArray[np.uint64]
 
 
 def ngram_hashes(tokens: NDArray[np.int64], n: int) -> Hashes:
-    """A hash of every n tokens in a row, (len(tokens) - n + 1,); none where there are fewer.
+    """The hash of every n-gram, (len(tokens) - n + 1,); empty if there are fewer than n tokens.
 
-    Made by doubling: the hash of a tokens and that of the b after them give that of a + b.
+    Computed by doubling: the hashes of a tokens and of the next b give that of all a + b.
     """
     count = len(tokens) - n + 1
     if count <= 0:
@@ -48,7 +48,7 @@ def ngram_hashes(tokens: NDArray[np.int64], n: int) -> Hashes:
 def found_in(
     split: TokenSplit, start: int, stop: int, wanted: Sequence[Hashes]
 ) -> list[NDArray[np.bool_]]:
-    """For each length's wanted hashes, which of them begin at tokens [start, stop) of the split."""
+    """For each of LENGTHS, which wanted hashes begin within tokens [start, stop) of the split."""
     found = [np.zeros(len(hashes), np.bool_) for hashes in wanted]
     sieves = [_sieve(hashes) for hashes in wanted]
     for first in range(start, stop, READ_TOKENS):
@@ -71,7 +71,7 @@ def _power(exponent: int) -> np.uint64:
 
 
 def _mixed(tokens: NDArray[np.int64]) -> Hashes:
-    """Tokens as numbers without a pattern (the finaliser of SplitMix64)."""
+    """Tokens mixed into uniform 64-bit numbers (the finaliser of SplitMix64)."""
     x = tokens.astype(np.uint64) + np.uint64(1)
     x *= np.uint64(_BASE)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,6 +1,6 @@
-"""What an evaluation has found: the shape of `evaluation.json`, and how it is saved.
+"""The results of an evaluation: the schema of `evaluation.json`, reading and writing it.
 
-Every number is measured elsewhere; `how` says in words how each was computed.
+The numbers are computed elsewhere; `how` explains each method in words.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ class SplitResult(TypedDict):
     """The loss on one split."""
 
     loss: float  # nats per token
-    stderr: float | None  # of the loss, documents as clusters; None with fewer than two of them
-    ppl: float | None  # exp(loss); None where no float holds it
+    stderr: float | None  # of the loss, clustered by document; None for fewer than two documents
+    ppl: float | None  # exp(loss); None if it overflows
     bpb: float  # bits per byte: loss x tokens / (ln 2 x bytes)
-    lost_bytes: int  # that the tokenizer does not give back; each is charged 8 bits
+    lost_bytes: int  # that decoding the tokens does not restore; each is charged 8 bits
     tokens: int  # scored
-    bytes: int  # UTF-8 bytes of the text of these tokens
+    bytes: int  # UTF-8 bytes of these tokens' text
     documents: int
     how: str
 
 
 class QuantizedResult(TypedDict):
-    """What weights of one kind cost on a split's text, against the full ones, `none`."""
+    """The cost of one kind of weights on a split, relative to the full weights, `none`."""
 
     weights: str
-    loss: float  # as SplitResult's
+    loss: float  # nats per token
     bpb: float
     loss_change: float  # against the full weights
-    change_stderr: float | None  # of that, documents as clusters
-    agreement: float  # share (0 to 1) of likeliest tokens that are the full weights' too
+    change_stderr: float | None  # of loss_change, clustered by document
+    agreement: float  # share (0 to 1) of likeliest tokens that are also the full weights'
     weight_bytes: int  # of the blocks' linear layers; full ones in bf16
 
 
 class TextScore(TypedDict):
-    """A corpus score of sacrebleu's."""
+    """A corpus score from sacrebleu."""
 
     score: float  # 0 to 100
     signature: str
@@ -51,14 +51,14 @@ class TextScore(TypedDict):
 
 
 class TextScores(TypedDict):
-    """The same score for continuations made greedily, and sampled as the config says."""
+    """The score of greedy continuations, and of those sampled as the config says."""
 
     greedy: TextScore
     sampled: TextScore
 
 
 class Sample(TypedDict):
-    """A held-out passage: its first half, its real second half, and what the model makes of it."""
+    """A held-out passage: its first half, its real second half and the model's continuations."""
 
     prompt: str
     reference: str
@@ -67,10 +67,10 @@ class Sample(TypedDict):
 
 
 class TextMeasures(TypedDict):
-    """What is measured of generated text. None: not measured, for want of text or not asked for.
+    """Measures of generated text. None: not measured, because unwanted or for lack of text.
 
-    `distinct_*` and `repetition` are those of the sampled continuations; `memorised_*` are shares
-    (0 to 1) of the n-grams in greedy continuations of training text. `how` has an entry for each.
+    `distinct_*` and `repetition` are of the sampled continuations; `memorised_*` are shares (0 to
+    1) of the n-grams in greedy continuations of training text. `how` has an entry for each.
     """
 
     bleu: TextScores | None
@@ -85,25 +85,25 @@ class TextMeasures(TypedDict):
 
 
 class Evaluation(TextMeasures):
-    """All of `evaluation.json`: the losses too, each with its own `how`."""
+    """All of `evaluation.json`, including the losses, each with its own `how`."""
 
     model_dir: str
     model_sha256: str
     tokenizer_sha256: str
-    source: list[str]  # what data.source or evaluate.source says
+    source: list[str]  # data.source or evaluate.source
     time: str  # ISO 8601, UTC
     precision: str  # fp32 or bf16: what the network computed in; losses are summed in float64
     block_size: int
     stride: int
-    weights: str  # what quantize.weights says
+    weights: str  # quantize.weights
     splits: dict[str, SplitResult | None]  # train, val, test
     gap: float | None  # loss of val - loss of train
     also: dict[str, SplitResult]  # the texts of evaluate.also, by name
-    quantized: list[QuantizedResult]  # evaluate.quantized, after the full weights; or none
+    quantized: list[QuantizedResult]  # the full weights, then evaluate.quantized; or empty
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
-    """Write `evaluation.json`, whole or not at all; return its path."""
+    """Write `evaluation.json` atomically; return its path."""
     path = folder / EVALUATION
     text = json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as draft:
@@ -112,7 +112,7 @@ def save_evaluation(evaluation: Evaluation, folder: Path) -> Path:
 
 
 def load_evaluation(folder: Path) -> Evaluation | None:
-    """What `evaluation.json` in a folder says; None without one. Raises UserError if damaged."""
+    """Read a folder's `evaluation.json`; None if there is none. Raises UserError if damaged."""
     path = folder / EVALUATION
     try:
         evaluation = read_object(path)
@@ -120,5 +120,5 @@ def load_evaluation(folder: Path) -> Evaluation | None:
         return None
     except Unreadable as error:
         raise UserError(f"{path}: {error}; remove it and evaluate again") from None
-    # Evaluations from before there were other texts lack them.
+    # Evaluations older than evaluate.also lack it.
     return cast(Evaluation, {"also": {}, **evaluation})

@@ -1,6 +1,6 @@
-"""Generated text against real text: which passages are continued, and what the results are worth.
+"""Generated text against real text: picks the passages to continue and scores the results.
 
-Pure functions of tokens and texts; making the continuations is the caller's.
+Pure functions of tokens and texts; the caller generates the continuations.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sacrebleu
 from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import TextScore
 
-# Tokens of a passage at most: half of it prompt, half of it to be foretold.
+# Most tokens of a passage: half of it is the prompt, half the reference.
 PASSAGE_TOKENS = 128
-# A shorter piece of a document is no passage.
+# Shorter pieces of a document are skipped.
 LEAST_TOKENS = 8
 REPETITION_NGRAM = 4
-# How decoders show bytes that are no whole character.
+# Decoders put this in place of an incomplete character.
 REPLACEMENT = "\ufffd"
 
 Decode = Callable[[Sequence[int]], str]
@@ -27,7 +27,7 @@ Decode = Callable[[Sequence[int]], str]
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of one document: a prompt and what really follows."""
+    """Tokens of one document: a prompt and its real continuation."""
 
     prompt: list[int]
     reference: list[int]
@@ -36,10 +36,10 @@ class Passage:
 def cut_passages(
     split: TokenSplit, decode: Decode, *, eos_id: int, count: int, length: int, room: int = 0
 ) -> list[Passage]:
-    """Up to `count` passages of at most `length` tokens, spread evenly, none over a document's end.
+    """Up to `count` passages of at most `length` tokens, evenly spaced, each from one document.
 
-    The prompt is the first half, a little more where that would cut a character in two. `room` is
-    how many tokens are to follow each passage, where the split has as many.
+    The prompt is the first half, or a little more if that would split a character. `room` is how
+    many tokens should follow each passage, if the split has enough.
     """
     usable = max(len(split) - room, min(len(split), length))
     count = min(count, usable // length)
@@ -58,13 +58,13 @@ def cut_passages(
 
 
 def _longest_piece(tokens: list[int], marks: set[int]) -> list[int]:
-    """The longest run without one of the tokens that mark a document's ends."""
+    """The longest run without a token that marks a document's start or end."""
     runs = groupby(tokens, key=marks.__contains__)
     return max((list(run) for is_mark, run in runs if not is_mark), key=len, default=[])
 
 
 def _without_torn_start(tokens: list[int], decode: Decode) -> list[int]:
-    """Drop tokens that begin within a character: UTF-8 has at most three bytes after the first."""
+    """Drop leading tokens that start inside a character, which has at most 3 continuation bytes."""
     for start in range(min(4, len(tokens))):
         if not decode(tokens[start:]).startswith(REPLACEMENT):
             return tokens[start:]
@@ -86,7 +86,7 @@ def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> TextScore:
 def _corpus_score(
     metric: sacrebleu.BLEU | sacrebleu.CHRF, hypotheses: Sequence[str], references: Sequence[str]
 ) -> TextScore:
-    # A text to a line, as sacrebleu's own command reads them.
+    # One text per line, as sacrebleu's command reads them.
     lines = [" ".join(text.split()) for text in hypotheses]
     real = [" ".join(text.split()) for text in references]
     score = metric.corpus_score(lines, [real])
@@ -98,15 +98,15 @@ def _corpus_score(
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of words / all of them, over all texts (Li et al. 2016)."""
+    """Distinct n-grams of words / all n-grams, over all texts (Li et al. 2016)."""
     grams = [gram for text in texts for gram in _ngrams(text.split(), n)]
     return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition(continuations: Sequence[Sequence[int]]) -> float | None:
-    """Mean share of a continuation's 4-grams of tokens that it has said before.
+    """The mean share of a continuation's token 4-grams that repeat earlier ones.
 
-    seq-rep-4 of Welleck et al. 2020: 1 - different 4-grams / all of them.
+    seq-rep-4 of Welleck et al. 2020: 1 - distinct 4-grams / all 4-grams.
     """
     grams = [_ngrams(tokens, REPETITION_NGRAM) for tokens in continuations]
     shares = [1 - len(set(one)) / len(one) for one in grams if one]

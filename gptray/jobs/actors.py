@@ -1,7 +1,7 @@
-"""Actors that share a job's work; the work never waits for an actor that cannot run yet.
+"""Actors that share a job's work, which never waits for an actor that cannot run yet.
 
-Ray queues an actor for which no node has room, and every call to it. So work goes to actors that
-have answered once, and comes back from those that die: with their process, or with their node.
+Ray queues an actor that no node has room for, along with all calls to it. So work goes only to
+actors that have answered once, and is taken back from those whose process or node dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptray.wording import count
 log = logging.getLogger("gptray")
 
 Ref: TypeAlias = "ray.ObjectRef[object]"
-# An actor is gone, or with its node what it has answered.
+# The actor is gone, or its answer was lost with its node.
 _LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
@@ -28,8 +28,8 @@ _LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 class Member:
     """The driver's side of an actor.
 
-    process: the actor's process id, once it has answered. held: numbers of the work that was given
-    to it and is not done. calls: those that are open, with the number of the work each is about.
+    process: the actor's process id, once it has answered. held: numbers of its unfinished pieces of
+    work. calls: open calls, each with the number of the work that it is about.
     """
 
     actor: Any
@@ -41,17 +41,17 @@ class Member:
         self._greeting: Ref = self.actor.process.remote()
 
     def call(self, answer: Ref, number: int | None = None) -> None:
-        """Note a call that was made, with which the actor holds the work of this number."""
+        """Note an open call, by which the actor now holds the work of this number."""
         self.calls[answer] = number
         if number is not None:
             self.held.add(number)
 
     def open_calls(self) -> list[Ref]:
-        """What may be waited for: the calls, or before them the first answer of all."""
+        """What to wait for: the open calls or, before any, the actor's first answer."""
         return list(self.calls) if self.process else [self._greeting]
 
     def answers(self) -> Iterator[tuple[int | None, object]]:
-        """What has been answered by now, each once. Raises one of `_LOST`."""
+        """Yield each answer that has arrived, once. Raises one of `_LOST`."""
         waiting = self.open_calls()
         if not waiting:
             return
@@ -68,10 +68,10 @@ M = TypeVar("M", bound=Member)
 
 
 class Crew(Generic[M]):
-    """The actors of a job; those that die are replaced. As a context, ends them.
+    """A job's actors; those that die are replaced. As a context manager, ends them on exit.
 
-    members: all of them, also those that have not started. `start` gives a new one, of an actor
-    with a method `process` that returns its process id. name: what one is called.
+    members: all actors, including those not started yet. start: makes a new member; its actor has a
+    method `process` that returns its process id. name: of one actor in messages.
     """
 
     def __init__(self, start: Callable[[], M], number: int, *, name: str, most_deaths: int) -> None:
@@ -84,19 +84,19 @@ class Crew(Generic[M]):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # Without this, Ray would start one that is still queued, for its first answer. What else
-        # ends a job may have ended Ray too.
+        # Otherwise Ray would still start queued actors, for their first answers. After other
+        # errors, Ray may be gone too.
         if error is None or isinstance(error, (UserError, RunFailed)):
             self.close()
 
     def close(self) -> None:
-        """End all actors, and those that are still queued."""
+        """End all actors, including those still queued."""
         for member in self.members:
             ray.kill(member.actor)
 
     @property
     def running(self) -> list[M]:
-        """Those that have answered, and so can take work."""
+        """The actors that have answered, and so can take work."""
         return [member for member in self.members if member.process]
 
     @property
@@ -104,9 +104,9 @@ class Crew(Generic[M]):
         return any(member.held for member in self.members)
 
     def answers(self, timeout_s: float) -> list[tuple[M, int | None, Any]]:
-        """Wait for an answer, at most so long; all that came: from whom, to what, and what.
+        """Wait up to timeout_s for answers; return each with its member and its work's number.
 
-        The caller drops from `Member.held` what is done. Raises RunFailed when too many died.
+        The caller removes finished work from `Member.held`. Raises RunFailed if too many died.
         """
         calls = [call for member in self.members for call in member.open_calls()]
         ray.wait(calls, timeout=timeout_s)
@@ -117,13 +117,13 @@ class Crew(Generic[M]):
         return found
 
     def each(self, look: Callable[[M], None]) -> None:
-        """Call `look` with all that run; one that turns out dead is replaced."""
+        """Call `look` with each running member; one that turns out to be dead is replaced."""
         for member in self.running:
             with self._replaced_if_lost(member):
                 look(member)
 
     def take_back(self) -> list[int]:
-        """The work that was not done by those that died since the last call, in order."""
+        """The unfinished work of the actors that died since the last call, in order."""
         lost, self._lost = self._lost, []
         return sorted(number for member in lost for number in member.held)
 
@@ -134,17 +134,17 @@ class Crew(Generic[M]):
         except _LOST as error:
             self._lost.append(member)
             self._count(error)
-            ray.kill(member.actor)  # where it is only out of reach
+            ray.kill(member.actor)  # in case it is only out of reach
             self.members[self.members.index(member)] = self._start()
 
     def _count(self, error: Exception) -> None:
         of_all = count(len(self.members), self._name)
-        if getattr(error, "preempted", False):  # Ray knew that the node would be taken
+        if getattr(error, "preempted", False):  # Ray knew that the node was being preempted
             log.warning("1 of %s was lost with its node; its work goes to another", of_all)
             return
         self._deaths += 1
         if 0 <= self._most_deaths < self._deaths:
-            # The lines before it are numbers by which Ray knows the actor.
+            # The lines before the last are Ray's ids of the actor.
             why = str(error).strip().splitlines()[-1]
             raise RunFailed(
                 f"{self._name}s died more than compute.max_failures={self._most_deaths} times. "
@@ -154,7 +154,7 @@ class Crew(Generic[M]):
 
 
 def answers_in(timeout_s: float, calls: Sequence[Ref]) -> list[Any]:
-    """Answers that come in this time, without those of actors that are gone."""
+    """The answers that arrive within timeout_s, without those of lost actors."""
     answers = []
     ready = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)[0] if calls else []
     for call in ready:

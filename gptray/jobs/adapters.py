@@ -1,4 +1,4 @@
-"""The adapter that a job puts on its model: found, and checked against it. No torch, no Ray."""
+"""Finds the adapters that a job uses with its model and checks that they fit. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from gptray.model.adapter import ADAPTER, CONFIG, WEIGHTS, Base, adapted_name
 from gptray.model.adapter_folder import adapter_folder, check_products, open_adapter
 from gptray.stored import read_foreign
 
-# Sections with the keys `model` and `adapter`.
+# Sections with keys `model` and `adapter`.
 WithAdapter = Literal["evaluate", "generate"]
-# Those with `adapters`.
+# Sections with a key `adapters`.
 WithAdapters = Literal["generate", "serve"]
-# What YAML takes in a mapping as it is.
+# Strings that need no quotes in a YAML mapping.
 _PLAIN = re.compile(r"[\w./-]+")
 
 
 def with_adapter(config: Config, section: WithAdapter) -> Config:
-    """The config with the section's `adapter` as a whole path, and the model that it was trained on
-    as its `model`, if none is given.
+    """Resolve the section's `adapter` to an absolute path, and its `model` to the adapter's base.
 
-    Raises UserError, which begins with the key, if there is no adapter.
+    A given `model` stays. Raises UserError, which begins with the key, if there is no such adapter.
     """
     used = getattr(config, section)
     if used.adapter is None:
@@ -40,7 +39,7 @@ def with_adapter(config: Config, section: WithAdapter) -> Config:
 
 
 def with_adapters(config: Config, section: WithAdapters) -> Config:
-    """As `with_adapter`, of the section's `adapters`: by their names, or all in a folder."""
+    """Like `with_adapter`, for the section's `adapters`: paths by name, or a folder of them."""
     used = getattr(config, section)
     if not used.adapters:
         return config
@@ -57,16 +56,16 @@ def with_adapters(config: Config, section: WithAdapters) -> Config:
 
 
 def check_adapter(source: str | None, model: Path, *, key: str) -> None:
-    """Refuse an adapter that does not fit the model in a folder. Raises UserError with the key."""
+    """Raise UserError, with the key, for an adapter that does not fit the model in a folder."""
     if source is not None:
         with _named(key):
             open_adapter(source, Base(str(model), model))
 
 
 def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key: str) -> None:
-    """As `check_adapter`, of adapters that run beside the model, by their names.
+    """Like `check_adapter`, for adapters by name that are not merged into the model.
 
-    Those in a folder are looked at by whoever serves them.
+    The serve job itself checks adapters in a folder.
     """
     base = Base(str(model), model)
     for source in sources.values() if isinstance(sources, Mapping) else ():
@@ -75,19 +74,19 @@ def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key:
 
 
 def adapter_sha256(source: str | None) -> str | None:
-    """Of an adapter's weights; None without one."""
+    """The sha256 of an adapter's weights; None without an adapter."""
     return None if source is None else sha256_of(Path(source) / WEIGHTS)
 
 
-def called_with(name: str, source: str | None) -> str:
-    """What a model is called with an adapter, if there is one, after its run or folder."""
+def name_with(name: str, source: str | None) -> str:
+    """A model's name, with that of its adapter (after its run or folder) if there is one."""
     if source is None:
         return name
     return adapted_name(name, _name(source))
 
 
-def adapter_words(source: str) -> dict[str, str]:
-    """The word of a command that uses a model with an adapter, by job."""
+def adapter_arguments(source: str) -> dict[str, str]:
+    """The command-line argument that uses an adapter, by job."""
     pair = (one if _PLAIN.fullmatch(one) else json.dumps(one) for one in (_name(source), source))
     return {
         "evaluate": f"evaluate.adapter={source}",
@@ -97,14 +96,14 @@ def adapter_words(source: str) -> dict[str, str]:
 
 
 def _name(source: str) -> str:
-    """That of an adapter's run or folder."""
+    """An adapter's name, after its run or folder."""
     folder = Path(source)
     return folder.parent.name if folder.name == ADAPTER else folder.name
 
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Begin what is wrong with the key."""
+    """Prefix the messages of UserErrors with the key."""
     try:
         yield
     except UserError as error:
@@ -112,7 +111,7 @@ def _named(key: str) -> Iterator[None]:
 
 
 def _folder_of_adapters(source: str, *, key: str) -> Path:
-    """A folder that has adapters in it, now or later. Raises UserError."""
+    """The absolute path of a folder for adapters, which may be empty. Raises UserError."""
     if is_uri(source):
         raise UserError(f"{key}={source}: adapters must be in a local folder, not at a URI")
     folder = absolute(source, key=key)
@@ -128,12 +127,12 @@ def _folder_of_adapters(source: str, *, key: str) -> Path:
 
 def _adapters_in(folder: Path) -> Iterator[Path]:
     for place in sorted(folder.iterdir()):
-        with suppress(UserError):  # something else
+        with suppress(UserError):  # not an adapter
             yield adapter_folder(place)
 
 
 def _base_of(folder: Path, *, key: str) -> str:
-    """The model that an adapter says it was trained on. Raises UserError if it does not say."""
+    """The base model that an adapter names. Raises UserError if it names none."""
     base = read_foreign(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         section = key.partition(".")[0]
@@ -142,7 +141,7 @@ def _base_of(folder: Path, *, key: str) -> str:
 
 
 def _found(config: Config, source: str, *, key: str) -> Path:
-    """The folder of an adapter, or of the one that a run of this name has."""
+    """The folder of the adapter at a path, or of the run of that name."""
     if is_uri(source):
         raise UserError(f"{key}={source}: an adapter must be in a local folder, not at a URI")
     place = absolute(source, key=key)

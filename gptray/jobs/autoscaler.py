@@ -1,4 +1,4 @@
-"""What a cluster's autoscaler may bring, as far as it can be known from inside the cluster."""
+"""The nodes that a cluster's autoscaler may add, as far as the cluster itself knows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from gptray.jobs.cluster_nodes import NoAnswer, alive_nodes, amount_words, ask
 
 log = logging.getLogger("gptray")
 
-# How Ray names the types that it makes up for nodes that nobody's autoscaler brought.
+# Ray's prefix for the made-up types of nodes that no autoscaler added.
 _BY_HAND = "node_"
-# Set on nodes that an autoscaler of version 2 or Kubernetes started, the head included.
+# A label of nodes that autoscaler v2 or Kubernetes started, including the head.
 _GROUP_LABEL = "ray.io/node-group"
 
 
 class NodeType(NamedTuple):
-    """Nodes that an autoscaler may bring. resources: of each. most: how many; None: no limit."""
+    """Nodes that an autoscaler may add. resources: of each. most: how many; None: no limit."""
 
     resources: Mapping[str, float]
     most: int | None
 
 
 def grows() -> bool:
-    """Whether the cluster has an autoscaler that may bring more nodes. Needs Ray."""
+    """Whether the cluster has an autoscaler that may add nodes. Needs Ray."""
     return node_types() != []
 
 
 def node_types() -> list[NodeType] | None:
-    """The nodes that the autoscaler may bring at most, those included that it has brought.
+    """The nodes that the autoscaler may run at most, including those it has already added.
 
-    Empty: there is none, or it may bring none. None: it does not say, as on Kubernetes. Needs Ray.
+    Empty: there is no autoscaler, or it may add none. None: unknown, as on Kubernetes. Needs Ray.
     """
     import ray
 
@@ -57,14 +57,14 @@ def _is_there() -> bool:
         ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
     )
     report = (json.loads(status) if status else {}).get("autoscaler_report")
-    if report:  # of version 1
+    if report:  # autoscaler v1
         return any(not name.startswith(_BY_HAND) for name in report["active_nodes"])
     return any(_GROUP_LABEL in node.labels for node in alive_nodes())
 
 
 @functools.cache
 def _types_on_head(gcs_address: str) -> list[NodeType] | None:
-    """The types by which the autoscaler of this cluster runs, which the head's machine knows."""
+    """The autoscaler's node types, read on the head's machine."""
     heads = [node for node in alive_nodes() if node.is_head]
     for answer in ask(heads, configured_types, gcs_address, about="its autoscaler"):
         if not isinstance(answer, NoAnswer):
@@ -74,7 +74,7 @@ def _types_on_head(gcs_address: str) -> list[NodeType] | None:
 
 
 def configured_types(gcs_address: str) -> list[NodeType] | None:
-    """The node types in the file by which a cluster's autoscaler runs on this machine."""
+    """The node types in the config file of the cluster's autoscaler, if it runs on this machine."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = (process / "cmdline").read_text("utf-8", errors="replace").split("\0")
@@ -88,9 +88,9 @@ def configured_types(gcs_address: str) -> list[NodeType] | None:
 
 
 def types_in(config: Mapping[str, Any]) -> list[NodeType] | None:
-    """The types of a cluster's YAML that may be brought; None: what a node has is not in it.
+    """The worker types in a cluster's YAML; None if it does not state their resources.
 
-    `ray up` completes the file that it leaves on the head with what a cloud's machines have.
+    On clouds, `ray up` fills in the machines' resources in the file that it leaves on the head.
     """
     most_in_all = config["max_workers"]
     found = [
@@ -103,7 +103,7 @@ def types_in(config: Mapping[str, Any]) -> list[NodeType] | None:
 
 
 def types_words(types: Iterable[NodeType]) -> str:
-    """The types in words: "up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores"."""
+    """The types in words, such as "up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores"."""
     return "; ".join(
         f"up to {most} {'node' if most == 1 else 'nodes'} of {amount_words(resources)}"
         if most is not None

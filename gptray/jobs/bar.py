@@ -1,4 +1,4 @@
-"""Progress of a job on stderr: a live bar on a terminal, else a line now and then."""
+"""A job's progress on stderr: a live bar on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ BAR, WIDE = 24, 100
 
 
 def progress_bar(console: Console | None = None) -> Progress:
-    """A progress display on stderr for tasks of `new_task`; counts and ETA show at any width.
+    """A progress display on stderr for tasks of `new_task`; it always shows counts and ETA.
 
-    A narrow terminal loses the drawn bar first, then the figures, the last one first.
+    A narrow terminal drops the drawn bar first, then figures from the last to the first.
     """
     console = console or Console(stderr=True)
     return Progress(
@@ -42,7 +42,7 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 def new_task(bar: Progress, doing: str, *, total: int, done: int = 0) -> TaskID:
-    """A task whose `metrics` and `eta` are shown after its counts."""
+    """Add a task whose `metrics` and `eta` are shown after its counts."""
     return bar.add_task(doing, total=total, completed=done, metrics="", eta="")
 
 
@@ -52,7 +52,7 @@ class _Eta(ProgressColumn):
 
 
 class _Figures(ProgressColumn):
-    """As many figures (separated by two spaces) as fit next to the other columns."""
+    """As many figures (separated by two spaces) as fit beside the other columns."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(Column(no_wrap=True))
@@ -73,7 +73,7 @@ def _eta(task: Task) -> str:
 
 
 class Bar:
-    """What is done of `total`, with figures behind it."""
+    """Progress towards `total`, with figures."""
 
     def __init__(self, doing: str, total: int, *, done: int = 0) -> None:
         self._doing, self._began = doing, time.monotonic()
@@ -87,7 +87,7 @@ class Bar:
             self._told.enter_context(telling(self._text))
 
     def show(self, doing: str, done: int, figures: str, *, eta: str, line: str | None) -> None:
-        """Say where things stand; without a terminal by `line`, when it is time for one."""
+        """Update the display; without a terminal, `line` is logged when the next one is due."""
         self._line = line or self._line
         if self._bar:
             self._bar.update(

@@ -1,4 +1,4 @@
-"""The one shape of a job: check the config once, then plan for --dry-run, or run."""
+"""The interface of all jobs: check the config once, then plan for --dry-run, or run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Generic, TypeVar
 from gptray.config import Config, UserError
 
 Checked = TypeVar("Checked")
-# Label and value of each fact that --dry-run prints.
+# (label, value) of each fact that --dry-run prints.
 Plan = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Job(Generic[Checked]):
-    """What the command line calls, `check` once for each command.
+    """The functions that the command line calls; it calls `check` once.
 
     check: find every mistake that can be found without torch and Ray. Raises UserError.
-    plan: say what the job would do; starts nothing.
-    run: do it and return the JSON line, or None where it has printed that itself.
+    plan: say what the job would do, without starting anything.
+    run: do it and return the JSON line, or None if it has printed that itself.
     """
 
     check: Callable[[Config], Checked]
@@ -29,14 +29,14 @@ class Job(Generic[Checked]):
 
 
 def find_job(name: str) -> Job[Any]:
-    """The JOB of `gptray.jobs.<name>.run`, imported only when asked for."""
+    """The JOB of `gptray.jobs.<name>.run`, imported on demand."""
     job = importlib.import_module(f"gptray.jobs.{name}.run").JOB
     assert isinstance(job, Job)
     return job
 
 
 class Mistakes:
-    """A context, entered again and again, that keeps the UserError of each block for `tell`."""
+    """A reusable context manager that collects the UserError of each block for `tell`."""
 
     def __init__(self) -> None:
         self._messages: list[str] = []
@@ -49,10 +49,10 @@ class Mistakes:
         return isinstance(error, UserError)
 
     def add(self, message: str) -> None:
-        """Note a mistake that nothing has raised."""
+        """Add a mistake that was not raised."""
         self._messages.append(message)
 
     def tell(self) -> None:
-        """Raise UserError with every message once, one line each; nothing without mistakes."""
+        """If there are mistakes, raise UserError with a line for each distinct message."""
         if self._messages:
             raise UserError("\n".join(dict.fromkeys(self._messages)))

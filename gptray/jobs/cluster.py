@@ -1,4 +1,4 @@
-"""Ray itself: join the cluster that this process belongs to, or start one here, quietly."""
+"""Connects to Ray: joins the cluster in RAY_ADDRESS, or starts one on this machine, quietly."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ from gptray.jobs.waiting import telling_waits
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 
-# Read by Ray Train in driver, controller and workers. It polls every two seconds by itself, which
-# makes a report wait as long; a poll every 0.2 seconds takes some percent of two cores away from
-# training, one every second hardly any. By itself it looks for nodes that are about to be taken
-# every five seconds, of the thirty that some clouds give.
+# Read by Ray Train in driver, controller and workers. By default it polls every two seconds, which
+# delays reports by as much; polling every 0.2 seconds costs training a few percent of two cores,
+# every second almost nothing. By default it looks for nodes that are being preempted every five
+# seconds; some clouds give notice of thirty.
 TRAIN_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
-# The same where the cluster is the job's own: nobody takes its node or looks at its metrics, and
-# the watcher and the metrics cost seconds at every start.
+# Also set if the cluster is the job's own: nobody preempts its node or reads its metrics, and the
+# watcher and the metrics cost seconds at every start.
 OWN_TRAIN_ENV = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
-# Ray starts a worker for each core before it is asked for one. Ray Train's have an environment of
-# their own, so that none of these is for them.
+# Ray prestarts a worker for each core. Ray Train cannot use them, because its workers have their
+# own environment.
 NO_SPARE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
-# Read by Ray Serve's controller and proxy where the cluster is the job's own. The controller looks
-# ten times a second by itself, which takes 3 % of a core. By gRPC an update of a stream costs the
-# proxy and the replica a fifth less than by Ray's own way between them. Around Serve's proxy is
-# `gptray.jobs.serve.proxy`.
+# Read by Ray Serve's controller and proxy if the cluster is the job's own. By default, the
+# controller's loop runs ten times a second, which takes 3 % of a core. Over gRPC, an update of a
+# stream costs the proxy and the replica a fifth less than over Ray's own transport.
+# `gptray.jobs.serve.proxy` wraps Serve's proxy.
 SERVE_ENV = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gptray.jobs.serve.proxy:middlewares",
 }
 
-# Logs and sockets of a session; with less room than this Ray's processes do not come up.
+# For a session's logs and sockets; with less space than this, Ray's processes do not start.
 _RAY_NEEDS = 4 << 20
-# Seconds in which a Ray at RAY_ADDRESS answers, and the port of its clients by default.
+# Within how many seconds the Ray at RAY_ADDRESS must answer; Ray's default client port.
 ANSWER_S, _CLIENT_PORT = 3.0, 10001
-# HTTP/2: a client's preface with an empty SETTINGS frame, and the type of such a frame.
+# HTTP/2: a client's preface with an empty SETTINGS frame, and the type byte of such a frame.
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _SETTINGS = b"\x04"
 
@@ -67,55 +67,55 @@ _SETTINGS = b"\x04"
 def ray_cluster(
     environment: Mapping[str, str] | None = None, *, wait_s: float | None = None
 ) -> Iterator[bool]:
-    """Have Ray for the time of a job: the cluster in RAY_ADDRESS, else one on this machine.
+    """Have Ray for the duration of a job: the cluster in RAY_ADDRESS, or else one of its own here.
 
-    A Ray that the process is connected to already is used and left as it is. Gives whether the
-    cluster is the job's own, which ends with it. On others a job that waits for room says so.
+    If the process is already connected to Ray, that is used and left running. Yields whether the
+    cluster is the job's own, which ends with the block. A job that waits for resources says so.
 
     environment: variables for the processes of the job's own Ray.
-    wait_s: seconds for which the job waits for room, see `telling_waits`; None: for ever.
+    wait_s: how long the job waits for resources, see `telling_waits`; None: for ever.
 
     Raises:
-        RunFailed: Ray does not start or answer, or the wait for room took too long.
+        RunFailed: Ray does not start or answer, or the wait for resources took too long.
     """
     if _is_connected():
         with telling_waits(wait_s):
             yield False
         return
-    of_others = os.environ.get("RAY_ADDRESS")
-    if of_others:
-        check_address(of_others)
-    for key, value in (TRAIN_ENV | SERVE_ENV | ({} if of_others else OWN_TRAIN_ENV)).items():
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        check_address(address)
+    for key, value in (TRAIN_ENV | SERVE_ENV | ({} if address else OWN_TRAIN_ENV)).items():
         os.environ.setdefault(key, value)
     verbose = logging.getLogger("gptray").isEnabledFor(logging.DEBUG)
     level = logging.INFO if verbose else logging.ERROR
     options = {"log_to_driver": verbose, "logging_level": level}
-    # Ray prints what it has to say of processes that died, and stdout is for a job's result.
+    # Ray prints messages about processes that died; stdout is for the job's result.
     with redirect_stdout(sys.stderr), ExitStack() as stack:
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
-            if of_others:
+            if address:
                 import ray
 
-                with ray_answers(), doing(f"joining the cluster at {of_others}"):
+                with ray_answers(), doing(f"joining the cluster at {address}"):
                     ray.init(**options)
                 stack.callback(shut_down)
             else:
                 with _ray_folder(), doing("starting Ray"):
                     stack.enter_context(own_ray(environment or {}, **options))
         with telling_waits(wait_s):
-            yield not of_others
+            yield not address
 
 
 def _is_connected() -> bool:
-    """Whether this process is connected to a Ray, without importing ray, which reads os.environ."""
+    """Whether this process is connected to Ray. Does not import ray, which reads os.environ."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized()
 
 
 @contextmanager
 def _ray_folder() -> Iterator[None]:
-    """Say which folder it is when Ray cannot write its session's files. Raises RunFailed."""
+    """Raise RunFailed, naming the folder, if Ray cannot write its session's files."""
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     try:
         with ray_answers():
@@ -124,7 +124,7 @@ def _ray_folder() -> Iterator[None]:
         if is_file_error(error):
             failure = cannot_write(folder, error)
         elif shutil.disk_usage(folder).free < _RAY_NEEDS:
-            # Ray's own processes died, and do not say why.
+            # Ray's own processes died without saying why.
             failure = cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         elif "timed out during startup" in str(error):
             logs = folder / "ray" / "session_latest" / "logs"
@@ -140,7 +140,7 @@ def _ray_folder() -> Iterator[None]:
 
 @contextmanager
 def ray_answers() -> Iterator[None]:
-    """Say in one sentence that Ray timed out or is gone. Raises RunFailed."""
+    """Turn Ray's timeouts and lost connections into a RunFailed with one sentence."""
     try:
         yield
     except (TimeoutError, ConnectionError) as error:
@@ -153,7 +153,7 @@ def ray_answers() -> Iterator[None]:
 
 @contextmanager
 def _sigterm_kept() -> Iterator[None]:
-    """Keep the process's SIGTERM handler: Ray's own aborts the process after three seconds."""
+    """Restore the process's SIGTERM handler: Ray's aborts the process after three seconds."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -161,9 +161,9 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def check_training(config: Config) -> None:
-    """Refuse a training that this machine, or a backend that is named, cannot run.
+    """Raise UserError if this machine or the configured backend cannot run the training.
 
-    Raises UserError, also as `check_resources`.
+    Also raises like `check_resources`.
     """
     if not os.environ.get("RAY_ADDRESS"):
         check_native(TRAIN_KEY, config.train.backend, use_gpu=config.compute.use_gpu)
@@ -177,13 +177,13 @@ def check_training(config: Config) -> None:
 def check_resources(
     compute: ComputeConfig, *, compiling: bool = False, beside: str | None = None
 ) -> None:
-    """Refuse what this machine can never give; a cluster (RAY_ADDRESS) may still grow.
+    """Refuse resources that this machine does not have; a cluster (RAY_ADDRESS) may still grow.
 
-    compiling: whether train.compile has the training step compiled.
-    beside: the key that asks for one more worker than compute.num_workers, if one does.
+    compiling: whether the training step is compiled.
+    beside: the key, if any, that needs one more worker than compute.num_workers.
 
     Raises:
-        UserError: names the key, what was asked and what there is.
+        UserError: names the key, what it asks for and what there is.
     """
     if os.environ.get("RAY_ADDRESS"):
         return
@@ -220,10 +220,7 @@ def check_resources(
 
 
 def check_address(address: str) -> None:
-    """Refuse an address at which no Ray listens: Ray itself would retry for minutes.
-
-    Raises UserError, which names RAY_ADDRESS.
-    """
+    """Raise UserError for an address where no Ray listens: Ray itself would retry for minutes."""
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"RAY_ADDRESS={address} is a dashboard's address, for ray job submit; to start a job "
@@ -231,7 +228,7 @@ def check_address(address: str) -> None:
         )
     place = _running_here() if address == "auto" else address
     if place is None or address == "local":
-        return  # Ray itself answers at once
+        return  # Ray itself fails or starts at once
     host, _, port = place.removeprefix("ray://").rpartition(":")
     if not host and place.startswith("ray://"):
         host, port = port, str(_CLIENT_PORT)
@@ -250,9 +247,9 @@ def check_address(address: str) -> None:
 
 
 def _speak(connection: socket.socket) -> None:
-    """Greet like a gRPC client, as Ray uses gRPC. Raises OSError if the answer is not gRPC's."""
+    """Greet as a gRPC client, since Ray speaks gRPC. Raises OSError if the answer is not gRPC."""
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return  # then it answers only within TLS
+        return  # it answers only over TLS
     connection.sendall(_PREFACE)
     answer = connection.recv(9)
     if answer[3:4] != _SETTINGS:
@@ -260,7 +257,7 @@ def _speak(connection: socket.socket) -> None:
 
 
 def _running_here() -> str | None:
-    """The address of the Ray that was last started on this machine, if any."""
+    """The address of the Ray cluster last started on this machine, if any."""
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
     try:
         return (folder / "ray_current_cluster").read_text("utf-8").strip() or None

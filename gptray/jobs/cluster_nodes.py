@@ -1,4 +1,4 @@
-"""The nodes of a cluster: what each has, what is free, and what each answers."""
+"""A cluster's nodes: their resources, what is free, and asking each a question."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gptray.hub import first_line
 from gptray.jobs.doing import telling
 from gptray.wording import count
 
-HEAD = "node:__internal_head__"  # a resource of the head alone
-_ID_LABEL = "ray.io/node-id"  # which every node has
-_NAMED = 3  # in messages, of nodes that are alike
-# A node answers in seconds, unless it hangs: on a file system that is gone, for example.
+HEAD = "node:__internal_head__"  # a resource that only the head has
+_ID_LABEL = "ray.io/node-id"  # a label that every node has
+_NAMED = 3  # how many of several like nodes a message names
+# A node answers within seconds unless it hangs, for example on a lost file system.
 DEADLINE_S, POLL_S = 90.0, 1.0
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Node:
-    """An alive node. resources: what Ray counts there, such as CPU and GPU. id, labels: Ray's."""
+    """An alive node. resources: as Ray counts them, such as CPU and GPU. id, labels: Ray's."""
 
     address: str
     resources: Mapping[str, float]
@@ -41,12 +41,12 @@ class Node:
 
     @property
     def is_head(self) -> bool:
-        """Whether it is where the cluster began, which no autoscaler brings."""
+        """Whether this is the head node, which no autoscaler adds."""
         return HEAD in self.resources
 
 
 def alive_nodes() -> list[Node]:
-    """All nodes that are alive. Needs Ray, as all functions here that are given nothing."""
+    """All alive nodes. Needs Ray, like all functions here without arguments."""
     import ray
 
     return [
@@ -57,7 +57,7 @@ def alive_nodes() -> list[Node]:
 
 
 def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
-    """Whether a node has the labels, each VALUE, !VALUE, in(VALUE, ...) or !in(VALUE, ...)."""
+    """Whether a node matches a selector of VALUE, !VALUE, in(VALUE, ...) or !in(VALUE, ...)."""
     for name, wanted in selector.items():
         value = wanted.removeprefix("!")
         values = value[len("in(") : -1].split(",") if value.startswith("in(") else [value]
@@ -68,15 +68,15 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
 
 
 def free_resources() -> dict[str, Mapping[str, float]]:
-    """What is free on each alive node, by its id."""
+    """Free resources of each alive node, by its id."""
     import ray
 
     free: dict[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
     return free
 
 
-def nodes_to_be_taken() -> dict[str, float]:
-    """Ids of the nodes that will be taken, and when, in seconds of `time.time`; 0: unknown."""
+def nodes_being_preempted() -> dict[str, float]:
+    """Ids of the nodes being preempted, and when they will be, as `time.time`; 0: unknown."""
     import ray
 
     draining = ray._private.state.state.get_draining_nodes()
@@ -84,7 +84,7 @@ def nodes_to_be_taken() -> dict[str, float]:
 
 
 def amount_words(resources: Mapping[str, float]) -> str:
-    """GPUs and cores in words: "1 GPU and 4 cores", "0.5 cores"."""
+    """GPUs and cores in words, such as "1 GPU and 4 cores" or "0.5 cores"."""
     gpus, cores = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     words = _amount(cores, "core")
     return f"{_amount(gpus, 'GPU')} and {words}" if gpus else words
@@ -95,7 +95,7 @@ def _amount(number: float, noun: str) -> str:
 
 
 def total(all_resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sum over nodes or workers."""
+    """The sum of resources over nodes or workers."""
     summed: dict[str, float] = {}
     for resources in all_resources:
         for name, number in resources.items():
@@ -104,14 +104,13 @@ def total(all_resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def nodes_words(nodes: Iterable[Node]) -> str:
-    """The nodes by what they have: "10.0.0.1 has 16 cores; 10.0.0.2, 10.0.0.3 have 8 each"."""
-    told = ((node.address, amount_words(node.resources)) for node in nodes)
-    return _alike(told, each=" each")
+    """The nodes grouped by resources: "10.0.0.1 has 16 cores; 10.0.0.2, 10.0.0.3 have 8 each"."""
+    return _grouped(((node.address, amount_words(node.resources)) for node in nodes), each=" each")
 
 
 def labels_words(nodes: Iterable[Node]) -> str:
-    """The nodes by their labels: "10.0.0.1 has zone=a; 10.0.0.2, 10.0.0.3 have none"."""
-    return _alike((node.address, _labels(node)) for node in nodes)
+    """The nodes grouped by labels: "10.0.0.1 has zone=a; 10.0.0.2, 10.0.0.3 have none"."""
+    return _grouped((node.address, _labels(node)) for node in nodes)
 
 
 def _labels(node: Node) -> str:
@@ -119,16 +118,16 @@ def _labels(node: Node) -> str:
     return ", ".join(f"{name}={node.labels[name]}" for name in names) or "none"
 
 
-def _alike(told: Iterable[tuple[str, str]], *, each: str = "") -> str:
-    """What addresses have, those that have the same together; each: after that of several."""
-    alike: dict[str, list[str]] = {}
-    for address, words in told:
-        alike.setdefault(words, []).append(address)
+def _grouped(pairs: Iterable[tuple[str, str]], *, each: str = "") -> str:
+    """Addresses grouped by what they have, as (address, words). each: follows that of several."""
+    groups: dict[str, list[str]] = {}
+    for address, words in pairs:
+        groups.setdefault(words, []).append(address)
     return "; ".join(
         f"{_names(addresses)} has {words}"
         if len(addresses) == 1
         else f"{_names(addresses)} have {words}{each}"
-        for words, addresses in alike.items()
+        for words, addresses in groups.items()
     )
 
 
@@ -139,7 +138,7 @@ def _names(addresses: list[str]) -> str:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """Why a node has not answered. is_gone: it has left the cluster meanwhile."""
+    """Why a node has not answered. is_gone: whether it has left the cluster meanwhile."""
 
     reason: str
     is_gone: bool = False
@@ -148,11 +147,10 @@ class NoAnswer:
 def ask(
     nodes: Sequence[Node], question: Callable[..., T], *given: object, about: str
 ) -> list[T | NoAnswer]:
-    """Call `question(*given)` once on each node, whether its cores are busy or not.
+    """Call `question(*given)` once on each node, even if its cores are busy.
 
-    about: what the nodes are asked about, for the line that says for what the job waits.
-
-    Needs Ray. Returns after DEADLINE_S at the latest; answers come in the nodes' order.
+    about: the subject of the question, for the line that says what the job waits for.
+    Needs Ray. Returns within DEADLINE_S; answers are in the nodes' order.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -189,7 +187,7 @@ def ask(
 
 
 def _cause(error: Exception) -> str:
-    """The one line of an error of Ray's that names the cause: the last that names an exception."""
+    """The line of a Ray error that names the cause: the last one that names an exception."""
     lines = [line.strip() for line in str(error).splitlines()]
     named = [line for line in lines if line.partition(":")[0].endswith("Error") and ": " in line]
     return named[-1] if named else first_line(error)

@@ -1,4 +1,4 @@
-"""What a job is doing while it has nothing else to say: a line every few seconds, no silence."""
+"""Logs what a job is doing while nothing else is logged, so that it is never silent for long."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from gptray.wording import time_words
 
 log = logging.getLogger("gptray")
-# Seconds without a line of the job's after which one says what it is doing; between two looks.
+# After this many quiet seconds a line says what the job is doing; how often to check.
 QUIET_S, POLL_S = 8.0, 0.5
-# `extra` of the line of a job that waits for room, which knows itself when to say so again.
+# `extra` of lines about waiting for resources, whose code decides itself when to repeat them.
 OF_WAIT = {"is_of_wait": True}
 
 
-class _Heard(logging.Filter):
-    """When the last line was logged, and whether it is about a wait."""
+class _LastLine(logging.Filter):
+    """Records when the last line was logged, and whether it was about a wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,30 +29,30 @@ class _Heard(logging.Filter):
         return True
 
 
-# Of all lines, so that a block knows how long it was quiet before.
-_heard = _Heard()
+# For all lines, so that a block knows how long it was quiet before it began.
+_heard = _LastLine()
 log.addFilter(_heard)
-# Of the blocks of `telling` that run; the last, which is the innermost, speaks.
-_blocks: list[_Heard] = []
+# The running blocks of `telling`; only the last, the innermost, logs.
+_blocks: list[_LastLine] = []
 
 
 @contextmanager
 def doing(words: str) -> Iterator[None]:
-    """Say in the block what is being done, and since when, whenever nothing else is said."""
+    """In the block, log what is being done and for how long, whenever nothing else is logged."""
     began = time.monotonic()
     with telling(lambda: so_far(words, began)):
         yield
 
 
 def so_far(words: str, began: float) -> str:
-    """Words for what began at a time of the monotonic clock."""
+    """`words` with the time since `began`, a time of the monotonic clock."""
     return f"{words}, {time_words(time.monotonic() - began)} so far"
 
 
 @contextmanager
 def telling(line: Callable[[], str | None]) -> Iterator[None]:
-    """Log `line()`, unless it is None, whenever nothing was logged for QUIET_S in the block."""
-    heard = _Heard()
+    """In the block, log `line()`, unless None, whenever nothing was logged for QUIET_S."""
+    heard = _LastLine()
     heard.at = _heard.at
 
     def look() -> None:
@@ -72,7 +72,7 @@ def telling(line: Callable[[], str | None]) -> Iterator[None]:
 
 @contextmanager
 def following(look: Callable[[], None], *, every_s: float) -> Iterator[None]:
-    """Call `look` every so many seconds, from a thread, while the block runs."""
+    """Call `look` from a thread every `every_s` seconds while the block runs."""
     done = threading.Event()
 
     def follow() -> None:

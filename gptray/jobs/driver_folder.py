@@ -1,9 +1,8 @@
-"""The folder of a run or a sweep on the driver's node, as workers on other nodes reach it: by Ray.
+"""Gives workers on other nodes access, through Ray, to a run's folder on the driver's node.
 
-A run that is at home in an object store is made in a folder on the driver's node and published from
-there (`gptray.jobs.remote_run`). No other node sees that folder, and none has to: an actor next to
-the driver reads and writes it for them. What a worker sends appears whole, as it would if the
-worker wrote it here.
+A run whose storage is an object store is made in a folder on the driver's node and published from
+there (`gptray.jobs.remote_run`). Other nodes do not see that folder: an actor on the driver's node
+reads and writes it for them. Files that a worker sends appear atomically, as if written locally.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ from gptray.jobs.publisher import Version, is_hidden, version_of
 from gptray.jobs.tasks import Failure, attempt
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, write_event
-from gptray.training.checkpoint import find_checkpoints, newest_whole
+from gptray.training.checkpoint import find_checkpoints, newest_intact
 
-# Of a file that is read or sent in one call.
+# How much of a file is read or sent in one call.
 BLOCK_BYTES = 32 << 20
 
-# A run below the folder, and the number of the worker that writes it: the newest alone may.
+# A run below the folder, and its writer's number; only the newest writer may write.
 Writer = tuple[str, int]
 
 
 class DriverFolder:
     """A Ray actor on the driver's node.
 
-    Files have their names in the folder. A checkpoint is a draft until its manifest comes. Ray may
-    make a call twice, which changes no file but the events: one may then stand there twice.
+    File names are relative to the folder. A checkpoint is a draft until its manifest arrives. If
+    Ray repeats a call, files stay the same, except that an event may be written twice.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._writers: dict[str, int] = {}
-        # By the run: the checkpoints there were, and the newest intact one.
+        # By run: its checkpoints when last checked, and the newest intact one.
         self._newest: dict[str, tuple[dict[str, Version], str | None]] = {}
 
     def call(self, method: str, *arguments: object) -> object | Failure:
@@ -47,37 +46,37 @@ class DriverFolder:
         return attempt(lambda: getattr(self, method)(*arguments))
 
     def begin(self, run: str) -> int:
-        """Give a run a new writer; those before it, on nodes that were lost, are refused."""
+        """Give a run a new writer; earlier ones, on lost nodes, are refused from now on."""
         for draft in (self._root / run).glob(".checkpoint_*.tmp"):
             remove(draft)
         self._writers[run] = time.time_ns()
         return self._writers[run]
 
     def files(self, name: str) -> dict[str, int]:
-        """The size of each file in a folder."""
+        """The size of each file in a folder, by relative name."""
         folder = self._root / name
         sizes = {}
         for path in folder.rglob("*"):
             one = path.relative_to(folder).as_posix()
-            with suppress(FileNotFoundError):  # of the driver's, which writes there too
+            with suppress(FileNotFoundError):  # the driver writes and removes files there too
                 if not is_hidden(one) and path.is_file():
                     sizes[one] = path.stat().st_size
         return sizes
 
     def newest(self, run: str) -> str | None:
-        """The newest intact checkpoint of a run. Raises RunFailed where all are damaged.
+        """The newest intact checkpoint of a run. Raises RunFailed if all are damaged.
 
-        Files are read again only where checkpoints have come or gone, also by a worker here.
+        Files are verified again only if checkpoints were added or removed, maybe by a local worker.
         """
         folders = find_checkpoints(self._root / run)
         there = {one.name: version_of(one) for one in folders}
         if run not in self._newest or self._newest[run][0] != there:
-            folder, _ = newest_whole(self._root / run)
+            folder, _ = newest_intact(self._root / run)
             self._newest[run] = there, folder.name if folder else None
         return self._newest[run][1]
 
     def read(self, name: str, offset: int) -> bytes | None:
-        """A block of a file; empty at its end, None where there is no file."""
+        """A block of a file; empty at its end, None if there is no file."""
         try:
             with (self._root / name).open("rb") as file:
                 file.seek(offset)
@@ -86,14 +85,14 @@ class DriverFolder:
             return None
 
     def put(self, writer: Writer, name: str, offset: int, block: bytes, is_last: bool) -> None:
-        """Take a block of a new version of a file, which is seen with the last block."""
+        """Receive a block of a new version of a file, which appears with the last block."""
         self._check(writer)
         path = self._place(name)
         draft = path.with_name(f".{path.name}.sent")
         checkpoint = checkpoint_of(name)
         is_whole = bool(checkpoint) and name == f"{checkpoint}/{MANIFEST}"
         if not (draft.exists() if offset else path.parent.exists() or not is_whole):
-            return  # the call has been made before
+            return  # a repeated call
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft.open("r+b" if offset else "wb") as file:
@@ -107,7 +106,7 @@ class DriverFolder:
                 os.rename(path.parent, self._root / checkpoint)
 
     def grow(self, writer: Writer, name: str, offset: int, block: bytes) -> None:
-        """Take what was added to a file."""
+        """Receive what was appended to a file."""
         self._check(writer)
         path = self._root / name
         with storing(path), path.open("r+b") as file:
@@ -115,7 +114,7 @@ class DriverFolder:
             file.write(block)
 
     def tell(self, writer: Writer, lines: bytes) -> None:
-        """Take events of a run that its writer has noted; the driver has noted others."""
+        """Append events from a run's writer; the driver writes others."""
         self._check(writer)
         path = self._root / writer[0] / EVENTS
         with storing(path):
@@ -126,7 +125,7 @@ class DriverFolder:
         write_event(self._root / run, event, **fields)
 
     def remove_all(self, writer: Writer, name: str) -> None:
-        """Remove a folder, which is gone at once."""
+        """Remove a folder, which disappears atomically."""
         self._check(writer)
         path = self._root / name
         with storing(path):
@@ -142,7 +141,7 @@ class DriverFolder:
             raise RunFailed(f"another worker has taken over the run {self._root / run}")
 
     def _place(self, name: str) -> Path:
-        """Where a file of this name is written: those of checkpoints in a draft."""
+        """Where to write a file: one of a checkpoint in the checkpoint's draft."""
         checkpoint = checkpoint_of(name)
         if checkpoint is None:
             return self._root / name

@@ -1,4 +1,4 @@
-"""Who is at work in a run's folder: one driver at a time. Neither torch nor Ray here."""
+"""A lock that lets one driver at a time work in a run's folder. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ LOCK = ".driver.lock"
 def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
     """Lock a folder for one driver; the OS releases the lock when the process dies.
 
-    A folder made here that holds nothing else at the end is removed: a failed start leaves none.
+    A folder created here is removed at the end if it holds nothing else, as after a failed start.
 
     Raises:
-        UserError: another process holds it; `busy` says so, by default of a run that is trained.
-        RunFailed: the disk is full or cannot be written.
+        UserError: another process holds it; `busy` is the message, by default that of training.
+        RunFailed: the disk is full or not writable.
     """
     lock = folder / LOCK
     with no_empty_folders(folder):
@@ -43,13 +43,13 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a driver is at work in a folder; does not hold it."""
+    """Whether a driver is at work in a folder; does not lock it."""
     if not (folder / LOCK).is_file():
         return False
     try:
         with (folder / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # its driver ended just now, and left nothing else in the folder
+    except FileNotFoundError:  # its driver just ended and removed the folder
         return False
     except BlockingIOError:
         return True

@@ -1,4 +1,4 @@
-"""The backend and the memory of a job's engines, as far as they are known before any runs."""
+"""The backend and memory of a job's engines, as far as they are known before it starts."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from gptray.model.shape import read_shape
 from gptray.native.backend import GENERATE_KEY, check_native
 from gptray.native.build import build_library
 
-# Bytes of a process that has imported PyTorch and opened a tokenizer, as it was measured.
+# Measured bytes of a process that has imported PyTorch and opened a tokenizer.
 PROCESS = 0.34e9
 _BYTES = {"fp32": 4, "bf16": 2}
-# Of a scale of quantized weights, and of a weight in a quantized head.
+# Bytes of a quantized group's scale, and of a weight in a quantized head.
 _SCALE, _HEAD = 2, 1
 
 
 def check_engine_backend(config: Config) -> None:
-    """Refuse generate.backend=native where it is not available. Raises UserError."""
+    """Raise UserError if generate.backend=native is not available."""
     backend, use_gpu = config.generate.backend, config.compute.use_gpu
     check_native(GENERATE_KEY, backend, use_gpu=use_gpu, look_at_cache=True)
 
 
 def build_engine_backend(config: Config) -> None:
-    """Build the native library, if it is asked for. Raises RunFailed where that fails."""
+    """Build the native library for generate.backend=native. Raises RunFailed if that fails."""
     if config.generate.backend == "native":
         with doing("building the C++ kernels"):
             build_library(key=GENERATE_KEY)
 
 
 def planned_backend(config: Config) -> str:
-    """What a plan says of the backend."""
+    """The backend in words, for a plan."""
     if config.generate.backend != "auto":
         return config.generate.backend
     if config.compute.use_gpu:
@@ -42,9 +42,9 @@ def planned_backend(config: Config) -> str:
 
 
 def planned_memory(config: Config, model_dir: Path, sequences: int) -> str:
-    """What a plan says of the memory of one engine for so many sequences at a time, roughly.
+    """The rough memory of one engine with `sequences` at a time in words, for a plan.
 
-    The embedding is kept twice: to look up tokens, and packed as the head where that is tied.
+    A tied embedding is stored twice: for looking up tokens, and packed as the head.
     """
     model = read_shape(model_dir)
     rows, precision = model.rows, config.generate.precision

@@ -1,7 +1,7 @@
-"""A run's folder here, made equal to one elsewhere: in an object store, or on the driver's node.
+"""Makes a run's local folder equal to a remote one: in an object store, or on the driver's node.
 
-What is here already is kept; of a checkpoint that is decided by its manifest. Of a run in a store
-that is only looked at, the records are fetched alone.
+Local checkpoints with the same manifest are kept. For jobs that only read a run in an object store,
+only its records are fetched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptray.training.checkpoint import checkpoint_step
 
 log = logging.getLogger("gptray")
 
-# Files that are fetched at a time.
+# How many files are fetched at a time.
 _AT_ONCE = 8
 # The records of a run, an evaluation, a sweep or its trials.
 _RECORD = re.compile(
@@ -38,14 +38,14 @@ def fetch_run(
     *,
     ended: Callable[[], Collection[Path]] = tuple,
 ) -> Sent:
-    """Make a folder equal to what `home` has by these names, and nothing else; what is there of it.
+    """Make a folder hold exactly these files of `home`; return the versions that both have.
 
-    A checkpoint without a manifest is not fetched. ended: once all other files are here, the runs
-    below the folder whose checkpoints are not needed.
+    A checkpoint without a manifest is not fetched. ended: called when all other files are here;
+    returns the runs below the folder whose checkpoints are not needed.
 
     Raises:
-        UserError: the home cannot be read.
-        RunFailed: there is no room.
+        UserError: `home` cannot be read.
+        RunFailed: the disk is full.
     """
     checkpoints = {one for name in names if (one := checkpoint_of(name))}
     wholes = {one for one in checkpoints if f"{one}/{MANIFEST}" in names}
@@ -67,14 +67,14 @@ def fetch_run(
 
 
 def checkpoint_of(name: str) -> str | None:
-    """The checkpoint, of a run or of a sweep's trial, that a file or folder is or belongs to."""
+    """The checkpoint (of a run or a sweep's trial) that a file or folder belongs to, or is."""
     path = PurePosixPath(name)
     found = [one for one in (path, *path.parents) if checkpoint_step(Path(one)) is not None]
     return found[-1].as_posix() if found else None
 
 
 def fetch_checkpoint(place: Home, folder: Path, files: Iterable[str]) -> bytes | None:
-    """Fetch a checkpoint unless it is here; return its manifest. files: their names in it."""
+    """Fetch a checkpoint unless it is here; return its manifest. files: names of its files."""
     manifest = place.read(MANIFEST)
     with suppress(OSError):
         if (folder / MANIFEST).read_bytes() == manifest and not files_damage(folder, needed=()):
@@ -91,7 +91,7 @@ def fetch_checkpoint(place: Home, folder: Path, files: Iterable[str]) -> bytes |
 
 
 def _remove_all_but(kept: set[str], folder: Path) -> None:
-    """Remove all files but these and whole checkpoints, by name."""
+    """Remove all files and checkpoints except those named in `kept`, and hidden files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name in kept or checkpoint_of(name) in kept or is_hidden(name):
@@ -101,7 +101,7 @@ def _remove_all_but(kept: set[str], folder: Path) -> None:
 
 
 def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Version]:
-    """Those of files that were fetched; of models only where they are known to be whole there."""
+    """Versions of fetched files; of models only if their run has ended, so that they are final."""
     return {
         path: version_of(path)
         for path in paths
@@ -110,15 +110,15 @@ def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Vers
 
 
 def fetch_records(home: RemoteFolder, names: Iterable[str], folder: Path) -> None:
-    """Have a folder here with the records among a run's files, for whoever only reads them.
+    """Fetch only the records among a run's files into a local folder.
 
-    Raises UserError for a store that cannot be read; RunFailed without room.
+    Raises UserError if the store cannot be read, RunFailed if the disk is full.
     """
     with storing(folder):
         remove(folder)
 
     def fetch(name: str) -> None:
-        with suppress(FileNotFoundError):  # it went away meanwhile
+        with suppress(FileNotFoundError):  # removed meanwhile
             home.download(name, folder / name)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -126,5 +126,5 @@ def fetch_records(home: RemoteFolder, names: Iterable[str], folder: Path) -> Non
 
 
 def records_folder(home: RemoteFolder) -> Path:
-    """Where on this node the records of a run are kept, and what is made of them."""
+    """The local folder for a run's fetched records, and for what is derived from them."""
     return cached_as("records", home.uri) / home.name

@@ -1,4 +1,4 @@
-"""Who holds a cluster's cores and GPUs, as far as Ray's tables say: placement groups and actors."""
+"""Finds who holds a cluster's cores and GPUs, by Ray's tables of placement groups and actors."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gptray.jobs.cluster_nodes import amount_words, total
 if TYPE_CHECKING:
     from ray.core.generated.gcs_pb2 import ActorTableData
 
-# Characters of a job's command in a message.
+# The most characters of a job's command in a message.
 WIDTH = 60
-# The actor that runs the command of a job which was submitted, and holds what that was given.
+# Prefix of the actor that runs a submitted job's command and holds the command's resources.
 _RUNS_COMMAND = "_ray_internal_job_actor_"
-# Set by Ray for such a command.
+# Ray sets this for such a command.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 Resources = Mapping[str, float]
 
 
 class _Held(NamedTuple):
-    job: str  # the id of a submission for what its command holds
+    job: str  # a job's id, or the submission's id for what its command holds
     resources: Resources
     node: str = ""
 
 
 def holders() -> tuple[int, str]:
-    """How many placements this job has, and the other job that holds the most, in words.
+    """The number of this job's placements, and in words the other job that holds the most.
 
-    Such as "; job 0300 (python x.py) holds 4 cores"; empty where Ray knows of none.
+    Such as "; job 0300 (python x.py) holds 4 cores"; "" if Ray knows of none.
     """
     import ray
 
@@ -54,9 +54,9 @@ def holders() -> tuple[int, str]:
 
 
 def held_by_command() -> tuple[str, Resources]:
-    """The id of a node, and what this job's own command holds there, if it was submitted so.
+    """The node's id and resources that this job's own command holds, ("", {}) if none.
 
-    As with `ray job submit --entrypoint-num-cpus 1`. Nothing otherwise.
+    Commands hold resources if submitted with, say, `ray job submit --entrypoint-num-cpus 1`.
     """
     own = _submission()
     if own is None:
@@ -66,14 +66,14 @@ def held_by_command() -> tuple[str, Resources]:
 
 
 def _submission() -> str | None:
-    """The id with which this job was submitted to the cluster; None for other jobs."""
+    """The id of this job's submission; None if it was not submitted to the cluster."""
     metadata = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("metadata", {})
     submission: str | None = metadata.get("job_submission_id")
     return submission
 
 
 def _held() -> list[_Held]:
-    """All that holds cores or GPUs; what tasks hold is in no table."""
+    """All holders of cores or GPUs except tasks, which are in no table."""
     import ray
 
     groups = [
@@ -86,7 +86,7 @@ def _held() -> list[_Held]:
 
 
 def _held_by_actors() -> list[_Held]:
-    """What actors outside of placement groups hold."""
+    """What actors outside placement groups hold."""
     return [
         _Held(
             table.name.removeprefix(_RUNS_COMMAND)
@@ -101,7 +101,7 @@ def _held_by_actors() -> list[_Held]:
 
 
 def actors_in(state: str) -> list[ActorTableData]:
-    """Ray's records of the actors of all jobs that are in a state."""
+    """Ray's records of all jobs' actors in a state."""
     import ray
     from ray.core.generated import gcs_pb2
 

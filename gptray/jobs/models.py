@@ -1,4 +1,4 @@
-"""Trained models as jobs find them: in a run, a folder, on the hub. Neither torch nor Ray here."""
+"""Finds trained models: in a run, a folder or on the hub. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gptray.tuning.sweep_record import TRIALS
 log = logging.getLogger("gptray")
 CONFIG = "config.yaml"
 TOKENIZER = "data.tokenizer"
-# A folder on this machine, or in an object store.
+# A folder on this machine or in an object store.
 Place: TypeAlias = Path | RemoteFolder
 _RUN_MODEL = re.compile(r"[^/.][^/]*/model/config\.json")
 
@@ -39,8 +39,8 @@ _RUN_MODEL = re.compile(r"[^/.][^/]*/model/config\.json")
 def open_model(source: str | Path, *, key: str) -> Path:
     """The folder with the model and its tokenizer that the config's `key` names.
 
-    Raises UserError, which begins with the key, if it is not a model that can read text; NotOnHub
-    if it is neither a folder nor on the hub.
+    Raises UserError, which begins with the key, if it is not a usable model with a tokenizer;
+    NotOnHub if it is neither a folder nor on the hub.
     """
     try:
         folder = model_folder(source)
@@ -57,7 +57,7 @@ def open_model(source: str | Path, *, key: str) -> Path:
 
 
 def not_adapter(source: str | Path, *, key: str) -> str | None:
-    """What to say of an adapter that is named as a model; None if it is none."""
+    """The message for an adapter given as a model; None if `source` is not an adapter."""
     try:
         folder = adapter_folder(source)
     except UserError:
@@ -73,9 +73,9 @@ def not_adapter(source: str | Path, *, key: str) -> str | None:
 
 
 def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, str]:
-    """The folder of the model that the config's `key` means by `source`, and what to call it.
+    """The folder of the model that `source` means as the value of `key`, and its name.
 
-    None: the run `name` in `storage_path`, or without a name the newest run there.
+    source: None for the run `name` in `storage_path` or, without a name, the newest run there.
     Raises UserError.
     """
     place = locate(config, source, key=key) if source else own_run(config, key=key)
@@ -86,18 +86,18 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
 
 
 def for_workers(folder: Path, source: str | None) -> str:
-    """What workers open as the model in `folder`: a URI or a GGUF file itself, on each node."""
+    """What workers open as the model: `folder`, or `source` if it is a URI or a GGUF file."""
     if source and is_gguf(expanded(source)):
         return str(absolute(source))
     return source if source and is_uri(source) else str(folder)
 
 
 def locate(config: Config, source: str, *, key: str) -> str:
-    """The model that the config's `key` means by `source`: the folder of a run, or `source` itself.
+    """What `source` means as the value of `key`: the folder of a run, or `source` itself.
 
-    A bare word is the folder of that name here, if it holds what the key takes (a model; for
+    A bare word is the folder of that name here, if it holds what the key needs (a model or, for
     data.tokenizer, a tokenizer); else the run or sweep of that name in `storage_path`; else a hub
-    id. Raises UserError for a run that has no model yet, and for the home of an unknown user.
+    id. Raises UserError for a run that has no model yet, and for an unknown user's home.
     """
     if _is_path(source):
         expanded(source, key=key)
@@ -119,7 +119,7 @@ def locate(config: Config, source: str, *, key: str) -> str:
 
 
 def own_run(config: Config, *, key: str) -> str:
-    """The run called `name` in `storage_path`; without a name the newest one. Raises UserError."""
+    """The run `name` in `storage_path` or, without a name, the newest one. Raises UserError."""
     storage = all_runs(config)
     if config.name is None:
         newest = newest_run(storage)
@@ -139,7 +139,7 @@ def own_run(config: Config, *, key: str) -> str:
 
 
 def _without_model(run: Place) -> str:
-    """What to say of a run that has no model, and when it will have one."""
+    """The message for a run without a model, which says when it will have one."""
     is_sweep = _has(run, TRIALS)
     told = f"{run} has no model yet"
     if is_leased(run.files(deep=True)) if isinstance(run, RemoteFolder) else is_held(run):
@@ -150,9 +150,9 @@ def _without_model(run: Place) -> str:
 
 
 def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
-    """The error for a model that the config's `key` names and that is nowhere.
+    """The error for a value of `key` that is found nowhere.
 
-    reason: what the hub or its cache answered, see `NotOnHub`.
+    reason: the answer of the hub or its cache, see `NotOnHub`.
     """
     takes_files = key == TOKENIZER or source.endswith(SUFFIX)
     place = "no such folder or file" if takes_files else "no such folder"
@@ -162,7 +162,7 @@ def unknown(config: Config, source: str, reason: str, *, key: str) -> UserError:
         name = os.path.basename(path)
         looked = [f"{place} here" if reason else place]
         what_to_do = _nearest_run(expanded(path).parent, name, prefix=path.removesuffix(name))
-    elif has_model(run := storage / _composed(source)):  # else `locate` had found it
+    elif has_model(run := storage / _composed(source)):  # only search spaces skip `locate`
         return UserError(
             f"{key}={source}: a search space takes a run's folder, {run}, not its name"
         )
@@ -183,12 +183,12 @@ def all_runs(config: Config) -> Place:
 
 
 def storage_of(config: Config) -> Path:
-    """The folder of all runs, which is no URI. Raises UserError for an unknown home folder."""
+    """The local folder of all runs. Raises UserError for an unknown user's home."""
     return expanded(config.storage_path, key="storage_path").absolute()
 
 
 def run_named(config: Config, name: str) -> Path:
-    """The folder that a run of this name has; names are stored composed, see `checked_name`."""
+    """The folder of a run of this name, in Unicode's composed form, see `checked_name`."""
     return storage_of(config) / _composed(name)
 
 
@@ -204,7 +204,7 @@ def _has(folder: Place, name: str) -> bool:
 
 
 def has_model(folder: Place) -> bool:
-    """Whether a folder is a model, or a run with one; of one in a store the latter.
+    """Whether a folder is a run with a model or, if local, a model.
 
     Raises UserError for a store that cannot be read.
     """
@@ -218,14 +218,14 @@ def _is_path(source: str) -> bool:
 
 
 def _nearest_run(storage: Place, name: str, others: Sequence[str] = (), *, prefix: str = "") -> str:
-    """A suggestion of the run, or one of `others`, with the nearest name, if one is near."""
+    """A suggestion of the run, or of one of `others`, with the nearest name; "" if none is near."""
     names = {one.lower(): one for one in (*_names_of_runs(storage), *others)}
     close = nearest(_composed(name).lower(), names)
     return did_you_mean(prefix + names[close] if close else None)
 
 
 def _how_to_list(storage: Place) -> str:
-    """What lists the runs in a storage path, if there are any."""
+    """A hint on how to list the runs in a storage path; "" if there are none."""
     if not _names_of_runs(storage):
         return ""
     place = [] if storage == storage_of(Config()) else [f"storage_path={storage}"]
@@ -240,12 +240,12 @@ def _names_of_runs(storage: Place) -> list[str]:
 
 @cache
 def _tell(message: str) -> None:
-    """Log a message once, though a job looks up its model several times."""
+    """Log a message only once, since a job looks up its model several times."""
     log.info("%s", message)
 
 
 def newest_run(storage: Place) -> Place | None:
-    """The run in a storage path whose model is the newest. Raises UserError like `has_model`."""
+    """The run with the newest model in a storage path. Raises UserError like `has_model`."""
     if isinstance(storage, RemoteFolder):
         files = storage.files(deep=True).items()
         found = [(one.modified, name) for name, one in files if _RUN_MODEL.fullmatch(name)]
@@ -256,7 +256,7 @@ def newest_run(storage: Place) -> Place | None:
 
 
 def with_tokenizer(config: Config) -> Config:
-    """The config with `data.tokenizer`, if it names a run, replaced by that run's folder.
+    """Replace `data.tokenizer` by a run's folder if it is a run's name.
 
     Raises UserError for a run that has no model yet.
     """

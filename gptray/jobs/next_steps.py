@@ -1,4 +1,4 @@
-"""What a job says at its end: its settings, and the commands that come next."""
+"""What a job logs at its end: its settings, and the commands to run next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf
-from gptray.jobs.adapters import adapter_words
+from gptray.jobs.adapters import adapter_arguments
 from gptray.jobs.models import has_model, storage_of
 from gptray.jobs.resuming import command
 from gptray.jobs.run_folder import seen_at
@@ -28,14 +28,14 @@ _DEFAULTS = Config()
 
 
 def tell(commands: Sequence[str], *, settings: Mapping[str, object] | None = None) -> None:
-    """Log a run's settings in one line, and the commands that come next."""
+    """Log a run's settings in one line, and the commands to run next."""
     if settings is not None:
         log.info("settings: %s", settings_of(settings))
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
 def tell_run(config: Config, folder: Path) -> None:
-    """Log a finished run's diagnosis, its settings, and the commands that come next."""
+    """Log a finished run's diagnosis, its settings, and the commands to run next."""
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     log.info("%s", sentence(diagnosis, config))
@@ -53,9 +53,8 @@ def resumable(
 ) -> Iterator[None]:
     """If the block is interrupted, log where its results are and the command that resumes it.
 
-    again: makes that command.
-    begun: what exists once there is something to resume.
-    steps: how many the run is to make. seen: where results are, if that is not `folder`.
+    again: returns that command. begun: a path that exists once there is something to resume.
+    steps: how many the run is to make. seen: where the results are, if not in `folder`.
     """
     try:
         yield
@@ -72,18 +71,21 @@ def of_model(
 ) -> dict[str, str]:
     """The commands that use the model of a run, a sweep or a model folder, by job.
 
-    source: what named it; a URI or a GGUF file does so again. adapter: the folder of one on it.
+    source: the model as given; commands use it if it is a URI or a GGUF file. adapter: the folder
+    of an adapter to use with it.
     """
     again = source and (is_uri(source) or is_gguf(expanded(source)))
     name = source if again else short_name(folder)
     uses = model_commands(folder, name, typed)
     if adapter is None:
         return uses
-    return {job: f"{uses[job]} {shlex.quote(word)}" for job, word in adapter_words(adapter).items()}
+    return {
+        job: f"{uses[job]} {shlex.quote(word)}" for job, word in adapter_arguments(adapter).items()
+    }
 
 
 def short_name(folder: Path) -> str:
-    """A run as commands name it: by its name if that is enough to find it, else by its folder."""
+    """A run's name in commands: its bare name if that finds it, otherwise its folder."""
     is_enough = folder.parent == storage_of(_DEFAULTS) and not has_model(Path(folder.name))
     return folder.name if is_enough else str(folder)
 
@@ -95,6 +97,6 @@ def settings_of(values: Mapping[str, object]) -> str:
 
 
 def differing(config: Config) -> dict[str, object]:
-    """The keys that differ from the defaults, except where the run is kept."""
+    """The keys that differ from the defaults, except those that say where the run is kept."""
     hidden = ("name", "storage_path", "tune.space")
     return {key: value for key, value in differences(config).items() if key not in hidden}

@@ -1,8 +1,8 @@
-"""A run on a worker's node that does not see the driver's folder: made in a folder of its own.
+"""Trains a run on a node that does not see the driver's folder, in a local folder.
 
-What the run needs is fetched from the driver before it starts, its tokens from the store; what it
-makes is sent to the driver, which publishes it. Training waits until a checkpoint is there, so that
-a lost node costs the steps since the last one.
+What the run needs is fetched from the driver before it starts, and its tokens from the store. What
+it writes is sent to the driver, which publishes it. Training waits until the driver has a
+checkpoint, so that a lost node costs only the steps since the last one.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from gptray.training.workers import Workers
 
 log = logging.getLogger("gptray")
 
-# Seconds between two looks for what is new besides reports: rows, and notices.
+# How often to send new rows and notices between reports.
 SEND_S = 1.0
 
 
 class RunOnNode:
-    """A run that this worker trains. task: with the folders as they are on this node.
+    """A run that this worker trains. task: with this node's folders.
 
-    fetches_from: of the worker that fetches for a node that does not have the writer's folder.
+    fetches_from: where to fetch checkpoints from, on the worker that does so for a node other than
+    the writer's.
     """
 
     def __init__(
@@ -51,28 +52,28 @@ class RunOnNode:
         self._publisher, self._guard = publisher, threading.Lock()
 
     def send(self) -> None:
-        """Have at the driver all that is new; called by every worker at the same place.
+        """Send all that is new to the driver; every worker calls this at the same point.
 
         Raises RunFailed on every worker.
         """
         if self.task.origin:
             Workers.current().from_first(self.publish)
 
-    def bring(self, checkpoint: Path) -> None:
-        """Have a checkpoint that was sent on this node too. Raises UserError, RunFailed."""
+    def fetch(self, checkpoint: Path) -> None:
+        """Fetch a checkpoint that was sent to the driver. Raises UserError, RunFailed."""
         if self._fetches_from:
             place = self._fetches_from / checkpoint.name
             fetch_checkpoint(place, checkpoint, place.files(deep=True))
 
     def publish(self) -> None:
-        """Send what is new, if there is something to send. Raises RunFailed."""
+        """Send what is new, if this worker is the writer. Raises RunFailed."""
         if self._publisher:
             with self._guard:
                 self._publisher.publish()
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Send in the block what is new every second, and at its end. Raises RunFailed."""
+        """In the block, send what is new every second, and at its end. Raises RunFailed."""
         try:
             with following(self._look, every_s=SEND_S) if self._publisher else nullcontext():
                 yield
@@ -93,12 +94,11 @@ class RunOnNode:
 def run_on_node(
     task: TrainTask, *, fetches: bool = True, is_on_first_node: bool = True
 ) -> Iterator[RunOnNode]:
-    """Have a run on this node, for the worker that trains it; entered by every worker at once.
+    """Prepare a run on this node for the worker that trains it; every worker enters this together.
 
-    fetches: whether this worker is the one of its node that does. is_on_first_node: whether it is
-    on the node of the worker that writes the run.
-
-    Raises UserError or RunFailed on every worker; at the end RunFailed on the first.
+    fetches: whether this worker fetches files for its node. is_on_first_node: whether it is on the
+    node of the worker that writes the run.
+    Raises UserError or RunFailed on every worker; at the end, RunFailed on the first.
     """
     if task.origin is None:
         yield RunOnNode(task)
@@ -123,7 +123,7 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
     sent = Sent()
     make_room()
     if fetches and is_on_first_node:
-        with writing(folder):  # a worker of a job that was killed may run on for some seconds
+        with writing(folder):  # a worker of a killed job may run for some more seconds
             sent = fetch_run(place, folder, needed_by_writer(place))
     elif fetches:
         _fetch_newest(place, folder, origin.call("newest", name))
@@ -133,17 +133,17 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
 
 
 def needed_by_writer(place: FolderAtDriver) -> list[str]:
-    """What the worker that writes a run needs of it.
+    """The files of a run that its writer needs.
 
-    All checkpoints, since it removes old ones; the rows, which it continues; the events, which say
-    by which backend the run computes.
+    All checkpoints, since it removes old ones; the rows, which it continues; the events, which
+    record the run's backend.
     """
     files = place.files(deep=True)
     return [name for name in files if name in (METRICS, EVENTS) or checkpoint_of(name)]
 
 
 def _fetch_newest(place: FolderAtDriver, folder: Path, checkpoint: object) -> None:
-    """Fetch the checkpoint, if there is one, that the other workers resume from."""
+    """Fetch the checkpoint, if there is one, that workers other than the writer resume from."""
     if isinstance(checkpoint, str):
         names = place.files(deep=True)
         fetch_run(place, folder, [name for name in names if checkpoint_of(name) == checkpoint])
@@ -161,9 +161,9 @@ def _with_tokens(task: TrainTask, origin: Origin, *, fetches: bool = True) -> Tr
 
 @contextmanager
 def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, TrainTask]]:
-    """What it takes to score a checkpoint of a run on this node.
+    """Fetch what is needed to score a run's checkpoint on this node.
 
-    The checkpoint, and the task with a folder that has the run's events, and with its tokens.
+    Yields the checkpoint, and the task with local tokens and a folder that has the run's events.
     Raises UserError, RunFailed.
     """
     origin = task.origin
@@ -171,11 +171,10 @@ def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Train
         yield task.run_dir / name, task
         return
     run, folder = origin.name_of(task.run_dir), origin.folder_here(task.run_dir) / name
-    is_here = folder.exists()  # where a worker is
+    is_here = folder.exists()  # if a worker of the run is on this node
     whole = FolderAtDriver(origin.call, (run, 0), run)
     fetch_checkpoint(whole / name, folder, (whole / name).files(deep=True))
-    # They say by which backend the run computes. Those of a worker here are its own to write, if it
-    # writes the run, or may be old.
+    # They record the run's backend. A local worker's events may be old, or are its own to write.
     events = folder.parent / ".scored"
     whole.download(EVENTS, events / EVENTS)
     try:
@@ -186,19 +185,19 @@ def checkpoint_on_node(task: TrainTask, name: str) -> Iterator[tuple[Path, Train
 
 
 class NodePublisher(RunPublisher):
-    """Sends what changes in a run's folder on this node to the driver's."""
+    """Sends changes in a run's folder on this node to the driver's folder."""
 
     def __init__(self, driver: FolderAtDriver, folder: Path, sent: Sent) -> None:
         super().__init__(driver, folder, sent)
         self._driver = driver
-        # Bytes of events here that the driver has: those that came from there.
+        # How many bytes of the local events the driver has; at first, those fetched from it.
         self._told = (folder / EVENTS).stat().st_size if (folder / EVENTS).exists() else 0
-        # Of files that grow: the bytes that were sent, and their digest.
+        # By file that grows: how many bytes were sent, and their digest.
         self._grown: dict[Path, tuple[int, bytes]] = {}
 
     def publish(self) -> None:
         """Send all that has changed. Raises RunFailed."""
-        events = self._new_events()  # none is to come before what it tells of
+        events = self._new_events()  # sent last, after the files that they are about
         super().publish()
         if events:
             self._driver.tell(events)
@@ -212,11 +211,11 @@ class NodePublisher(RunPublisher):
         return events[: events.rfind(b"\n") + 1]
 
     def _send(self, *paths: Path) -> None:
-        # The driver's file of events has others too.
+        # Not the events file, since the driver's has other events too.
         super()._send(*(path for path in paths if path.name != EVENTS))
 
     def _write(self, path: Path) -> None:
-        """Send what was added to a file; all of it if that is not all that has changed."""
+        """Send what was appended to a file, or the whole file if it changed otherwise."""
         content, name = path.read_bytes(), self._name(path)
         size, digest = self._grown.get(path, (0, b""))
         if size and hashlib.sha256(content[:size]).digest() == digest:

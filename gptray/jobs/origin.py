@@ -1,4 +1,4 @@
-"""Where a run's folder is, for workers on nodes that do not see it: see `driver_folder`."""
+"""A run's folder at the driver, for workers on nodes that do not see it; see `driver_folder`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where workers find the folder that the driver has of a run or a sweep.
+    """Where workers find the driver's folder of a run or a sweep.
 
-    actor: the name of its `DriverFolder`. node: Ray's id of the driver's. storage_path: the store.
+    actor: the name of its `DriverFolder`. node: Ray's id of the driver's node. storage_path: the
+    object store.
     """
 
     actor: str
@@ -37,7 +38,7 @@ class Origin:
     storage_path: str
 
     def call(self, method: str, *arguments: object) -> object:
-        """Call a method of the actor. Raises the UserError or RunFailed of its own."""
+        """Call a method of the actor. Raises its UserError or RunFailed, or RunFailed if gone."""
         import ray
 
         try:
@@ -56,22 +57,22 @@ class Origin:
         return bool(ray.get_runtime_context().get_node_id() == self.node)
 
     def folder_here(self, run_dir: Path) -> Path:
-        """The folder on this node for a run that is in `run_dir` at the driver; there, that one.
+        """This node's folder for a run that is in `run_dir` on the driver's node.
 
-        Elsewhere it is in the node's cache, and kept while this process lives.
+        On other nodes it is in the cache, and kept while this process lives.
         """
         if self.is_here:
             return run_dir
         import ray
 
-        # Nodes may share a home folder.
+        # With the node's id, since nodes may share a home folder.
         text = f"{ray.get_runtime_context().get_node_id()} {self.root}"
         folder = cached_as("nodes", text)
         hold(folder)
         return folder / self.root.name / self.name_of(run_dir)
 
     def name_of(self, run_dir: Path) -> str:
-        """What names a run's folder of the driver's below the root; empty: the root itself."""
+        """The path of a run's folder below the root; "" for the root itself."""
         name = run_dir.relative_to(self.root).as_posix()
         return "" if name == "." else name
 
@@ -85,9 +86,9 @@ def _actor(name: str) -> ActorHandle[DriverFolder]:
 
 @contextmanager
 def reachable(config: Config, folder: Path) -> Iterator[Origin | None]:
-    """Have other nodes reach a job's folder while the block runs. Needs Ray.
+    """Make a job's folder reachable from other nodes while the block runs. Needs Ray.
 
-    None where that is not needed: the nodes share the storage_path, or there are no others.
+    Yields None if that is not needed: the nodes share the storage_path, or there is only one.
     """
     if not is_uri(config.storage_path) or is_own_ray():
         yield None
@@ -116,9 +117,9 @@ def reachable(config: Config, folder: Path) -> Iterator[Origin | None]:
 
 @dataclass(frozen=True)
 class FolderAtDriver:
-    """The folder of a run at the driver, or one in it, as a `Home`; name: below the origin's root.
+    """A run's folder at the driver, or a folder in it, as a `Home`. name: below the origin's root.
 
-    call: `Origin.call`. All that writes raises RunFailed.
+    call: `Origin.call`. All methods that write raise RunFailed.
     """
 
     call: Callable[..., object]
@@ -135,18 +136,18 @@ class FolderAtDriver:
         return f"{self.name}/{name}" if self.name else name
 
     def files(self, *, deep: bool = False) -> dict[str, StoredFile]:
-        """Those of the run and of its folders."""
+        """All files of the run, including those in its folders."""
         assert deep
         sizes = self.call("files", self.name)
         assert isinstance(sizes, dict)
         return {name: StoredFile(name, size, 0) for name, size in sizes.items()}
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of a small file; None if it is not there."""
+        """The content of a small file; None if it does not exist."""
         return self._block(name, 0)
 
     def download(self, name: str, target: Path) -> None:
-        """Copy a file from there; it appears whole."""
+        """Copy a file from the driver; it appears atomically."""
         with storing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as draft, draft.open("wb") as file:
@@ -159,11 +160,11 @@ class FolderAtDriver:
         return block
 
     def write(self, name: str, content: bytes) -> None:
-        """Make a file, or replace it; it appears whole."""
+        """Write or replace a file at the driver; it appears atomically."""
         self._put(BytesIO(content), name)
 
     def upload(self, source: Path, name: str) -> None:
-        """Copy a file to there; it appears whole."""
+        """Copy a file to the driver; it appears atomically."""
         with source.open("rb") as file:
             self._put(file, name)
 
@@ -177,15 +178,15 @@ class FolderAtDriver:
             offset, block = offset + len(block), following
 
     def grow(self, name: str, offset: int, block: bytes) -> None:
-        """Add to a file that has `offset` bytes."""
+        """Append to a file that has `offset` bytes."""
         self.call("grow", self.writer, self._name(name), offset, block)
 
     def tell(self, lines: bytes) -> None:
-        """Add events to the run's."""
+        """Append events to the run's."""
         self.call("tell", self.writer, lines)
 
     def remove(self, name: str) -> None:
-        """Nothing: a folder goes as a whole, see `remove_all`."""
+        """Do nothing: folders are removed as a whole, see `remove_all`."""
 
     def remove_all(self) -> None:
         """Remove the folder."""

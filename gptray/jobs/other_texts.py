@@ -1,6 +1,6 @@
-"""The texts of evaluate.also: found and checked before a job starts, then prepared as the run's is.
+"""Checks the texts of evaluate.also before a job starts, then prepares them like the run's text.
 
-Imports neither torch nor Ray before it prepares them.
+Imports neither torch nor Ray before preparing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ OtherTexts = Mapping[str, CheckedText]
 
 
 def check_also(config: Config, text: Config, *, trained_on: Request | None) -> OtherTexts:
-    """Find the texts of a config's evaluate.also, to be read as `text` is.
+    """Find the texts of a config's evaluate.also, to be read like `text`.
 
-    Raises UserError with all that is wrong with them, also where one is trained on.
+    Raises UserError with all mistakes, including a text that is also trained on.
     """
     found, mistakes = {}, Mistakes()
     for name, source in named_texts(config.evaluate.also).items():
@@ -54,10 +54,10 @@ def _check_held_out(name: str, request: Request, trained_on: Request | None) -> 
 def prepared_also(
     texts: OtherTexts, config: Config, data: TokenData, *, resumed: Path | None = None
 ) -> dict[str, Path]:
-    """Have the texts prepared with the tokenizer of `data`; their folders, by name. Needs Ray.
+    """Prepare the texts with the tokenizer of `data`; return their folders by name. Needs Ray.
 
-    resumed: a run that has scored them before. Raises UserError where they have changed since, or
-    one is too short, and as `stored_text`.
+    resumed: a run that may have scored them. Raises UserError if a text has changed since or is too
+    short, and like `stored_text`.
     """
     folders = {}
     for name, text in texts.items():
@@ -75,6 +75,6 @@ def prepared_also(
 
 
 def _scored_before(run_dir: Path) -> dict[str, str]:
-    """The fingerprints of the texts that a run has scored, by name."""
+    """The fingerprints of the texts that a run has scored before, by name."""
     starts = [event for event in read_events(run_dir) if event["event"] == "start"]
     return starts[-1].get("also_data", {}) if starts else {}

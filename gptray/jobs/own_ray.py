@@ -1,8 +1,8 @@
-"""The job's own Ray: shielded from the job's signals, closed to the network, gone with the job.
+"""The job's own Ray: shielded from the job's signals, closed to the network, ended with the job.
 
-Ray's processes die with the process that started them. They would also die from the signals that a
-terminal, `timeout` or a service manager sends to the job's process group, in the middle of the
-job's cleanup. So each gets its own session.
+Ray's processes die with the process that started them. They would also die, in the middle of the
+job's cleanup, from signals that a terminal, `timeout` or a service manager sends to the job's
+process group. So each gets its own session.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gptray.config import RunFailed, UserError
 
 log = logging.getLogger("gptray")
 
-# If one of these dies, Ray waits for minutes and then ends its driver without a word.
+# If one of these dies, Ray waits for minutes and then ends its driver without a message.
 VITAL = ("raylet", "gcs_server")
-# Seconds to wait, after an error of Ray's, for the news that a process died; and between checks.
+# How long to wait, after an error, to learn whether a Ray process died; how often to check.
 NOTICE_S, POLL_S = 1.0, 0.5
-# Seconds for which Ray's shutdown may leave SIGTERM unhandled.
+# How long Ray's shutdown may leave SIGTERM unhandled, in seconds.
 KEPT_S = 0.02
-# One token for the life of this process: Ray keeps the first that it reads.
+# One token for the lifetime of this process, since Ray keeps the first that it reads.
 _TOKEN = secrets.token_hex(32)
 
 _is_starting = False
@@ -36,7 +36,7 @@ _is_running = False
 
 
 def is_own_ray() -> bool:
-    """Whether this process, the job's driver, has a Ray of its own."""
+    """Whether this process, the job's driver, runs its own Ray."""
     return _is_running
 
 
@@ -45,18 +45,18 @@ def _leave_session() -> None:
         os.setsid()
 
 
-# Ray starts its processes by Popen with a preexec_fn; Python runs these hooks before it.
+# Ray starts its processes with Popen and a preexec_fn; Python runs these hooks before that.
 os.register_at_fork(after_in_child=_leave_session)
 
 
 @contextmanager
 def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]:
-    """Run a Ray on this machine during the block; options are ray.init's.
+    """Run Ray on this machine during the block; options are ray.init's.
 
-    environment: what its processes find in theirs in addition to this process's.
+    environment: variables that Ray's processes get in addition to this process's.
 
     Raises:
-        RunFailed: one of its processes died; replaces what the block raised because of it.
+        RunFailed: one of Ray's processes died; replaces the exception that this caused.
     """
     global _is_starting, _is_running
     with _environment(environment):
@@ -70,7 +70,7 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
         finally:
             _is_starting = False
         if (address := ray.util.get_node_ip_address()) not in ("127.0.0.1", "::1"):
-            # Ray was imported too early to read the environment.
+            # Ray was imported before the environment was set.
             log.warning("Ray's ports are open to the network, at %s", address)
         deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
         with signals.before_ending_at_once(deaths.kill_all):
@@ -95,9 +95,9 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
 def _environment(given: Mapping[str, str]) -> Iterator[None]:
     """Set the environment that Ray and its processes read when they start.
 
-    RAY_AUTH_TOKEN: else Ray makes a token in ~/.ray, readable by all, and a later `ray start` would
-    demand it from clients that do not know it. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: makes Ray bind
-    its ports to the loopback address. GLOO_SOCKET_IFNAME: the same for torch.distributed.
+    RAY_AUTH_TOKEN: otherwise Ray creates a world-readable token in ~/.ray, which a later `ray
+    start` would demand from clients that do not know it. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: makes
+    Ray bind its ports to the loopback address. GLOO_SOCKET_IFNAME: the same for torch.distributed.
     """
     wanted = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
@@ -120,10 +120,10 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _lean(*, told: bool) -> Iterator[None]:
-    """Have ray.init leave out what only a cluster of many jobs has a use for: two of its seconds.
+    """Make ray.init skip what only clusters with many jobs need, which saves two seconds.
 
-    Left out are the autoscaler, the dashboard's server (all that would be left of it is the count
-    of usage), the process that brings the workers' logs unless they are told, and a look for the
+    Skipped are the autoscaler, the dashboard's server (of which only usage statistics would be
+    left), the process that forwards workers' logs unless they are shown, and a check for the
     packages of `ray[default]`.
     """
     import ray
@@ -143,7 +143,7 @@ def _lean(*, told: bool) -> Iterator[None]:
 
 
 def shut_down() -> None:
-    """End Ray, with this process's SIGTERM handler kept: Ray's core resets it halfway."""
+    """Shut Ray down, restoring this process's SIGTERM handler, which Ray's core resets."""
     import ray
 
     if threading.current_thread() is not threading.main_thread():
@@ -159,7 +159,7 @@ def shut_down() -> None:
 
 
 def _children() -> dict[int, str]:
-    """The child processes of this one, and their names."""
+    """This process's children, by pid, with their names."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):
@@ -169,7 +169,7 @@ def _children() -> dict[int, str]:
 
 
 class _Deaths:
-    """Watches Ray's processes, and interrupts the job with a failure when a vital one dies."""
+    """Watches Ray's processes and fails the job when a vital one dies."""
 
     def __init__(self, processes: Mapping[int, str]) -> None:
         self.message = ""
@@ -180,16 +180,17 @@ class _Deaths:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching: from now on Ray's processes may end."""
+        """Stop watching; from now on Ray's processes may end."""
         self._closed.set()
         self._thread.join()
 
     def kill_all(self) -> None:
-        """Kill what runs; Ray's own shutdown would wait for a dead process.
+        """Kill Ray's processes, since Ray's own shutdown would wait for a dead one.
 
-        What these processes started is in their sessions, and would outlive them by a minute.
+        Also kills the processes that these started, which are in the same sessions and would
+        outlive them by a minute.
         """
-        # These first: a raylet would start others in the place of those that it loses.
+        # Parents first: a raylet would replace the processes that it loses.
         for pid in self._processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -214,7 +215,7 @@ class _Deaths:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a child of this process has ended; leaves it for others to wait for."""
+    """Whether a child of this process has ended; does not reap it."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:

@@ -1,4 +1,4 @@
-"""Where a run and its text lie: apart from each other, and said so that commands work anywhere.
+"""Paths of a run and its text: keeps the two apart, and makes paths absolute.
 
 No torch, no Ray.
 """
@@ -18,30 +18,30 @@ from gptray.files import absolute, check_writable, expanded
 from gptray.jobs.models import CONFIG
 from gptray.node_cache import storage_folder
 
-_OF_DATA = ("data.source", "data.val_source", "data.test_source")
+_DATA_SOURCES = ("data.source", "data.val_source", "data.test_source")
 # Keys whose values are paths.
-SOURCES = (*_OF_DATA, "evaluate.also")
+SOURCES = (*_DATA_SOURCES, "evaluate.also")
 
 
-def with_whole_paths(config: Config) -> Config:
-    """The config with its text's and tokenizer's paths from the root on.
+def with_absolute_paths(config: Config) -> Config:
+    """The config with absolute paths of its text and tokenizer.
 
-    In a job that was submitted to a cluster they stay: its folder is a copy that goes away.
+    In a job that was submitted to a cluster they stay relative: its folder is a temporary copy.
     """
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         return config
     data = config.data
     changed: dict[str, object] = {}
-    for key in _OF_DATA:
+    for key in _DATA_SOURCES:
         name = key.removeprefix("data.")
         value = getattr(data, name)
-        if value is not None and (whole := _whole(value, key=key)) != value:
-            changed[name] = whole
+        if value is not None and (path := _absolute(value, key=key)) != value:
+            changed[name] = path
     tokenizer = data.tokenizer
     if tokenizer and tokenizer not in KINDS and expanded(tokenizer).exists():
-        changed["tokenizer"] = _whole(tokenizer)
+        changed["tokenizer"] = _absolute(tokenizer)
     also = {
-        name: _whole(source, key="evaluate.also")
+        name: _absolute(source, key="evaluate.also")
         for name, source in named_texts(config.evaluate.also).items()
     }
     evaluate = config.evaluate.model_copy(update={"also": also}) if also else config.evaluate
@@ -49,14 +49,14 @@ def with_whole_paths(config: Config) -> Config:
 
 
 def is_same_place(before: object, now: object) -> bool:
-    """Whether two values of a key of paths may mean the same text or tokenizer.
+    """Whether two values of a path key may mean the same text or tokenizer.
 
-    A relative path is the same as one that ends with it: a folder may have been moved, and whether
-    the text is the one of before is checked by its tokens.
+    A relative path may be the same as one that ends with it: the folder may have been moved, and
+    the text's tokens are compared anyway.
     """
     if isinstance(before, str) and isinstance(now, str):
         ends = not os.path.isabs(now) and before.endswith(os.sep + os.path.normpath(now))
-        return ends or _whole(before) == _whole(now)
+        return ends or _absolute(before) == _absolute(now)
     if isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys():
         return all(is_same_place(before[name], now[name]) for name in before)
     if isinstance(before, Sequence) and isinstance(now, Sequence) and len(before) == len(now):
@@ -64,8 +64,8 @@ def is_same_place(before: object, now: object) -> bool:
     return bool(before == now)
 
 
-def words_for(folder: Path) -> list[str]:
-    """What a command with a run's saved config needs in addition, if the run has been moved."""
+def arguments_for(folder: Path) -> list[str]:
+    """The extra arguments of a command with a run's saved config, if the run has been moved."""
     if not (folder / CONFIG).is_file():
         return []
     saved = load_saved(folder / CONFIG)
@@ -75,7 +75,7 @@ def words_for(folder: Path) -> list[str]:
     return [f"name={folder.name}", f"storage_path={folder.parent}"]
 
 
-def _whole(source: str | list[str], *, key: str | None = None) -> str | list[str]:
+def _absolute(source: str | list[str], *, key: str | None = None) -> str | list[str]:
     if isinstance(source, str):
         is_path = source != BUILTIN and "://" not in source
         return str(absolute(source, key=key)) if is_path else source
@@ -83,10 +83,10 @@ def _whole(source: str | list[str], *, key: str | None = None) -> str | list[str
 
 
 def check_storage(config: Config) -> None:
-    """Refuse a storage_path that cannot be written, or whose files would become text.
+    """Refuse a storage_path that is not writable, or whose files would be read as text.
 
     Raises:
-        UserError: names storage_path, and the source that reads what is there.
+        UserError: names storage_path, and the source that would read it.
     """
     storage = storage_folder(config.storage_path)
     folder = storage / config.name if config.name else storage
@@ -106,7 +106,7 @@ def check_storage(config: Config) -> None:
 
 
 def _reads(source: str, folder: Path, *, key: str) -> bool:
-    """Whether a source takes in the files of a folder, which need not be there yet."""
+    """Whether a source includes the files of a folder, which need not exist yet."""
     path = str(absolute(source, key=key))
     if not os.path.isdir(path):
         if "**" not in source or os.path.exists(path):
@@ -120,7 +120,7 @@ def _reads(source: str, folder: Path, *, key: str) -> bool:
 
 
 def _fixed_part(pattern: str) -> str:
-    """The folder of a glob in which everything it matches lies."""
+    """The part of a glob before its first wildcard."""
     parts = Path(pattern).parts
     wild = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     return str(Path(*parts[:wild]))

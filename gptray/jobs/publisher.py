@@ -1,8 +1,8 @@
-"""What a run or a sweep makes on this node, copied to its home in an object store.
+"""Copies a run's or a sweep's local folder to its home in an object store.
 
-The store never has a record of what is not there: a checkpoint's manifest comes after its files
-and the rows that it relies on; a sweep's record names a trial before any of its files is there, and
-says that it has ended once all of them are.
+The home never records what it does not have yet: a checkpoint's manifest comes after its files and
+the rows that it relies on; a sweep's record plans a trial before any of its files arrives, and says
+that the trial has ended after all of them have.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from gptray.training.checkpoint import checkpoint_step, find_checkpoints
 from gptray.tuning.sweep_record import TRIALS, trial_dir
 
 _MODEL = "model"
-# Events of a sweep's record that rely on what its trials have left.
+# Events of a sweep's record that rely on its trials' files.
 _LATE = ("ended", "winner")
-# What changes with a file's content: bytes, time, inode.
+# A file's size, modification time and inode, which change with its content.
 Version = tuple[int, int, int]
 
 
 @dataclass
 class Sent:
-    """What a home has of the files here, by their paths here.
+    """The local files, by local path, that a home has.
 
-    checkpoints: their manifests; None for one in the home that is not whole or not here.
+    checkpoints: their manifests; None for one that is incomplete in the home or not local.
     """
 
     files: dict[Path, Version] = field(default_factory=dict)
@@ -41,18 +41,18 @@ class Sent:
 
 
 def version_of(path: Path) -> Version:
-    """What changes with a file's content. Raises OSError."""
+    """A value that changes with a file's content. Raises OSError."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file is a lock, a draft or a lease: no part of a run."""
+    """Whether a file is a lock, a draft or a lease rather than part of a run."""
     return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 class Home(Protocol):
-    """A folder elsewhere, with files by name: in a store, or on the driver's node.
+    """A remote folder with files by name: in an object store, or on the driver's node.
 
     Its methods are those of `RemoteFolder`.
     """
@@ -68,7 +68,7 @@ class Home(Protocol):
 
 
 class _Folder:
-    """Files of a folder here, and the home that they are sent to."""
+    """A local folder, and the home that its files are sent to."""
 
     def __init__(self, home: Home, folder: Path, sent: Sent) -> None:
         self._home, self._folder, self._sent = home, folder, sent
@@ -89,7 +89,7 @@ class _Folder:
         return path.relative_to(self._folder).as_posix()
 
     def _send_model(self) -> None:
-        """Publish the best model, its weights last but for the manifest."""
+        """Publish the best model: first its other files, then weights, then the manifest."""
         model = self._folder / _MODEL
         if not model.is_dir():
             return
@@ -108,9 +108,9 @@ class _Folder:
         self._sent.files.update(versions)
 
     def _send_rest(self, but: Collection[str]) -> None:
-        """Upload all other files; but: names in the folder that are left out.
+        """Upload all other files, except those named in `but`.
 
-        So are checkpoints, also those that came meanwhile: their manifests are to be last.
+        Also leaves out checkpoints, even those written meanwhile: their manifests must come last.
         """
         for path in sorted(self._folder.rglob("*")):
             name = self._name(path)
@@ -122,10 +122,10 @@ class _Folder:
 
 
 class RunPublisher(_Folder):
-    """Copies what changes in a run's folder to its home."""
+    """Copies changes in a run's folder to its home."""
 
     def publish(self) -> None:
-        """Publish all that has changed. Raises CannotWrite; UserError for a store not read."""
+        """Publish all changes. Raises CannotWrite, or UserError if the home cannot be read."""
         new = self._send_checkpoints()
         self._send(*sorted(self._folder.glob("*.yaml")), self._folder / METRICS)
         self._send(self._folder / EVENTS)
@@ -137,9 +137,9 @@ class RunPublisher(_Folder):
         self._remove_pruned()
 
     def _send_checkpoints(self) -> dict[Path, bytes]:
-        """Upload new checkpoints but for their manifests, which are returned.
+        """Upload new checkpoints except for their manifests, which are returned.
 
-        Of those that are all pruned meanwhile the next ones: no row is to be there without any.
+        If all are pruned meanwhile, takes the next ones, since rows must not arrive without any.
         """
         while checkpoints := sorted(find_checkpoints(self._folder)):
             sent = {one: self._send_checkpoint(one) for one in checkpoints}
@@ -149,7 +149,7 @@ class RunPublisher(_Folder):
         return {}
 
     def _remove_pruned(self) -> None:
-        """Remove from the home what is pruned here, once there is a whole one that is not."""
+        """Remove locally pruned checkpoints from the home, once it has a complete other one."""
         own = {
             one: sent for one, sent in self._sent.checkpoints.items() if one.parent == self._folder
         }
@@ -162,7 +162,7 @@ class RunPublisher(_Folder):
                 del self._sent.checkpoints[one]
 
     def _send_checkpoint(self, folder: Path) -> bytes | None:
-        """Upload a checkpoint but for its manifest, which is returned; None: nothing to do."""
+        """Upload a checkpoint except for its manifest, which is returned; None: nothing to do."""
         place, sent = self._home / folder.name, self._sent.checkpoints
         try:
             manifest = (folder / MANIFEST).read_bytes()
@@ -180,7 +180,7 @@ class RunPublisher(_Folder):
 
 
 class SweepPublisher(_Folder):
-    """Copies what changes in a sweep's folder to its home."""
+    """Copies changes in a sweep's folder to its home."""
 
     def __init__(self, home: Home, folder: Path, sent: Sent) -> None:
         super().__init__(home, folder, sent)
@@ -188,7 +188,7 @@ class SweepPublisher(_Folder):
         self._recorded = self._record()
 
     def publish(self) -> None:
-        """Publish all that has changed. Raises as `RunPublisher.publish`."""
+        """Publish all changes. Raises like `RunPublisher.publish`."""
         self._send(*sorted(self._folder.glob("config*.yaml")))
         record = self._record()
         new = record.removeprefix(self._recorded).splitlines(keepends=True)
@@ -212,7 +212,7 @@ class SweepPublisher(_Folder):
         return self._trials[name]
 
     def _record(self) -> bytes:
-        """The whole lines of the sweep's record as it stands."""
+        """The complete lines of the sweep's record."""
         try:
             record = (self._folder / TRIALS).read_bytes()
         except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What jobs export to Prometheus through Ray: the table of it, and the one who sets it.
+"""The metrics that jobs export to Prometheus through Ray: their table, and the exporter.
 
-Every node of a Ray cluster offers what its processes set, on its metrics port; the cluster's own
-Prometheus reads it. `configs/grafana/gptray.json` draws it.
+Every node of a Ray cluster serves its processes' metrics on its metrics port, where the cluster's
+Prometheus reads them. `configs/grafana/gptray.json` is a dashboard for them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gptray.record import MetricsRow
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric that jobs export; every one also has the tag `run`.
+    """A metric that jobs export; all also have the tag `run`.
 
-    field: of a row of metrics.jsonl, for those that are exported from there.
+    field: the key in metrics.jsonl, for metrics that are exported from there.
     """
 
     name: str
@@ -34,18 +34,18 @@ class Metric:
 
     @property
     def exported(self) -> str:
-        """Its name in Prometheus; a histogram's begin with it."""
+        """The name in Prometheus; for a histogram, the prefix of its names."""
         return f"ray_{self.name}_total" if self.kind == "counter" else f"ray_{self.name}"
 
 
-# Ray passes on every ten seconds what was set since the last time.
+# Every ten seconds, Ray exports what was set since the last time.
 SET_AGAIN_S = 5.0
 _NATS = "nats per token"
 FIRST_TOKEN_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 METRICS = {
     metric.name: metric
     for metric in (
-        # Training. `run` is the run's name, of a trial SWEEP/TRIAL.
+        # Training. `run` is the run's name, or SWEEP/TRIAL for a trial.
         Metric("gptray_step", "gauge", "steps", "last logged step", field="step"),
         Metric("gptray_max_steps", "gauge", "steps", "train.max_steps"),
         Metric("gptray_epoch", "gauge", "epochs", "passes over the text", field="epoch"),
@@ -84,7 +84,7 @@ METRICS = {
         # Batches.
         Metric("gptray_rows", "gauge", "rows", "done, failed (of those done), all", ("state",)),
         Metric("gptray_engines", "gauge", "engines", "that run"),
-        # Batches (all engines together) and serving (a replica). `run` is the model's name there.
+        # Batches (all engines together) and serving (per replica, where `run` is the model's name).
         Metric("gptray_sequences_running", "gauge", "sequences", "in the engines' batches"),
         Metric("gptray_sequences_waiting", "gauge", "sequences", "in line"),
         Metric("gptray_batch_size", "gauge", "sequences", "that fit in the engines' batches"),
@@ -109,7 +109,7 @@ _exporters: weakref.WeakSet[Exporter] = weakref.WeakSet()
 
 @cache
 def _keep_setting() -> None:
-    """Have a thread of this process set all gauges again and again."""
+    """Start a thread that sets all gauges of this process again and again."""
 
     def follow() -> None:
         pause = threading.Event()
@@ -129,10 +129,10 @@ class _Series(Protocol):
 
 
 class Exporter:
-    """Sets the metrics of one run. A process without Ray may call it; nobody hears of it then.
+    """Sets the metrics of one run; without Ray, to no effect.
 
-    Ray forgets a gauge that was not set for 20 seconds, so they are set again until the exporter
-    is gone.
+    Ray drops gauges that are not set for 20 seconds, so they are set again as long as the exporter
+    exists.
     """
 
     def __init__(self, run: str) -> None:
@@ -144,18 +144,18 @@ class Exporter:
         _keep_setting()
 
     def set(self, name: str, value: float, **tags: str) -> None:
-        """Give a gauge its value."""
+        """Set a gauge."""
         self._of(name).set(float(value), {"run": self._run, **tags})
-        # Only now: Ray may still be on its way in, and another thread sets again what is here.
+        # Only now, since the first call may still be importing Ray, and another thread sets these.
         self._values[name, frozenset(tags.items())] = float(value)
 
     def set_again(self) -> None:
-        """Give every gauge the value that it has."""
+        """Set every gauge to its current value again."""
         for (name, tags), value in tuple(self._values.items()):
             self._of(name).set(value, {"run": self._run, **dict(tags)})
 
     def add(self, name: str, value: float, **tags: str) -> None:
-        """Raise a counter."""
+        """Increase a counter."""
         if value > 0:
             self._of(name).inc(float(value), {"run": self._run, **tags})
 
@@ -164,7 +164,7 @@ class Exporter:
         self._of(name).observe(float(value), {"run": self._run, **tags})
 
     def row(self, row: MetricsRow) -> None:
-        """Give the gauges of training what a row of metrics.jsonl has."""
+        """Set the training gauges from a row of metrics.jsonl."""
         for field, value in cast(Mapping[str, float], row).items():
             if field == "tokens_per_sec":
                 self.set(_FIELDS[field], value, job="train")
@@ -179,7 +179,7 @@ class Exporter:
 
     def _of(self, name: str) -> _Series:
         if name not in self._series:
-            # Ray takes a second to import, which the check of a config is spared.
+            # Imported late, since Ray takes a second to import and config checks do not need it.
             from ray.util import metrics
 
             metric = METRICS[name]
@@ -192,6 +192,6 @@ class Exporter:
 
 
 def run_tag(run_dir: Path) -> str:
-    """The tag `run` of a run folder: its name, of a trial SWEEP/TRIAL."""
+    """The tag `run` of a run folder: its name, or SWEEP/TRIAL for a trial."""
     is_trial = run_dir.parent.name == "trials"
     return f"{run_dir.parent.parent.name}/{run_dir.name}" if is_trial else run_dir.name

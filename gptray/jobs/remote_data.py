@@ -1,4 +1,4 @@
-"""Prepared text in object storage: published once, and fetched by a node that has none."""
+"""Prepared text in object storage: published once, and fetched by nodes that do not have it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gptray.remote_folder import RemoteFolder
 log = logging.getLogger("gptray")
 
 
-def bring_data(config: Config, data_dir: Path) -> None:
-    """Fetch prepared text from the storage_path, if that is an object store that has it.
+def download_data(config: Config, data_dir: Path) -> None:
+    """Fetch prepared text from storage_path, if that is an object store that has it.
 
     Raises UserError, RunFailed.
     """
@@ -29,7 +29,7 @@ def bring_data(config: Config, data_dir: Path) -> None:
 
 
 def tokens_on_node(config: Config, data_dir: Path) -> Path:
-    """The folder on this node of text that is in `data_dir` at the driver.
+    """This node's folder for text that is in `data_dir` at the driver.
 
     Raises UserError, RunFailed.
     """
@@ -38,9 +38,9 @@ def tokens_on_node(config: Config, data_dir: Path) -> Path:
 
 
 def tokens_here(storage_path: str, name: str, *, fetches: bool = True) -> Path:
-    """The folder on this node of text that the driver has published, by its folder's name there.
+    """This node's folder for text that the driver has published, by its folder's name there.
 
-    fetches: whether to fetch it if it is not here; another process does otherwise.
+    fetches: whether to fetch the text if it is not here; if not, another process does.
 
     Raises UserError, RunFailed.
     """
@@ -52,7 +52,7 @@ def tokens_here(storage_path: str, name: str, *, fetches: bool = True) -> Path:
         data_dir.parent.mkdir(parents=True, exist_ok=True)
         lock = open_lock(data_dir.with_name(f"{name}.lock"))
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node fetches, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the node's processes fetches, the others wait
         try:
             TokenData.open(data_dir)
         except DamagedData:
@@ -74,7 +74,7 @@ def _fetch(place: RemoteFolder, data_dir: Path) -> None:
 
 
 def publish_data(config: Config, data_dir: Path) -> None:
-    """Publish prepared text, manifest last, where storage_path is an object store without it."""
+    """Publish prepared text, manifest last, if storage_path is an object store without it."""
     place = _data_home(config, data_dir)
     if place is None:
         return

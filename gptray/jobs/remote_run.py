@@ -1,9 +1,8 @@
-"""A run or a sweep whose home is an object store: made in a folder on this node, published as it
-goes.
+"""Runs and sweeps whose home is an object store: made in a local folder, published as they go.
 
-The store is the truth: before a run starts, the folder here is made equal to what is there. While
-it trains, whatever has changed is published (`gptray.jobs.publisher`). A checkpoint that was not
-published when the machine was lost is trained again, to the same bits.
+The store is the source of truth: before a run starts, the local folder is made equal to it. While
+it trains, changes are published (`gptray.jobs.publisher`). If the machine is lost, steps after the
+last published checkpoint are trained again, to the same bits.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ _LEASES = ".gptray"
 _MODEL_MANIFEST = f"model/{MANIFEST}"
 
 
-# Of runs that were brought here: what the store held then, and what of it is here.
-_brought: dict[Path, tuple[Mapping[str, StoredFile], Sent]] = {}
+# By local folder of a downloaded run: what the store held then, and what of it is local.
+_downloaded: dict[Path, tuple[Mapping[str, StoredFile], Sent]] = {}
 
 
-def bring_run(config: Config, *, busy: str | None = None) -> None:
+def download_run(config: Config, *, busy: str | None = None) -> None:
     """Make the folder of a resolved config's run equal to its home, if that is an object store.
 
-    The checkpoints of a sweep's trials that have ended stay in the store, but for those that wait
-    at a rung. busy: as in `held`.
+    Checkpoints of a sweep's ended trials stay in the store, except of those that wait at a rung.
+    busy: as for `held`.
 
     Raises:
-        UserError: the store cannot be read, or a process here trains the run.
-        RunFailed: there is no room, or a sweep's record is damaged.
+        UserError: the store cannot be read, or a local process is training the run.
+        RunFailed: the disk is full, or a sweep's record is damaged.
     """
     if not is_uri(config.storage_path):
         return
@@ -59,7 +58,7 @@ def bring_run(config: Config, *, busy: str | None = None) -> None:
     with held(folder, busy=busy):
         sent = fetch_run(home, folder, names, ended=lambda: _ended(folder))
         set_published(folder, True)
-    _brought[folder] = there, sent
+    _downloaded[folder] = there, sent
 
 
 def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
@@ -67,7 +66,7 @@ def _listed(home: RemoteFolder) -> dict[str, StoredFile]:
 
 
 def _ended(folder: Path) -> set[Path]:
-    """The trials of a sweep that are not trained any more. Raises RunFailed."""
+    """The trials of a sweep that will not be trained further. Raises RunFailed."""
     trials = [one for one in load_trials(folder) if one.outcome not in (None, "stopped")]
     return {trial_dir(folder, one.name) for one in trials if not one.passing}
 
@@ -78,11 +77,12 @@ def publishing(
 ) -> Iterator[Callable[[], None]]:
     """Publish a run or a sweep while the block runs, if its home is an object store.
 
-    Yields what has all changes published soon; at the end they are. Others cannot write there.
+    Yields a function that has all changes published soon; at the end they are. Keeps other jobs
+    from writing there.
 
     Raises:
         UserError: another job is at work there, or the store cannot be written.
-        RunFailed: at the end, the store cannot be written; or another job has changed the run.
+        RunFailed: another job has changed the run; or at the end, the store cannot be written.
     """
     if not is_uri(config.storage_path):
         yield lambda: None
@@ -90,7 +90,7 @@ def publishing(
     home, kind = RemoteFolder(seen_at(config)), SweepPublisher if sweep else RunPublisher
     busy = f"another job {'runs the sweep' if sweep else 'is training the run'} {home}"
     with leased(home / _LEASES, busy=busy) as lease:
-        there, sent = _brought.pop(folder)
+        there, sent = _downloaded.pop(folder)
         if _listed(home) != there:
             raise RunFailed(f"another job has just changed {home}; run the same command again")
         set_published(folder, False)
@@ -109,7 +109,7 @@ def publishing(
 
 
 class _Following:
-    """Publishes a folder whenever that is wanted, in a thread: training does not wait for it."""
+    """Publishes a folder on demand in a thread, so that training does not wait."""
 
     def __init__(self, publisher: RunPublisher | SweepPublisher, lease: Lease) -> None:
         self._publisher, self._lease = publisher, lease
@@ -122,7 +122,7 @@ class _Following:
         self._wanted.set()
 
     def end(self) -> None:
-        """Stop before the lease is given back: what is published later could be another job's."""
+        """Stop, before the lease is released and another job may write there."""
         self._ended = True
         self._wanted.set()
         self._thread.join()
@@ -141,7 +141,7 @@ class _Following:
                 log.debug("not published yet: %s", error)
 
     def publish(self) -> None:
-        """Publish all that has changed. Raises RunFailed."""
+        """Publish all changes. Raises RunFailed."""
         with self._guard:
             self._lease.check()
             try:

@@ -14,9 +14,9 @@ log = logging.getLogger("gptray")
 
 
 class Reporter:
-    """Writes the report of one folder; `path` is that of the last one written, None before.
+    """Writes a folder's report; `path` is that of the last one written, None before the first.
 
-    An error is logged in one line, once for each message, and does not end the job.
+    An error is logged in one line, once per message, and does not end the job.
     """
 
     def __init__(self, folder: Path, write: Callable[..., Path] = write_report) -> None:
@@ -25,7 +25,7 @@ class Reporter:
         self._told: set[str] = set()
 
     def write(self, *, running: bool) -> None:
-        """Write the report, whatever state the run is in."""
+        """Write the report in the run's current state."""
         try:
             with storing(self._folder / "report.html"):
                 self.path = str(self._write(self._folder, running=running))
@@ -33,7 +33,7 @@ class Reporter:
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, (RunFailed, UserError)):
                 message = str(error)
-            reason = message.partition(" (")[0]  # how much is free changes all the time
+            reason = message.partition(" (")[0]  # without the free space, which keeps changing
             if reason not in self._told:
                 self._told.add(reason)
                 log.warning("the report of %s was not written: %s", self._folder, message)

@@ -1,4 +1,4 @@
-"""What a job's workers reserve of a cluster: cores and GPU that lie on one node."""
+"""The cluster resources that a job's workers reserve: cores and a GPU on the same node."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Resources = Mapping[str, float]
 def worker_resources(
     compute: ComputeConfig, *, spare: int = 0, together: bool = False
 ) -> dict[str, float]:
-    """What Ray reserves for each worker: its GPU, and its share of the cores.
+    """The resources that Ray reserves for each worker: its GPU and its share of the cores.
 
-    spare: so many workers more than compute.num_workers have to fit.
-    together: the workers run at the same time or not at all, of an elastic number the least; else
-        any number of them is of use.
+    spare: how many more workers than compute.num_workers must fit.
+    together: whether all workers (the minimum, if elastic) must run at the same time; otherwise any
+        number is useful.
 
     Raises:
-        UserError: the cluster can never give that, not even when nobody else uses it.
+        UserError: the cluster could not provide this even if idle.
     """
     nodes = labelled_nodes(compute)
     has = [node.resources for node in nodes]
@@ -43,14 +43,14 @@ def worker_resources(
     if places < least and _shares_cores(compute, has, least):
         return _reserved(compute, sum(one.get("CPU", 0.0) for one in has) / least)
     if places >= least or (places and not together):
-        return _reserved(compute, _moderate(compute, cores_that_fit(compute, has, places)))
+        return _reserved(compute, _cores_taken(compute, cores_that_fit(compute, has, places)))
     return _reserved(compute, _cores_to_come(compute, nodes, least if together else 1))
 
 
 def labelled_nodes(compute: ComputeConfig) -> list[Node]:
-    """The nodes on which workers may run, without what the job's own command holds there.
+    """The nodes on which workers may run, minus what the job's own command holds there.
 
-    Raises UserError, listing the labels of the nodes, if there is none and none will come.
+    Raises UserError, listing the nodes' labels, if there is none and none can be added.
     """
     nodes = _besides_command(alive_nodes())
     found = [node for node in nodes if has_labels(node, compute.selector)]
@@ -66,7 +66,7 @@ def labelled_nodes(compute: ComputeConfig) -> list[Node]:
 
 
 def _besides_command(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes with what workers can have of them: the command ends after its workers."""
+    """The nodes minus what the job's own command holds, which ends only after the workers."""
     where, held = held_by_command()
     return [
         replace(node, resources={k: v - held.get(k, 0.0) for k, v in node.resources.items()})
@@ -77,12 +77,12 @@ def _besides_command(nodes: Sequence[Node]) -> list[Node]:
 
 
 def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:
-    """Refuse workers that can never run at the same time on the cluster. Raises UserError."""
+    """Raise UserError for workers that can never run at the same time on the cluster."""
     worker_resources(compute, spare=spare, together=True)
 
 
 def _shares_cores(compute: ComputeConfig, has: Sequence[Resources], workers: int) -> bool:
-    """Whether more workers than cores get a part of one each, which takes a single node."""
+    """Whether workers may each get a fraction of a core, as on the only node of a cluster."""
     offering = [node for node in has if node.get("CPU")]
     if compute.cpus_per_worker or len(offering) != 1:
         return False
@@ -96,18 +96,18 @@ def _reserved(compute: ComputeConfig, cores: float) -> dict[str, float]:
     return {"CPU": float(cores), **gpu}
 
 
-def _moderate(compute: ComputeConfig, cores: int) -> int:
-    """The cores that a worker takes of those that it could have; 0: none fit."""
+def _cores_taken(compute: ComputeConfig, cores: int) -> int:
+    """How many cores a worker takes, given how many it could have; 0: none fit."""
     if compute.cpus_per_worker or compute.use_gpu or is_own_ray():
         return cores
     return min(cores, MODERATE)
 
 
 def cores_that_fit(compute: ComputeConfig, nodes: Sequence[Resources], workers: int) -> int:
-    """The most whole cores with which all workers fit on the nodes; 0: not even with one.
+    """The most whole cores per worker with which all fit on the nodes; 0: not even one.
 
-    nodes: the CPU and GPU of each. A worker with a GPU needs both on one node, and takes no more
-    cores than its part of the node's GPUs. compute.cpus_per_worker is the answer if it fits.
+    nodes: the CPU and GPU of each. A worker needs its cores and GPU on one node, and takes no more
+    than the cores' share for its GPU. If set, compute.cpus_per_worker is returned if it fits.
     """
     if compute.cpus_per_worker:
         fits = room(compute, nodes, compute.cpus_per_worker) >= workers
@@ -124,7 +124,7 @@ def cores_that_fit(compute: ComputeConfig, nodes: Sequence[Resources], workers: 
 
 
 def room(compute: ComputeConfig, nodes: Sequence[Resources], cores: float) -> int:
-    """How many workers of so many cores fit on the nodes, with their GPUs."""
+    """How many workers with this many cores, and their GPUs, fit on the nodes."""
     return int(
         sum(
             min(node.get("CPU", 0.0) // cores, gpu_workers(compute, node.get("GPU", 0.0)))
@@ -139,9 +139,9 @@ def gpu_workers(compute: ComputeConfig, gpus: float) -> float:
 
 
 def _cores_to_come(compute: ComputeConfig, nodes: Sequence[Node], workers: int) -> int:
-    """A worker's cores on a cluster that has no room for all until its autoscaler brings nodes.
+    """A worker's cores on a cluster that has room only once its autoscaler adds nodes.
 
-    Raises UserError where it never will.
+    Raises UserError if it can never have room.
     """
     cores, types = compute.cpus_per_worker or 1, node_types()
     if types is None:
@@ -152,7 +152,7 @@ def _cores_to_come(compute: ComputeConfig, nodes: Sequence[Node], workers: int) 
     fitting = cores_that_fit(compute, most, workers)
     if not fitting:
         raise UserError(misfit(compute, nodes, types, workers=workers, cores=cores))
-    return _moderate(compute, fitting)
+    return _cores_taken(compute, fitting)
 
 
 def misfit(
@@ -163,7 +163,7 @@ def misfit(
     workers: int,
     cores: int,
 ) -> str:
-    """Why so many workers can never run on the nodes, nor on those that may come."""
+    """The message that the workers fit neither on the nodes nor on those that may be added."""
     worker = amount_words(_reserved(compute, cores))
     if workers == 1:
         needs = f"a worker needs {worker} on one node, which no node of the cluster has"
@@ -175,7 +175,7 @@ def misfit(
         *(["compute.cpus_per_worker"] if compute.cpus_per_worker else []),
         *(["compute.use_gpu"] if compute.use_gpu else []),
     ]
-    may_come = f" Its autoscaler may bring {types_words(types)}." if types else ""
+    may_come = f" Its autoscaler may add {types_words(types)}." if types else ""
     change = f" Change {' or '.join(keys)}, or add nodes." if keys else " Add nodes."
     return f"{needs}: {nodes_words(nodes) or 'no node is alive'}.{may_come}{change}"
 
@@ -183,11 +183,11 @@ def misfit(
 def trial_resources(
     compute: ComputeConfig, *, trials: int, at_once: int | None
 ) -> tuple[int, dict[str, float]]:
-    """How many trials of a sweep run at a time, and what Ray reserves for each worker of one.
+    """How many trials of a sweep run at a time, and what Ray reserves for each of their workers.
 
-    Null `at_once`: as many as fit with a core (and its part of a GPU) for each worker, which share
-    the cores out. Where nodes may still come it is all trials: those that find no room wait, and
-    have the autoscaler bring nodes.
+    at_once: None for as many as fit with a core (and share of a GPU) for each worker, which then
+    divide up all cores. If an autoscaler may add nodes, all trials start: those without room wait
+    and make it add nodes.
     """
     has = [node.resources for node in labelled_nodes(compute)]
     if not is_own_ray() and grows():
@@ -197,4 +197,4 @@ def trial_resources(
         return at_once or 1, worker_resources(compute, together=True)
     number = min(trials, most, at_once or most)
     cores = cores_that_fit(compute, has, number * compute.max_workers)
-    return number, _reserved(compute, _moderate(compute, cores))
+    return number, _reserved(compute, _cores_taken(compute, cores))

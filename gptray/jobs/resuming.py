@@ -1,4 +1,4 @@
-"""What may change in an existing run or sweep, and what is kept of its past.
+"""Checks what may change when a run or sweep is resumed, and that its records are intact.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -19,7 +19,7 @@ from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.driver_lock import LOCK, is_held
 from gptray.jobs.models import CONFIG, TOKENIZER
-from gptray.jobs.places import SOURCES, is_same_place, with_whole_paths, words_for
+from gptray.jobs.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
 from gptray.jobs.run_folder import free_keys, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
@@ -33,24 +33,24 @@ from gptray.tuning.sweep_record import TRIALS, samples_drawn
 
 log = logging.getLogger("gptray")
 
-# Keys by which a run is trained longer, or a sweep gets more trials, under the same name.
+# Keys that may change to train a run longer, or to give a sweep more trials.
 LONGER = ("train.max_steps", "train.patience", "train.min_delta")
 MORE = ("tune.num_samples", "tune.min_gain")
-# Files and folders that jobs write to in place: through a link they would write elsewhere.
+# Files and folders that jobs write to in place; through a link they would write elsewhere.
 _WRITTEN = (LOCK, WRITER_LOCK, METRICS, EVENTS, TRIALS, "model", "tensorboard", "trials")
 _ANEW = "to start from these weights, choose a new name and set model.init_from"
-# Schedules of the learning rate that end at train.max_steps.
+# Learning-rate schedules that end at train.max_steps.
 _ENDING = ("linear", "cosine")
 
 
 def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
-    """Refuse to resume in a run's (or a sweep's) folder that another config made.
+    """Refuse to resume a run (or a sweep) that was started with another config.
 
-    Returns a sentence for each key that has changed and may, see LONGER and MORE.
+    Returns a sentence for each key of LONGER or MORE that has changed.
 
     Raises:
-        UserError: names every key that differs, or says that the folder is something else's, or
-            that its checkpoints are gone.
+        UserError: names every key that differs, or says that the folder belongs to something else,
+            or that the checkpoints are gone.
     """
     folder, place, what = run_dir(config), seen_at(config), "sweep" if sweep else "run"
     refuse_links(folder, _WRITTEN, what=f"the {what}")
@@ -93,12 +93,12 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
 
 
 def compiles(config: Config) -> bool:
-    """Whether a run's training step is compiled."""
+    """Whether the run's training step is compiled."""
     return config.train.compiles(on_gpu=config.compute.use_gpu)
 
 
 def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
-    """A sentence for each key of LONGER that has changed. Raises UserError below what was run."""
+    """A sentence for each changed key of LONGER. Raises UserError for fewer steps than were run."""
     sentences = []
     steps = [checkpoint_step(one) or 0 for one in find_checkpoints(folder)]
     step = max(steps, default=0)
@@ -123,7 +123,7 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
 
 
 def _check_room_to_land(config: Config, step: int) -> None:
-    """Refuse fewer steps than a run that is to land needs after `step`. Raises UserError."""
+    """Raise UserError for too few steps for a run at `step` to land."""
     if config.stable_steps < step:
         steps = config.optim.cooldown_steps(step)
         raise UserError(
@@ -134,7 +134,7 @@ def _check_room_to_land(config: Config, step: int) -> None:
 
 
 def check_not_landing(config: Config, changes: Sequence[str], state: TrainerState | None) -> None:
-    """Refuse to train a run longer that has begun to land. Raises UserError."""
+    """Raise UserError for training a run longer that has begun to land."""
     if changes and state and state.landing:
         raise UserError(
             f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land after step "
@@ -143,7 +143,7 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
 
 
 def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> list[str]:
-    """A sentence for each key of MORE that has changed. Raises UserError for fewer samples."""
+    """A sentence for each changed key of MORE. Raises UserError for fewer samples."""
     drawn = samples_drawn(folder)
     old = drawn[-1] if drawn else before["tune.num_samples"]
     assert isinstance(old, int)
@@ -169,15 +169,15 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
 
 
 def check_free(folder: Path, *, busy: str | None = None) -> None:
-    """Refuse a folder that another driver holds, without holding it. Raises UserError as held."""
+    """Raise UserError, like `held`, if another driver holds a folder; does not lock it."""
     if is_held(folder):
         raise UserError(busy or f"another process is training the run {folder}")
 
 
 def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:
-    """Refuse a run whose records are damaged, since reports and results are made from them.
+    """Refuse a run whose records, the basis of reports and results, are damaged.
 
-    Lost rows on which only curves depend cause a warning.
+    Lost rows that only curves need cause a warning.
 
     Raises:
         RunFailed: names the line, or the step whose row is lost.
@@ -205,15 +205,15 @@ def check_records(folder: Path, state: TrainerState | None, *, log_interval: int
 
 
 def save_config(config: Config, folder: Path) -> None:
-    """Write config.yaml of a new run, or of one in which keys have changed; whole or not at all.
+    """Write the config.yaml of a new run, or of one whose keys have changed, atomically.
 
-    Paths are written whole, so that the run resumes from any folder. The config before is kept
-    next to it as config.1.yaml, config.2.yaml and so on.
+    Paths are made absolute, so that the run can be resumed from any folder. Previous configs are
+    kept next to it as config.1.yaml, config.2.yaml and so on.
 
     Raises:
-        RunFailed: the disk is full or cannot be written.
+        RunFailed: the disk is full or not writable.
     """
-    path, text = folder / CONFIG, dump(with_whole_paths(config))
+    path, text = folder / CONFIG, dump(with_absolute_paths(config))
     with storing(path):
         if path.exists():
             now, before = flatten(config), flatten(load_config(str(path), []))
@@ -229,7 +229,7 @@ def save_config(config: Config, folder: Path) -> None:
 
 
 def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
-    """Whether a run has come to its end, with every checkpoint scored."""
+    """Whether a run has ended and every checkpoint is scored."""
     if not state.is_over(config):
         return False
     rows = read_rows(folder / METRICS)
@@ -239,7 +239,7 @@ def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:
 
 
 def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> str:
-    """What to say of a finished run."""
+    """The message about a finished run."""
     if state.landing:
         return f"this run has landed and is finished; {_ANEW}"
     longer = []
@@ -254,11 +254,11 @@ def how_to_train_longer(config: Config, folder: Path, state: TrainerState) -> st
 
 
 def command(job: str, config: Config, folder: Path, *words: str) -> str:
-    """What to type to resume the run or sweep in a folder, with these keys changed."""
+    """The command that resumes the run or sweep in a folder, with extra arguments."""
     if home := home_of(config):
         words = ("--config", f"{home}/{CONFIG}", *words)
     else:
-        words = ("--config", str(folder / CONFIG), *words_for(folder), *words)
+        words = ("--config", str(folder / CONFIG), *arguments_for(folder), *words)
     if config.train.resume == "never":
         words = (*words, "train.resume=auto")
     return typed(job, *words)

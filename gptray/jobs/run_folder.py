@@ -1,4 +1,4 @@
-"""A run's folder: what a config resolves to, and what came of it.
+"""A run's folder: the resolved config and the run's results.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -30,7 +30,7 @@ from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
 
-# Keys that do not change what is trained: a run may resume under other values of these.
+# Keys that do not change what is trained, so a run may resume with other values.
 FREE_KEYS = (
     "name",
     "storage_path",
@@ -56,21 +56,21 @@ INIT_FROM = "model.init_from"
 
 
 def free_keys(config: Config, *, sweep: bool = False) -> tuple[str, ...]:
-    """The keys under which a run, or a sweep, may resume with other values.
+    """The keys that may have other values when a run, or a sweep, resumes.
 
-    Under an adapter quantize.weights changes what is trained: the base.
+    With an adapter, quantize.weights is not free, since it changes the base.
     """
     keys = SWEEP_FREE_KEYS if sweep else FREE_KEYS
     return keys if config.lora.rank is None else tuple(key for key in keys if key != "quantize.")
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
-    """The config with nothing left to guess: shape, tokenizer, storage path and name.
+    """Complete the config: shape, tokenizer, storage path and name.
 
-    sweep: the name is to be a sweep's.
+    sweep: whether the name is for a sweep.
 
     Raises:
-        UserError: model.init_from is no model, or a key given contradicts its shape.
+        UserError: model.init_from is not a model, or a given key contradicts its shape.
     """
     config = with_tokenizer(config)
     values: dict[str, object] = {
@@ -83,8 +83,8 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
     key = "train.teachers"
-    values[key] = [_whole(locate(config, one, key=key)) for one in config.train.teachers]
-    values |= _adapters_rates(config)
+    values[key] = [_absolute(locate(config, one, key=key)) for one in config.train.teachers]
+    values |= _adapter_rates(config)
     resolved = override(config, values)
     if resolved.name:
         return resolved
@@ -92,21 +92,21 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
 
 
 def run_dir(config: Config) -> Path:
-    """The folder of a resolved config's run; in object storage, the one here where it is made."""
+    """The folder of a resolved config's run; for an object store, the local one."""
     assert config.name, "resolve the config first"
     return storage_folder(config.storage_path) / config.name
 
 
 def seen_at(config: Config) -> str:
-    """Where others find a resolved config's run: its folder, or its URI."""
+    """The public place of a resolved config's run: its folder or its URI."""
     return home_of(config) or str(run_dir(config))
 
 
 def set_ray_snapshot_aside(folder: Path) -> str | None:
-    """Move Ray Train's own record of a run out of its way; a line if it was torn.
+    """Move Ray Train's own record of a run out of the way; returns a line if it was damaged.
 
-    Ray writes `checkpoint_manager_snapshot.json` in place and cannot start over an empty, cut or
-    outdated one. gptray resumes from its own verified checkpoints and never needs it.
+    Ray writes `checkpoint_manager_snapshot.json` in place and fails to start with an empty,
+    truncated or outdated one. gptray resumes from its own verified checkpoints without it.
     """
     snapshot = folder / "checkpoint_manager_snapshot.json"
     is_torn = False
@@ -122,14 +122,14 @@ def set_ray_snapshot_aside(folder: Path) -> str | None:
 
 
 def outcome(config: Config) -> dict[str, object]:
-    """What the run has come to, from its metrics: the job's JSON line.
+    """The run's results from its metrics: the job's JSON line.
 
     `train_loss` and `val_*` belong to `best_step`, the model in `model_dir`; `last_*` to the last
     evaluation, and `base_*` to the weights of model.init_from. `also` has bits per byte of the
     texts of evaluate.also, by name, under those weights and under the model. `val_lost` is the
     share of the validation text that the tokenizer loses. `landed`: whether the model is from the
-    cool-down; `landing_gain`: see `gptray.training.landing`. `teachers`: the sha256 of each one's
-    weights.
+    cool-down; `landing_gain`: see `gptray.training.landing`. `teachers`: the sha256 of each
+    teacher's weights.
     """
     folder = run_dir(config)
     rows, events = read_metrics(folder), read_events(folder)
@@ -180,7 +180,7 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
     given = config.model.model_fields_set
     free = {"dropout"}
     if network.positions == "rotary" and config.model.n_positions <= network.n_positions:
-        free.add("n_positions")  # of angles, fewer will do
+        free.add("n_positions")  # rotary angles can also serve a shorter context
     wrong = [
         f"model.{key}={_bare(getattr(config.model, key))} but {init_from} has {_bare(value)}"
         for key, value in shape.items()
@@ -190,14 +190,14 @@ def _shape_of(config: Config, init_from: str) -> dict[str, object]:
         raise UserError("; ".join(wrong))
     keys = {key: value for key, value in shape.items() if key not in free & given}
     values: dict[str, object] = {f"model.{key}": value for key, value in keys.items()}
-    values["model.init_from"] = _whole(init_from)
+    values["model.init_from"] = _absolute(init_from)
     if config.data.tokenizer is None:
         values["data.tokenizer"] = values["model.init_from"]
     return values
 
 
-def _whole(source: str) -> str:
-    """What names a model in any working folder: a URI, a path from the root on, or a hub id."""
+def _absolute(source: str) -> str:
+    """A model's name that is valid in any working folder: a URI, an absolute path or a hub id."""
     if is_uri(source):
         return source
     if is_gguf(expanded(source)):
@@ -205,8 +205,8 @@ def _whole(source: str) -> str:
     return str(model_folder(source).resolve()) if expanded(source).exists() else source
 
 
-def _adapters_rates(config: Config) -> dict[str, object]:
-    """The learning rates of an adapter, where none is given."""
+def _adapter_rates(config: Config) -> dict[str, object]:
+    """The default learning rates for an adapter, if none is given."""
     optim, given = config.optim, config.optim.model_fields_set
     if config.lora.rank is None or "lr" in given:
         return {}
@@ -217,14 +217,14 @@ def _adapters_rates(config: Config) -> dict[str, object]:
 
 
 def _bare(value: object) -> str:
-    """A value as one types it."""
+    """A value as typed on the command line."""
     return shown(value).strip("'")
 
 
 def _free_name(config: Config, *, sweep: bool) -> str:
-    """A name that the config always gives; under train.resume=never one not taken yet.
+    """A name that is always the same for the config or, with train.resume=never, an unused one.
 
-    Keys at their default don't count, so that the name stays when a later version adds some.
+    Keys at their defaults don't count, so that the name stays when a later version adds keys.
     """
     source = config.data.source if isinstance(config.data.source, str) else config.data.source[0]
     label = slug(Path(source).stem, 24) or "run"

@@ -1,8 +1,8 @@
-"""Storage that all nodes share: tried before anything expensive, so that no work is lost to it.
+"""Checks that all nodes share the storage, before anything expensive.
 
-Every node that will work has to read back a token that the driver writes into the folder, and to
-be able to write there. What a job only reads, a model or a text, has to look there as it does here.
-An object store has to answer each node.
+Every node that will work must read back a token that the driver writes to the folder, and be able
+to write there. What a job only reads, a model or a text, must look the same there as here. An
+object store must answer each node.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 
-# What a network file system may take until a new file is seen elsewhere.
+# How long a network file system may take to show a new file on other nodes.
 SETTLE_S, POLL_S = 3.0, 0.2
-# Of a file, and of a folder or a text: enough to tell one from another.
+# Bytes of a file, and files of a folder or a text, that suffice to tell one from another.
 _START_BYTES, _MOST_FILES = 64, 100
 _REMEDY = "give a {noun} that all nodes share, such as NFS"
 
 
 @dataclass(frozen=True)
 class Looks:
-    """What a node has to find: the size and the first bytes of a file."""
+    """A file's size and first bytes, which a node must find."""
 
     size: int
     start: bytes
@@ -40,9 +40,9 @@ class Looks:
 
 @dataclass(frozen=True)
 class Place:
-    """A path that all nodes have to see, and files by which they can tell.
+    """A path that all nodes must see, and the files to compare.
 
-    words: as the user names it, such as storage_path=/x. noun: file or folder.
+    words: the path as the user names it, such as storage_path=/x. noun: file or folder.
     """
 
     words: str
@@ -59,15 +59,15 @@ def check_shared(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> None:
-    """Refuse paths that a node which will work does not see. Needs Ray; one node shares all.
+    """Refuse paths that some node that will work does not see. Needs Ray.
 
-    written: folders by the words that name them, such as storage_path=/x; they are made here if
-    needed, and nothing is left there. read: files and folders by key. stores: places in object
-    stores, by such words, that have to answer. use_gpu: only nodes with GPUs will work.
+    written: folders by how the user names them, such as storage_path=/x; they are created if
+    needed, and nothing is left behind. read: files and folders by key. stores: object stores that
+    must answer, as the user names them. use_gpu: whether only nodes with GPUs will work.
 
     Raises:
-        UserError: names key, path and the addresses of the nodes.
-        RunFailed: a node did not look: it hangs, or cannot run gptray.
+        UserError: names key, path and the nodes' addresses.
+        RunFailed: a node did not answer: it hangs, or cannot run gptray.
     """
     found = blind_nodes(written=written, read=read, stores=stores, use_gpu=use_gpu)
     if found:
@@ -77,7 +77,7 @@ def check_shared(
 
 
 def check_shared_by_training(config: Config, folder: Path) -> None:
-    """Refuse what the workers of a run or sweep would not see. Raises as `check_shared`."""
+    """Refuse paths that workers of a run or sweep would not see. Raises like `check_shared`."""
     init_from = [config.model.init_from] if config.model.init_from else []
     read = {"model.init_from": init_from, "train.teachers": config.train.teachers}
     check_shared(
@@ -89,12 +89,12 @@ def check_shared_by_training(config: Config, folder: Path) -> None:
 
 
 def written_by_all(config: Config, folder: Path) -> dict[str, Path]:
-    """A folder of storage_path, by its words, if all nodes have to see it: in no object store."""
+    """The folder by how the user names it, if all nodes must see it; {} for an object store."""
     return {} if is_uri(config.storage_path) else {_words(config): folder}
 
 
 def stores_of(config: Config) -> list[str]:
-    """The words for storage_path, if it is an object store, which all nodes have to reach."""
+    """storage_path as the user names it, if it is an object store, which all nodes must reach."""
     return [_words(config)] if is_uri(config.storage_path) else []
 
 
@@ -103,9 +103,9 @@ def _words(config: Config) -> str:
 
 
 def check_seen(folder: Path, *, storage_path: str) -> None:
-    """In a worker: refuse a node that joined later and does not see a folder of storage_path.
+    """In a worker: raise UserError if its node, which may have joined later, does not see a folder.
 
-    Raises UserError, which names storage_path and the node.
+    The message names storage_path and the node.
     """
     if not folder.is_dir():
         import ray
@@ -122,9 +122,9 @@ def blind_nodes(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> list[UserError | RunFailed]:
-    """What is wrong with nodes that will work: of each the first path that it does not see.
+    """The problems of nodes that will work: for each, the first path that it does not see.
 
-    RunFailed: of a node that did not look.
+    RunFailed: for a node that did not answer.
     """
     nodes = alive_nodes()
     working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]
@@ -151,7 +151,7 @@ def blind_nodes(
 
 
 def problem_of(places: Sequence[Place], stores: Sequence[str] = ()) -> tuple[str, str] | None:
-    """On a node: the first place that it does not see as the driver does, and what it sees."""
+    """On a node: the first place that it sees differently from the driver, and the problem."""
     for place in places:
         if problem := _unseen(place) or _unwritable(place):
             return place.words, problem
@@ -178,7 +178,7 @@ def _unseen(place: Place) -> str | None:
 
 
 def _look_again(path: Path) -> Looks | str | None:
-    """As `_look`; None where nothing is, and the system's reason for any other error."""
+    """Like `_look`; None if there is nothing, and the reason for any other error."""
     try:
         return _look(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -199,7 +199,7 @@ def _unwritable(place: Place) -> str | None:
 
 @contextmanager
 def _token(words: str, folder: Path) -> Iterator[Place]:
-    """Have a file in a folder that no other folder has."""
+    """Put a file with unique content into a folder while the block runs."""
     path = folder / f".gptray-{secrets.token_hex(8)}.token"
     with no_empty_folders(folder):
         try:
@@ -213,7 +213,7 @@ def _token(words: str, folder: Path) -> Iterator[Place]:
 
 
 def _as_here(key: str, path: Path) -> Place:
-    """A file, or a folder's own files, as they look here."""
+    """A file, or a folder's own files, as they look on this node."""
     noun, files = "file", [path]
     if path.is_dir():
         noun = "folder"

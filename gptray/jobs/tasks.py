@@ -1,7 +1,7 @@
-"""How mistakes and failures come back from Ray's processes, and a map over items on Ray Data.
+"""Returns mistakes and failures from Ray's processes, and maps a function over items on Ray Data.
 
-Ray wraps what a task raises in a traceback of its own, and takes it for a process to start again.
-So a task returns its `Failure`, and the driver raises it.
+Ray wraps a task's exception in its own traceback, and may restart the process. So a task returns
+its `Failure`, and the driver raises it.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task has no result. is_mistake: the user's mistake rather than a run that failed."""
+    """Why a task has no result. is_mistake: whether it is a UserError rather than a RunFailed."""
 
     message: str
     is_mistake: bool = False
 
     def error(self) -> UserError | RunFailed:
-        """What the driver is to raise."""
+        """The exception for the driver to raise."""
         return UserError(self.message) if self.is_mistake else RunFailed(self.message)
 
 
 def attempt(task: Callable[[], T]) -> T | Failure:
-    """Call a task in its process. Any other error than UserError and RunFailed is raised."""
+    """Call a task, returning a UserError or RunFailed as a Failure; other errors are raised."""
     try:
         return task()
     except (UserError, RunFailed) as error:
@@ -46,7 +46,7 @@ def attempt(task: Callable[[], T]) -> T | Failure:
 
 
 def result_of(outcome: T | Failure) -> T:
-    """What `attempt` returned, in the driver. Raises UserError or RunFailed for a failure."""
+    """In the driver, the result of `attempt`. Raises UserError or RunFailed for a failure."""
     if isinstance(outcome, Failure):
         raise outcome.error()
     return outcome
@@ -55,11 +55,11 @@ def result_of(outcome: T | Failure) -> T:
 def map_items(
     items: Sequence[T], task: Callable[[int, T], R], *, doing: str, here: bool = False
 ) -> list[R]:
-    """Apply `task(number, item)` to each item on one core; results come in the items' order.
+    """Apply `task(number, item)` to each item, on one core each; results are in the items' order.
 
-    here: on this node alone. Needs Ray. Results travel through the object store: keep them small.
-    Raises the UserError of the first task that meets one, or RunFailed for one that could not
-    read or write; the others are stopped.
+    here: only on this node. Needs Ray. Results go through the object store, so keep them small.
+    Raises the first task's UserError, or RunFailed for one that could not read or write; the others
+    are stopped.
     """
     import ray.data
 
@@ -84,7 +84,7 @@ def map_items(
 
 
 class _Mapped:
-    """The task for a row of Ray Data, which asks for a name, and for columns of one type each."""
+    """The function for a row of Ray Data, which requires a name, and columns of a single type."""
 
     def __init__(self, task: Callable[[int, Any], Any], doing: str) -> None:
         self._task, self._doing = task, doing
@@ -94,7 +94,7 @@ class _Mapped:
         number = row["number"]
         try:
             outcome = attempt(lambda: self._task(number, row["item"]))
-        except OSError as error:  # a share that went away
+        except OSError as error:  # such as a lost network share
             outcome = Failure(f"{self._doing} the source failed: {error}")
         if isinstance(outcome, Failure):
             return {"number": number, "result": None, **asdict(outcome)}
@@ -102,7 +102,7 @@ class _Mapped:
 
 
 def _on_this_node() -> dict[str, Any]:
-    """Options for tasks on this node, which may be one that offers no cores to Ray."""
+    """Options for tasks on this node, which may offer no cores to Ray."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -116,7 +116,7 @@ def _on_this_node() -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """No progress bar and no plan of execution from Ray Data, unless asked for (--verbose)."""
+    """Silence Ray Data's progress bar and execution plan, except with --verbose."""
     import ray.data
 
     if not log.isEnabledFor(logging.DEBUG):

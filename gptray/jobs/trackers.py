@@ -1,6 +1,6 @@
-"""Trackers of experiments that a run can be sent to: MLflow, Weights & Biases, trackio.
+"""Experiment trackers that a run can be sent to: MLflow, Weights & Biases, trackio.
 
-Their packages are imported when a run is opened, and only those that a config asks for.
+Only the packages that a config asks for are imported, when a run is opened.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Literal, Protocol
 from gptray.config import TrackConfig, UserError
 
 EXPERIMENT = "gptray"
-# killed: stopped from outside, to go on later.
+# killed: stopped from outside, to be resumed later.
 Ending = Literal["finished", "failed", "killed"]
 _MLFLOW_STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-# 255 is what W&B itself says of a run that was interrupted.
+# W&B itself uses 255 for an interrupted run.
 _WANDB_EXIT_CODE = {"finished": 0, "failed": 1, "killed": 255}
-# What one call of MLflow takes.
+# The most that one call of MLflow takes.
 _MLFLOW_METRICS, _MLFLOW_PARAMS = 1000, 100
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as trackers are to have it. group: the sweep of a trial.
+    """A run to send to trackers. group: a trial's sweep.
 
-    ending: how a trial has ended; None while it runs, and for a single run.
+    ending: how a trial ended; None while it runs, and for a single run.
     """
 
     folder: Path
@@ -40,26 +40,26 @@ class TrackedRun:
     ending: Ending | None = None
 
 
-# A step and what was measured at it.
+# A step and its metrics.
 Point = tuple[int, Mapping[str, float]]
 
 
 class Session(Protocol):
-    """A run in a tracker that takes points. `number` is what the tracker knows the run by."""
+    """A run in a tracker. `number` is the tracker's id of it."""
 
     number: str
-    # The last step that the tracker itself says it has; None where it cannot be asked.
+    # The last step that the tracker has; None if it cannot be asked.
     last: int | None
 
     def log(self, points: Sequence[Point]) -> None:
         """Add points."""
 
     def close(self, ending: Ending) -> None:
-        """No more come, for now."""
+        """No more points are coming, for now."""
 
 
 def check_trackers(track: TrackConfig) -> None:
-    """Refuse a tracker whose package is not installed. Raises UserError with the pip line."""
+    """Raise UserError, with the pip command, for a tracker whose package is not installed."""
     problems = [
         f"track.{name}={where} needs the package {name}: pip install 'gptray[{name}]'"
         for name, where in track
@@ -71,7 +71,7 @@ def check_trackers(track: TrackConfig) -> None:
 
 def _is_installed(package: str) -> bool:
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder ./wandb is none
+    return spec is not None and spec.origin is not None  # a folder ./wandb has no origin
 
 
 class _MLflow:
@@ -129,7 +129,7 @@ class _Wandb:
             reinit="create_new",  # the trials of a sweep are sent at the same time
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
-        # A late score comes after the rows of later steps, and W&B's own step never falls.
+        # A late score arrives after rows of later steps, but W&B's own step cannot decrease.
         for name in ("val_*", "gap", "also/*"):
             self._run.define_metric(name, step_metric="val_step")
         self.number = self._run.id
@@ -150,7 +150,7 @@ class _Trackio:
     def __init__(self, where: str, run: TrackedRun, number: str | None) -> None:
         import trackio
 
-        # A context of its own: there a run does not end where the next one begins.
+        # In a context of its own, or the next run's start would end this run.
         self._run = contextvars.Context().run(
             trackio.init,
             project=where,
@@ -170,7 +170,7 @@ class _Trackio:
             self._run.log(dict(values), step=step)
 
     def close(self, ending: Ending) -> None:
-        self._run.finish()  # Trackio keeps no ending
+        self._run.finish()  # Trackio does not record how a run ended
 
 
 _TRACKERS: dict[str, Callable[[str, TrackedRun, str | None], Session]] = {
@@ -181,5 +181,5 @@ _TRACKERS: dict[str, Callable[[str, TrackedRun, str | None], Session]] = {
 
 
 def open_session(tracker: str, where: str, run: TrackedRun, number: str | None) -> Session:
-    """Begin a run in a tracker, or continue the one with this number."""
+    """Start a run in a tracker, or continue the one with this number."""
     return _TRACKERS[tracker](where, run, number)

@@ -1,7 +1,7 @@
-"""Sends runs to trackers of experiments while a job runs, without ever endangering the job.
+"""Sends runs to experiment trackers while a job runs, without ever endangering the job.
 
-What a tracker has got so far stands in `trackers.json` of the run's folder, so that a resumed run
-continues there and sends no step twice.
+`trackers.json` in the run's folder records what each tracker has received, so that a resumed run
+continues from there and sends no step twice.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
 log = logging.getLogger("gptray")
 
 TRACKERS = "trackers.json"
-# Between two looks, and after a failure.
+# How long to wait between updates, and after a failure.
 POLL_S, RETRY_S = 5.0, 30.0
-# For the last rows, at the end of a job and of one that is stopped.
+# How long the last rows may take at the end of a job, and of one that is stopped.
 END_S, STOPPED_S = 60.0, 1.0
-# How the values begin that come with a row's score, which may be later than the row.
-_OF_SCORE = ("val_", "gap", "also/")
+# Prefixes of metrics that belong to a row's score, which may come later than the row.
+_SCORE_PREFIXES = ("val_", "gap", "also/")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What a tracker has got of a run: up to which step and which score, and how it ended."""
+    """What a tracker has received of a run: up to which step and score, and how it ended."""
 
     where: str
     number: str | None = None
@@ -50,12 +50,12 @@ class Sent:
 
 
 def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
-    """What is to be sent of a run's rows: new ones whole, and scores that have come late."""
+    """The points to send: new rows, and late scores of rows that were sent before."""
     points: list[Point] = []
     for row in rows:
         step, values = row["step"], curves(row)
         if step <= sent.step:
-            values = {key: values[key] for key in values if key.startswith(_OF_SCORE)}
+            values = {key: values[key] for key in values if key.startswith(_SCORE_PREFIXES)}
             if step <= sent.scored:
                 continue
         if values:
@@ -64,24 +64,24 @@ def new_points(rows: Sequence[MetricsRow], sent: Sent) -> list[Point]:
 
 
 class _Follower:
-    """Sends runs to one tracker, from a thread of its own: a tracker may take its time."""
+    """Sends runs to one tracker in its own thread, since a tracker may be slow."""
 
     def __init__(self, tracker: str, where: str, runs: Callable[[], list[TrackedRun]]) -> None:
         self._tracker, self._where, self._runs = tracker, where, runs
         self._sessions: dict[Path, tuple[Session, Sent]] = {}
         self._has_failed = self._is_stopped = False
-        self._ending: Ending | None = None  # of the runs that have none of their own
+        self._ending: Ending | None = None  # of runs without their own
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name=tracker, daemon=True)
         self._thread.start()
 
     def finish(self, ending: Ending, *, stopped: bool) -> None:
-        """Send what is left, and close. stopped: the rest is sent when the run is resumed."""
+        """Send the rest and close. stopped: what is left is sent when the run is resumed."""
         self._ending, self._is_stopped = ending, stopped
         self._done.set()
 
     def join(self, until: float) -> None:
-        """Wait for that; a tracker that has not taken all of it by then is left alone."""
+        """Wait for the rest to be sent, at most until then."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive() and not self._is_stopped:
             self._tell("it did not accept everything in time")
@@ -92,14 +92,14 @@ class _Follower:
             pause = POLL_S if self._send_all() else RETRY_S
         self._send_all()
         assert self._ending
-        for session, _ in self._sessions.values():  # not all was taken
+        for session, _ in self._sessions.values():  # sending the rest failed
             self._try(partial(session.close, self._ending))
 
     def _try(self, do: Callable[[], None]) -> bool:
-        """Whether it went well; a failure is reported once."""
+        """Return whether it succeeded; only the first failure is reported."""
         try:
             do()
-        except Exception as error:  # of whatever kind a tracker's package has
+        except Exception as error:  # whatever a tracker's package raises
             self._tell(f"{type(error).__name__}: {first_line(error)}")
             return False
         return True
@@ -116,7 +116,7 @@ class _Follower:
         self._has_failed = True
 
     def _send_all(self) -> bool:
-        """Whether all went well."""
+        """Send all runs; return whether all succeeded."""
         return all([self._try(partial(self._send, run)) for run in self._runs()])
 
     def _send(self, run: TrackedRun) -> None:
@@ -141,9 +141,9 @@ class _Follower:
         return before if before and before.where == self._where else Sent(self._where)
 
     def _opened(self, run: TrackedRun, sent: Sent) -> tuple[Session, Sent]:
-        """The run in the tracker: that of an earlier start, where there is one."""
+        """Open the run in the tracker, that of an earlier start if there is one."""
         session = open_session(self._tracker, self._where, run, sent.number)
-        if session.last is not None:  # it was killed before it could say what it had sent
+        if session.last is not None:  # a kill may have lost the record of what was sent
             sent = replace(sent, step=session.last, scored=max(sent.scored, session.last))
         sent = replace(sent, number=session.number, ending=None)
         self._sessions[run.folder] = session, sent
@@ -152,7 +152,7 @@ class _Follower:
 
 
 _saving = threading.Lock()
-_FILE = TypeAdapter(dict[str, Sent])  # what trackers.json has, by tracker
+_FILE = TypeAdapter(dict[str, Sent])  # trackers.json, by tracker
 
 
 def _load(folder: Path) -> dict[str, Sent]:
@@ -169,7 +169,7 @@ def _save(folder: Path, tracker: str, sent: Sent) -> None:
 
 @contextmanager
 def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterator[None]:
-    """Send runs to the trackers of a config while the block runs."""
+    """Send runs to the config's trackers while the block runs."""
     followers = [_Follower(name, where, runs) for name, where in track if where is not None]
     ending: Ending = "failed"
     patience = END_S
@@ -194,13 +194,13 @@ def _ending_of(trial: Trial) -> Ending | None:
 
 
 def tracking_run(config: Config, folder: Path) -> AbstractContextManager[None]:
-    """`tracking` of a single run."""
+    """`tracking` for a single run."""
     run = TrackedRun(folder, folder.name, flatten(config))
     return tracking(config.track, lambda: [run])
 
 
 def tracking_sweep(config: Config, folder: Path) -> AbstractContextManager[None]:
-    """`tracking` of the trials of a sweep, each a run of the sweep's group."""
+    """`tracking` for a sweep's trials, each a run in the sweep's group."""
 
     @cache
     def settings(path: Path) -> dict[str, object]:

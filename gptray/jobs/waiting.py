@@ -1,8 +1,8 @@
-"""Waiting for room on a cluster: who waits says so, and `compute.wait_s` ends it.
+"""Reports when a job waits for resources on a cluster, and ends the wait after `compute.wait_s`.
 
-A watch in the driver asks Ray what this job has asked for and not got: its placement groups and
-actors that no node has taken. While some wait and none of the job's holds a core or GPU, nothing
-runs; else some of the workers wait, which is reported and ends no job.
+A watch in the driver asks Ray which of this job's placement groups and actors are pending. If some
+are, and none of the job's holds a core or GPU, the whole job waits; otherwise some of its workers
+wait, which is only reported.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from gptray.wording import count, time_words
 log = logging.getLogger("gptray")
 
 POLL_S = 1.0
-# Seconds of a wait until it is first told, and to the second time; from then on the gap doubles.
+# Seconds until a wait is first reported and then again; from there the gap doubles, up to the last.
 FIRST_S, REPEAT_S, MOST_S = 2.0, 10.0, 300.0
-# Seconds without a demand after which a wait is over. Ray Train renews its own every minute.
+# A wait is over after so many seconds without demand. Ray Train renews its demand every minute.
 GONE_S = 5.0
-# Replicas belong to Serve, which may be older than this job.
+# Replicas belong to Serve, which may have been started by another job.
 REPLICA = "SERVE_REPLICA::gptray#"
 
 
 class Demand(NamedTuple):
-    """What a job has asked for: bundles that no node has given, and whether it got any."""
+    """A job's pending bundles, and whether it holds any resources."""
 
     awaited: Sequence[Resources]
     is_running: bool
@@ -45,15 +45,15 @@ class Demand(NamedTuple):
 
 @contextmanager
 def telling_waits(wait_s: float | None) -> Iterator[None]:
-    """Say in the block when all or some wait for want of room, and when that is over.
+    """In the block, log when the job or some of its workers start and stop waiting for resources.
 
-    wait_s: seconds after which a wait of all ends the block; None: never.
+    wait_s: how long the whole job may wait before the block fails; None: for ever.
 
     Raises:
         RunFailed: a wait took longer than `wait_s`.
     """
     if _Watch.is_watching or is_own_ray():
-        yield  # nobody else can take what the job's own Ray has
+        yield  # nobody else can hold the resources of the job's own Ray
         return
     watch = _Watch(wait_s)
     _Watch.is_watching = True
@@ -74,19 +74,19 @@ class _Watch:
     def __init__(self, wait_s: float | None) -> None:
         self.gave_up = ""
         self._wait_s = wait_s
-        self._since: float | None = None  # when the wait began; None: there is none
-        self._seen = 0.0  # when it was last there
+        self._since: float | None = None  # when the wait began; None: not waiting
+        self._seen = 0.0  # when demand was last pending
         self._tell_at, self._gap_s = 0.0, REPEAT_S
         self._told = self._is_of_some = False
         self._is_in_main = threading.current_thread() is threading.main_thread()
 
     def look(self) -> None:
-        """Tell what is new; called from a thread."""
+        """Report changes; called from a thread."""
         if self.gave_up:
             return
         try:
             self._judge(demand_of_job(), time.monotonic())
-        except Exception as error:  # a cluster that does not answer is the driver's to notice
+        except Exception as error:  # the driver will notice if the cluster does not answer
             log.debug("waiting: %s", error)
 
     def _judge(self, demand: Demand, now: float) -> None:
@@ -128,7 +128,7 @@ class _Watch:
 
 
 def _waiting(awaited: Sequence[Resources], *, is_of_some: bool) -> str:
-    """Who waits for what, and the job that holds the most."""
+    """Who waits for what, and which other job holds the most, in words."""
     own, of_others = holders()
     text = f"waiting for {shortage(awaited, *_cluster())}"
     if is_of_some:
@@ -140,16 +140,16 @@ def _waiting(awaited: Sequence[Resources], *, is_of_some: bool) -> str:
 
 
 def _cluster() -> tuple[list[Resources], list[Resources]]:
-    """What the nodes have, and what is free on them."""
+    """The resources of the nodes, and those that are free."""
     return [node.resources for node in alive_nodes()], [*free_resources().values()]
 
 
 def shortage(
     awaited: Sequence[Resources], has: Sequence[Resources], free: Sequence[Resources]
 ) -> str:
-    """What is awaited and what there is, in words.
+    """The awaited and the existing resources, in words.
 
-    awaited: what each worker needs, on one node. has, free: what each node has.
+    awaited: what each worker needs, on one node. has, free: of each node.
     """
     first, *others = awaited
     words = amount_words(first)
@@ -170,18 +170,18 @@ def _both(resources: Resources) -> str:
 
 
 def demand_of_job() -> Demand:
-    """What this job waits for, and whether it runs; only cores and GPUs count."""
+    """The cores and GPUs that this job waits for, and whether it holds any."""
     awaited, holds = _placement_groups()
     actors = _actors("PENDING_CREATION") + _actors("RESTARTING")
     awaited += [needs for needs, is_placed in actors if not is_placed]
     holds = holds or any(is_placed for _, is_placed in actors)
-    if awaited and not holds:  # a large table
+    if awaited and not holds:  # last, since it is a large table
         holds = bool(_actors("ALIVE"))
     return Demand(awaited, holds)
 
 
 def _placement_groups() -> tuple[list[Resources], bool]:
-    """The bundles of this job's groups that wait, and whether there are some that do not."""
+    """The bundles of this job's pending placement groups, and whether it has others."""
     import ray
 
     awaited: list[Resources] = []
@@ -199,12 +199,12 @@ def _placement_groups() -> tuple[list[Resources], bool]:
 
 
 def _actors(state: str) -> list[tuple[Resources, bool]]:
-    """What this job's actors of a state need outside of placement groups, and if it is given."""
+    """What this job's actors in a state need outside placement groups, and whether they have it."""
     import ray
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     return [
-        # Until it has a worker process, the node is the one that was asked.
+        # Before it has a worker process, the table's node is only the one that was asked.
         (needs, bool(table.address.worker_id))
         for table in actors_in(state)
         if (table.job_id == job or table.name.startswith(REPLICA)) and not table.placement_group_id
@@ -213,12 +213,12 @@ def _actors(state: str) -> list[tuple[Resources, bool]]:
 
 
 def await_core() -> None:
-    """Return once a core is free for tasks of this job; at once on a Ray of its own.
+    """Return once a core is free for this job's tasks; at once on its own Ray.
 
-    Tasks that wait are in no table of Ray's, so that a placement group waits in their stead.
+    Pending tasks are in none of Ray's tables, so a placement group waits in their place.
 
     Raises:
-        UserError: no node has a core, and none will come.
+        UserError: no node has a core, and none can be added.
     """
     import ray
 

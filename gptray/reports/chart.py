@@ -12,21 +12,21 @@ from gptray.reports.picture import XY
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import decimals
 
-# A run's curves, and the curves of a sweep's trials.
+# Roles of a run's curves, then of a sweep's trials.
 Role = Literal["train", "val", "landed", "single", "cut", "whole", "wrong", "own", "winner"]
 
-# Points per curve; a page cannot show more.
+# The most points of a curve; a page cannot show more.
 MOST_POINTS = 400
 # Up to this many evaluations get a dot each.
 MOST_DOTS = 60
-# Losses of this first part of the steps may leave the picture: they fall from 11 to 6 there,
-# while what matters happens between 6.0 and 6.2.
+# Losses in this first part of the steps may leave the chart: they may fall from 11 to 6 there, but
+# what matters happens between 6.0 and 6.2.
 BEGINNING = 0.1
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `role` decides its colour; curves of one role share a name. hint: a tooltip."""
+    """One curve. `role` decides its colour; curves of one role share a name. hint: the tooltip."""
 
     name: str
     role: Role
@@ -35,18 +35,18 @@ class Series:
 
     @property
     def has_dots(self) -> bool:
-        """Whether each point is one measurement and there is room to show it."""
+        """Whether each point is one measurement and there is room for dots."""
         return self.role in ("val", "landed") and len(self.points) <= MOST_DOTS
 
     @property
     def has_end(self) -> bool:
-        """Whether a dot shows where it ends."""
+        """Whether a dot marks the end of the curve."""
         return self.role in ("cut", "whole", "wrong", "own", "winner")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A step to point out."""
+    """A labelled point at a step."""
 
     role: Literal["best", "turned", "landed"]
     step: float
@@ -58,8 +58,8 @@ class Mark:
 class Chart:
     """Curves over steps up to `last`, for values between `low` and `high`.
 
-    first: the step at the left; above 0, steps are on a logarithmic scale. rungs: steps with a
-    line.
+    first: the leftmost step; if above 0, the scale of steps is logarithmic. rungs: steps marked by
+    a line.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Chart:
 
 
 def run_charts(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> list[Chart]:
-    """Loss, learning rate and gradient norm of a run; nothing if nothing was logged."""
+    """Charts of a run's loss, learning rate and gradient norm; empty if nothing was logged."""
     if not rows:
         return []
     return [
@@ -91,7 +91,7 @@ def run_charts(rows: Sequence[MetricsRow], diagnosis: Diagnosis) -> list[Chart]:
 
 
 def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
-    """At most `most` points and the last one: the lowest and highest of each stretch."""
+    """Thin to about `most` points: the lowest and highest of each stretch, and the last point."""
     if len(points) <= most:
         return tuple(points)
     stretches = most // 2
@@ -105,7 +105,7 @@ def thinned(points: Sequence[XY], most: int = MOST_POINTS) -> tuple[XY, ...]:
 
 
 def averaged(points: Sequence[XY], most: int = MOST_POINTS // 2) -> tuple[XY, ...]:
-    """At most `most` points, each the mean of its stretch: for values that are mostly noise."""
+    """Thin to at most `most` points, the means of stretches; for values that are mostly noise."""
     size = -(-len(points) // most) if points else 1
     stretches = [points[first : first + size] for first in range(0, len(points), size)]
     return tuple((stretch[-1][0], fmean(y for _, y in stretch)) for stretch in stretches)
@@ -175,7 +175,7 @@ def _single(
 
 
 def _range(curves: Sequence[Sequence[XY]], *, from_zero: bool) -> XY:
-    """The values to show: those after the beginning, with some room."""
+    """The range of values to show: those after the beginning, with a margin."""
     last = max(curve[-1][0] for curve in curves if curve)
     values = [y for curve in curves for x, y in curve if x >= BEGINNING * last]
     low, high = (0.0 if from_zero else min(values)), max(values)

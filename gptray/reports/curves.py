@@ -1,4 +1,4 @@
-"""Curves over steps as a figure, laid out for wide and for narrow pages."""
+"""Draws curves over steps as a figure, laid out for wide and for narrow pages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from gptray.reports.picture import Figure, Picture, Scale, Shape, box, dot, grid
 WIDE, NARROW = 820, 340
 TALL, LOW = 320, 150
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 26
-# Height of a mark's label; they stand above the plot, one line each.
+# Height of a mark's label; the labels are above the plot, one per line.
 MARK_LINE = 17
-# Average width of a letter of a mark's label.
+# Average width of a letter in a mark's label.
 LETTER = 6.9
-# Least distance between the labels of two steps.
+# The least distance between two tick labels.
 TICK_ROOM = 44
 
 
@@ -30,7 +30,7 @@ def _picture(chart: Chart, width: int) -> Picture:
     y = Scale(chart.low, chart.high, height - BOTTOM, TOP + MARK_LINE * len(chart.marks))
     shapes = _axes(chart, x, y)
     shapes += [line("rung", [(x.at(step), y.end), (x.at(step), y.start)]) for step in chart.rungs]
-    # The steps from which validation loss stays worse.
+    # The steps after validation loss turned for good.
     turned = [x.at(mark.step) for mark in chart.marks if mark.role == "turned"]
     shapes += [box("shade turned", left, y.end, x.end, y.start) for left in turned]
     curves = [shape for series in chart.series for shape in _curve(series, x, y)]
@@ -53,7 +53,7 @@ def _spoken(chart: Chart) -> str:
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
     shapes = grid(y, max(4, int(y.start) // 40), x.start, x.end)
-    # There is nothing between two steps.
+    # No ticks between two steps.
     most = min(max(3, int(x.end) // 100), int(chart.last))
     for step in _rung_ticks(chart, x) or ticks(0, chart.last, most):
         # A centred last label would leave the picture.
@@ -64,7 +64,7 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> list[Shape]:
 
 
 def _rung_ticks(chart: Chart, x: Scale) -> list[float]:
-    """The ends and the rungs that fit between them; nothing where steps begin at 0."""
+    """Ticks at the ends and at rungs that fit between them; none on a linear scale."""
     if not chart.first:
         return []
     kept = [chart.first]
@@ -102,7 +102,7 @@ def _mark(mark: Mark, row: int, x: Scale, y: Scale, width: int) -> list[Shape]:
 def _label_place(mark: Mark, x: float, width: int) -> tuple[float, bool]:
     """Where a mark's label is anchored, and whether it ends there.
 
-    It stands to the right of a turn's line and to the left of the others, if it fits.
+    A turn's label is to the right of its line, the others to the left, if they fit.
     """
     length = LETTER * len(mark.label)
     fits_left, fits_right = x - 6 > length, width - x - 6 > length

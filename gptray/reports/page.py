@@ -1,6 +1,6 @@
-"""Pages from Jinja2 templates: one file each, without scripts, network or fonts; PNGs beside them.
+"""Renders pages from Jinja2 templates: self-contained files without scripts; and PNGs beside them.
 
-Templates clean and escape every value they print; the page's own policy forbids scripts as well.
+Templates clean and escape every value; the page's content security policy also forbids scripts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gptray.files import replacing
 from gptray.record import versions
 from gptray.reports.picture import Figure
 
-# Colours of pages and figures: light, dark and on paper.
+# Colours of pages and figures: light, dark and for print.
 LIGHT = {
     "page": "#fff", "text": "#1c2024", "soft": "#5b6470", "line": "#e2e5e9", "panel": "#f5f6f8",
     "blue": "#2f6db5", "orange": "#c4561a", "grey": "#5b6470", "green": "#1b7f3b",
@@ -35,22 +35,22 @@ PRINT = LIGHT | {
     "text": "#000", "soft": "#444", "line": "#ccc", "panel": "#f3f3f3", "grey": "#444",
 }  # fmt: skip
 REPORT = "report.html"
-# Seconds after which a browser reloads the page of a run in progress.
+# How often a browser reloads the page of a run in progress.
 REFRESH_S = 10
 # Values up to this length stay on one line.
 SHORT = 20
 # Pixels of a PNG file per pixel of the picture.
 ZOOM = 1.5
-# A machine without fonts would draw no text.
+# Shipped, because on a machine without fonts no text would be drawn.
 FONTS = Path(__file__).parent / "fonts"
-# What HTML may not hold, and lone surrogates, which no UTF-8 file may.
+# Characters that HTML forbids, and lone surrogates, which UTF-8 forbids.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 _BLANK = re.compile("(\n{5,})")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a table: its name, how it was computed, its value in each column."""
+    """A table's row: a number's name, how it was computed, and its value in each column."""
 
     name: str
     how: str
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers in columns; false, and not shown, without rows."""
+    """Rows of numbers in columns. A table without rows is false, and not shown."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
@@ -70,7 +70,7 @@ class Table:
 
 
 def write_page(template: str, folder: Path, *, running: bool, **values: object) -> Path:
-    """Write `report.html` of a folder; while `running`, a browser reloads it."""
+    """Write a folder's `report.html`; while `running`, a browser reloads it."""
     path = folder / REPORT
     text = render(
         template,
@@ -108,7 +108,7 @@ def _templates() -> Environment:
 
 
 def _clean(text: str) -> str:
-    """Replace characters that HTML cannot hold by U+FFFD."""
+    """Replace characters that HTML forbids with U+FFFD."""
     if isinstance(text, Markup):
         return text
     return _UNPRINTABLE.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
@@ -116,7 +116,7 @@ def _clean(text: str) -> str:
 
 def save_png(figure: Figure, folder: Path) -> Path:
     """Write `<key>.png`, the page's wide picture in light colours; return its path."""
-    # resvg has no CSS variables.
+    # resvg does not support CSS variables.
     css = re.sub(r"var\(--(\w+)\)", lambda found: LIGHT[found[1]], render("chart.css"))
     path = folder / f"{figure.key}.png"
     image = resvg_py.svg_to_bytes(

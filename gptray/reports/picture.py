@@ -1,7 +1,7 @@
-"""Figures as shapes: one definition gives the page's SVG and the PNG file.
+"""Figures as shapes, from which both the page's SVG and the PNG file are made.
 
-Scales map values to pixels, which count from the top left. `templates/chart.css` styles the shapes
-by class.
+Scales map values to pixels, counted from the top left. `templates/chart.css` styles the shapes by
+class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ XY = tuple[float, float]
 class Shape:
     """An SVG element with its class and attributes.
 
-    text: the words of a text; the tooltip of any other shape.
+    text: the content of a text element; the tooltip of any other shape.
     """
 
     tag: str
@@ -30,7 +30,7 @@ class Shape:
 class Picture:
     """Shapes, curves in front of them and marks in front of both.
 
-    label: what a screen reader says. plot: left, top, right, bottom; curves are clipped to it.
+    label: for screen readers. plot: (left, top, right, bottom), to which curves are clipped.
     """
 
     width: int
@@ -44,9 +44,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its caption, and a second layout where a narrow page needs one.
+    """A picture with its caption, and maybe another layout for narrow pages.
 
-    key: the name of its PNG file, unique in the page. legend: (class, name) pairs.
+    key: the name of its PNG file, unique within the page. legend: (class, name) pairs.
     """
 
     key: str
@@ -75,13 +75,13 @@ def box(css: str, left: float, top: float, right: float, bottom: float) -> Shape
 
 
 def words(css: str, place: XY, text: str) -> Shape:
-    """A text: class x centres it, y and end make it end at its place."""
+    """A text: class x centres it at its place; y and end right-align it there."""
     return Shape("text", css, {"x": f"{place[0]:.1f}", "y": f"{place[1]:.1f}"}, text)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values from low to high onto pixels from start to end."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -90,7 +90,7 @@ class Scale:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """The pixel of a value; one beyond the scale lies outside."""
+        """The pixel of a value, outside `start` to `end` for values beyond the scale."""
         bend = math.log if self.is_log else float
         low, high = bend(self.low), bend(self.high)
         part = (bend(value) - low) / ((high - low) or 1.0)
@@ -101,14 +101,14 @@ class Scale:
         return self.at(min(max(value, self.low), self.high))
 
     def ticks(self, most: int) -> list[tuple[float, float, str]]:
-        """Round values with their pixels and labels."""
+        """Round values, each with its pixel and label."""
         values = ticks(self.low, self.high, most)
         spacing = values[1] - values[0] if len(values) > 1 else abs(self.high)
         return [(value, self.at(value), tick_text(value, spacing)) for value in values]
 
 
 def grid(y: Scale, most: int, left: float, right: float, *, gap: float = 6) -> list[Shape]:
-    """Lines at round values from left to right, each with its label `gap` pixels before it."""
+    """Horizontal lines at round values, each with a label `gap` pixels to its left."""
     shapes = []
     for _, place, text in y.ticks(most):
         shapes.append(line("grid", [(left, place), (right, place)]))
@@ -132,7 +132,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_text(value: float, spacing: float) -> str:
-    """A tick's label, with as many decimals as tell it from its neighbours."""
+    """A tick's label, with enough decimals to distinguish it from its neighbours."""
     if spacing < 0.01:
         return f"{value:g}".replace("e-0", "e-")
     places = max(0, -_floor_log10(spacing * 1.0001))

@@ -1,4 +1,4 @@
-"""A folder of adapters for the served model: what is put there, changed or removed takes effect."""
+"""Watches a folder of adapters: additions, changes and removals take effect while serving."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from gptray.model.adapter import CONFIG, WEIGHTS, Base, adapted_name
 from gptray.model.adapter_folder import adapter_folder
 from gptray.serving.endpoint import Served
 
-# Sizes and times of change of an adapter's files; None: not there.
+# (size, modification time) of each of an adapter's files; None if a file is missing.
 State = tuple[tuple[int, int] | None, ...]
 
 
 class AdapterWatch:
-    """The folders of adapters in a folder, each served under its own folder's name."""
+    """Serves the adapters in a folder, each under its own folder's name."""
 
     def __init__(self, folder: str | Path, served: Served, base: Base) -> None:
         self._folder, self._served, self._base = expanded(folder), served, base
-        self._before: dict[str, State] | None = None  # as last seen
-        self._done: dict[str, State] = {}  # as served, or refused
-        self._names: set[str] = set()  # that are served
+        self._before: dict[str, State] | None = None  # at the previous scan
+        self._done: dict[str, State] = {}  # as last served or refused
+        self._names: set[str] = set()  # of served adapters
         self._unread = ""  # why the folder could not be read
 
     def scan(self) -> list[str]:
-        """Serve what the folder holds now. Returns what has changed, a line each.
+        """Serve what the folder holds now. Returns a line for each change.
 
-        Files that have changed since the previous scan wait for the next: they may still be being
-        copied. What cannot be served is reported once.
+        Files that changed since the previous scan wait for the next one, since a copy may be in
+        progress. An adapter that cannot be served is reported once.
         """
         try:
             found = dict(self._found())
@@ -60,7 +60,7 @@ class AdapterWatch:
             yield place.name, (_state(folder / CONFIG), _state(folder / WEIGHTS))
 
     def _take(self, name: str) -> str:
-        """Serve an adapter, or keep the previous one. Returns what to log."""
+        """Serve an adapter or, if it is invalid, keep the previous one. Returns what to log."""
         adapted = adapted_name(self._served.name, name)
         try:
             packed = pack_adapter(self._served.engine, self._base, self._folder / name)

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, in the form that OpenAI's clients read."""
+"""Errors of a request, in the form that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from fastapi.responses import JSONResponse
 
-# OpenAI's names for what a status means.
+# OpenAI's error types by status.
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
     429: "rate_limit_error",
 }
-# Models that an answer names.
-NAMED = 10
+# The most models that an error message lists.
+MAX_LISTED = 10
 
 
 class ApiError(Exception):
-    """An answer other than success. param: the key of the request that is wrong, if one is."""
+    """An error response. param: the offending key of the request, if any."""
 
     def __init__(
         self,
@@ -51,10 +51,10 @@ class ApiError(Exception):
 
 
 def unknown_model(name: str, served: Sequence[str]) -> ApiError:
-    """The answer to a request for a model that is not served."""
-    known = ", ".join(served[:NAMED])
-    if len(served) > NAMED:
-        known += f" and {len(served) - NAMED:,} more (GET /v1/models)"
+    """The error for a request for a model that is not served."""
+    known = ", ".join(served[:MAX_LISTED])
+    if len(served) > MAX_LISTED:
+        known += f" and {len(served) - MAX_LISTED:,} more (GET /v1/models)"
     message = f"The model `{name[:100]}` does not exist. Served here: {known}."
     return ApiError(404, message, param="model", code="model_not_found")
 

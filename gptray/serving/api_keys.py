@@ -1,4 +1,4 @@
-"""API keys: read from a file, again when it changes; kept as digests, compared in constant time."""
+"""API keys: read from a file that may change, kept as digests, compared in constant time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gptray.files import expanded
 
 log = logging.getLogger("gptray")
 
-# Seconds between two looks at the file, at least.
-LOOK_S = 1.0
+# The shortest time between two checks of the file.
+CHECK_S = 1.0
 
 
 def read_keys(path: str) -> list[str]:
-    """Digests of the keys in a file: one a line; a line that begins with # is a comment.
+    """Digests of the keys in a file, one per line; lines that begin with # are comments.
 
-    Raises UserError if the file has no key, or a line that no client could send.
+    Raises UserError if the file has no key, or a line that is not a valid key.
     """
     place, file = f"serve.api_key_file={path}", expanded(path)
     try:
@@ -49,26 +49,26 @@ def read_keys(path: str) -> list[str]:
 class Keys:
     """The accepted keys. Changes to the file take effect within a second, without a restart.
 
-    digests: of the keys to begin with; they stay in use while the file is unreadable or invalid.
+    digests: of the initial keys. While the file is unreadable or invalid, the last keys stay valid.
     """
 
     def __init__(self, path: str, digests: Sequence[str]) -> None:
         self._path, self._digests = path, tuple(digests)
         self._seen: tuple[int, ...] | None = ()  # the file's `_state` when it was last read
-        self._look_at = 0.0
+        self._check_at = 0.0
 
-    def let_in(self, authorization: str) -> bool:
+    def accept(self, authorization: str) -> bool:
         """Whether an Authorization header carries one of the keys."""
-        if time.monotonic() >= self._look_at:
-            self._look_at = time.monotonic() + LOOK_S
-            self._look()
+        if time.monotonic() >= self._check_at:
+            self._check_at = time.monotonic() + CHECK_S
+            self._reread_if_changed()
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip()) if scheme.lower() == "bearer" else ""
-        # All are compared, so that the time does not tell which.
+        # Compare with every key, so that the time does not reveal which one matched.
         return any([hmac.compare_digest(given, digest) for digest in self._digests])
 
-    def _look(self) -> None:
-        """Read the file if it has changed. What is wrong with it is logged once."""
+    def _reread_if_changed(self) -> None:
+        """Read the file if it has changed. Problems with it are logged once."""
         seen = _state(self._path)
         if seen == self._seen:
             return
@@ -80,7 +80,7 @@ class Keys:
 
 
 def _state(path: str) -> tuple[int, ...] | None:
-    """Changes whenever the file is replaced or written; None if it does not exist."""
+    """A value that changes whenever the file is replaced or written; None if it does not exist."""
     try:
         found = os.stat(expanded(path))
     except OSError:

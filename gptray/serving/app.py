@@ -1,6 +1,6 @@
-"""The routes: OpenAI's completions and chats, what clients ask around them, health, metrics, page.
+"""The routes: OpenAI's completions and chats, models, tokenizing, health, metrics and the web page.
 
-`make_app` gives an ASGI application that any server can run.
+`make_app` returns an ASGI application that any server can run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gptray.serving.chat_request import ChatRequest
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.engine_thread import Overloaded
-from gptray.serving.events import EventStream, told
+from gptray.serving.events import EventStream, as_api_error
 from gptray.serving.gate import Gate
 from gptray.serving.protocol import (
     CompletionRequest,
@@ -43,13 +43,13 @@ from gptray.serving.streams import EngineStopped
 from gptray.serving.telemetry import Stopwatch, Telemetry
 
 INSTEAD = "call POST /v1/completions, with `prompt`"
-# What clients of OpenAI and others call besides completions, by the end of the path.
-ENDS = {
+# What to answer to calls of other APIs, by the end of the path.
+UNSUPPORTED = {
     "/messages": "there is no such API here: call POST /v1/chat/completions, with `messages`",
     "/responses": f"there is no responses API here: {INSTEAD} instead of `input`",
     "/embeddings": "embeddings are not supported; to complete text, call POST /v1/completions",
 }
-# How many of the likeliest tokens it shows, where the server tells as many.
+# How many of the likeliest tokens the page shows, if the server returns as many.
 CANDIDATES = 8
 T = TypeVar("T")
 Asked = TypeVar("Asked", bound=GenerationRequest)
@@ -67,8 +67,8 @@ def make_app(
 ) -> ASGIApp:
     """The application over an endpoint.
 
-    keys: the accepted API keys; None accepts everybody. telemetry: the counters, if somebody else
-    reads them too. metrics: what /metrics returns, if that is more than this server's own.
+    keys: the accepted API keys; None accepts everybody. telemetry: the counters, if the caller also
+    reads them. metrics: returns the text of /metrics, if not just this server's own counters.
     """
     counters, html = telemetry or Telemetry(endpoint), page(limits.max_logprobs)
     routes = _Routes(endpoint, limits, counters, html)
@@ -98,7 +98,7 @@ def make_app(
         return ApiError(404, no_path(request.url.path, paths)).response()
 
     async def no_method(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # starlette's, which knows the methods
+        assert isinstance(error, HTTPException)  # starlette's, with the allowed methods
         message = f"{request.url.path} does not take {request.method}"
         return ApiError(405, message, headers=error.headers).response()
 
@@ -106,13 +106,13 @@ def make_app(
     api.add_exception_handler(405, no_method)
     for kind in (ApiError, ClientGone, UserError, Overloaded, EngineStopped, TimeoutError):
         api.add_exception_handler(kind, _answer)
-    api.add_exception_handler(Exception, _answer)  # after the answer the server logs it
+    api.add_exception_handler(Exception, _answer)  # the server logs it after the answer
     gate = Gate(api, endpoint, limits, counters, keys=keys, page=html, paths=paths)
     return gate if limits.allowed_origins is None else _cors(gate, limits.allowed_origins)
 
 
 def _cors(app: ASGIApp, origins: str | list[str]) -> ASGIApp:
-    """Let pages of these origins call; a browser's preflight needs no key."""
+    """Allow calls from pages of these origins; a browser's preflight request needs no key."""
     return CORSMiddleware(
         app,
         allow_origins=[origins] if isinstance(origins, str) else origins,
@@ -123,7 +123,7 @@ def _cors(app: ASGIApp, origins: str | list[str]) -> ASGIApp:
 
 
 class _Routes:
-    """What each path does."""
+    """The handler of each path."""
 
     def __init__(
         self, endpoint: Endpoint, limits: ServeConfig, telemetry: Telemetry, html: str
@@ -157,7 +157,7 @@ class _Routes:
         body = await self._body(request, TokenizeRequest)
         with self._endpoint.using(body.model) as served:
             check_name(served, body.model)
-            # Clients look up the id of the token that /tokenizer_info names in this way.
+            # Clients look up the id of /tokenizer_info's eos_token this way.
             add, tokenizer = body.add_special_tokens, served.tokenizer
             if body.prompt == tokenizer.eos_token:
                 tokens = [tokenizer.eos_id]
@@ -224,7 +224,7 @@ async def _all(parts: AsyncGenerator[T, None]) -> list[T]:
 
 
 async def _unless_gone(request: Request, work: Coroutine[object, object, T]) -> T:
-    """The result of some work, which ends when the client goes away. Raises ClientGone."""
+    """The result of `work`. If the client disconnects first, cancels it and raises ClientGone."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -256,12 +256,16 @@ def _card(served: Served) -> dict[str, object]:
 
 
 async def _answer(_: Request, error: Exception) -> Response:
-    return Response(status_code=499) if isinstance(error, ClientGone) else told(error).response()
+    return (
+        Response(status_code=499)
+        if isinstance(error, ClientGone)
+        else as_api_error(error).response()
+    )
 
 
 def no_path(path: str, paths: Sequence[str]) -> str:
-    """One sentence for a path that is not in `paths`."""
-    for end, sentence in ENDS.items():
+    """The error message for a path that is not in `paths`."""
+    for end, sentence in UNSUPPORTED.items():
         if path.rstrip("/").endswith(end):
             return sentence
     near = nearest(path, paths)

@@ -1,4 +1,4 @@
-"""Requests' bodies on their way in: limits of time and size, for each and for all together."""
+"""Receives request bodies within limits of time and size, of each and of all together."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from starlette.types import Receive, Scope
 
 from gptray.serving.api_error import ApiError, ClientGone
 
-# This many bodies of the largest size may be arriving at a time; small ones always may.
+# This many bodies of the largest size may arrive at a time; small ones always may.
 LARGEST_AT_ONCE, SMALL = 64, 16 << 10
-# An answer that comes before the body's end is the connection's last.
+# If an answer is sent before the body's end, the connection cannot be reused.
 CLOSE = {"Connection": "close"}
 
 
 class Arrival:
-    """Reads the bodies of one server. max_bytes: of one body; timeout_s: until it is whole."""
+    """Reads one server's bodies. max_bytes: of one body; timeout_s: for one body to arrive."""
 
     def __init__(self, max_bytes: int, timeout_s: float) -> None:
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
@@ -26,7 +26,7 @@ class Arrival:
     async def body(self, scope: Scope, receive: Receive) -> bytes:
         """A request's whole body.
 
-        Raises ApiError (408, 413 or 503), or ClientGone if the client goes away before its end.
+        Raises ApiError (408, 413 or 503), or ClientGone if the client disconnects before its end.
         """
         said = Headers(scope=scope).get("content-length", "")
         if said.isdecimal() and int(said[:20]) > self._max_bytes:
@@ -62,7 +62,7 @@ class Arrival:
 
 
 async def _parts(receive: Receive) -> AsyncIterator[bytes]:
-    """A body as it arrives. Raises ClientGone."""
+    """The parts of a body as they arrive. Raises ClientGone."""
     has_more = True
     while has_more:
         message = await receive()

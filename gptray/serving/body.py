@@ -1,7 +1,7 @@
 """A request's body, read strictly as one JSON object.
 
-Python's reader takes NaN, numbers beyond the range of floats, duplicate keys and half a surrogate
-pair; here all of them are refused. Every check is linear in the body's length.
+Python's parser accepts NaN, numbers beyond the range of floats, duplicate keys and unpaired
+surrogates; all are refused here. Every check is linear in the body's length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptray.data.rows import BOM, json_object
 from gptray.serving.api_error import ApiError
 from gptray.serving.arrival import Arrival
 
-# No request has reason to be nested deeper.
+# No valid request is nested deeper.
 MAX_DEPTH = 16
 MAX_KEYS = 4096  # of one object
 
@@ -27,7 +27,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 async def read_json(request: Request, arrival: Arrival) -> dict[str, object]:
     """The JSON object of a request's body.
 
-    Raises ApiError, or ClientGone if the client goes away before the body's end.
+    Raises ApiError, or ClientGone if the client disconnects before the body's end.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -39,9 +39,9 @@ async def read_json(request: Request, arrival: Arrival) -> dict[str, object]:
 
 
 def strict_object(body: bytes) -> dict[str, object]:
-    """The JSON object that a body is. Raises ApiError(400) saying what is wrong with it."""
+    """Parse a body as a JSON object. Raises ApiError(400) if it is anything else."""
     try:
-        # Decoded here: Python's reader would take surrogates in UTF-8, and UTF-16.
+        # Decode first: Python's parser would accept surrogates in UTF-8, and UTF-16.
         found = json_object(
             body.removeprefix(BOM).decode(),
             parse_constant=_no_number,

@@ -1,4 +1,4 @@
-"""Chats as OpenAI's clients send them: a completion of the prompt that the template writes."""
+"""Chats in OpenAI's format: completions of the prompt that the chat template renders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gptray.serving.endpoint import Served
 
 
 class TopLogprob(TypedDict):
-    """A token with its log-probability; bytes: of its text, which may be part of a character."""
+    """A token and its log-probability. bytes: its text in UTF-8, maybe part of a character."""
 
     token: str
     logprob: float
@@ -25,17 +25,17 @@ class TopLogprob(TypedDict):
 
 
 class TokenLogprob(TopLogprob):
-    """A token of an answer beside the likeliest at its place."""
+    """A token of an answer, and the likeliest tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatCompletion(Completion):
-    """A chat with the model that answers it; choices are messages."""
+    """A chat request and the model that answers it; its choices are messages."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     prompt_key = "messages"
-    _has_begun = False  # as a stream
+    _has_begun = False  # streaming
 
     @classmethod
     async def of_chat(cls, body: ChatRequest, served: Served, limits: ServeConfig) -> Completion:
@@ -53,12 +53,12 @@ class ChatCompletion(Completion):
 
     def whole_choice(self, choice: Choice) -> dict[str, object]:
         message = {"role": "assistant", "content": choice["text"], "refusal": None}
-        return {**self._ends(choice), "message": message}
+        return {**self._fields(choice), "message": message}
 
     def chunks(self, choice: Choice) -> Iterator[dict[str, object]]:
-        """The roles of all choices come first, each in an event of its own, as OpenAI sends them.
+        """First the roles of all choices, each in its own event, as OpenAI sends them.
 
-        Its Python package counts log-probabilities in the first event of a choice twice.
+        OpenAI's Python package counts log-probabilities in a choice's first event twice.
         """
         if not self._has_begun:
             self._has_begun = True
@@ -69,10 +69,10 @@ class ChatCompletion(Completion):
 
     def _delta(self, choice: Choice, **more: str) -> dict[str, object]:
         """What an event adds to a choice."""
-        return {**self._ends(choice), "delta": {**more, "content": choice["text"]}}
+        return {**self._fields(choice), "delta": {**more, "content": choice["text"]}}
 
-    def _ends(self, choice: Choice) -> dict[str, object]:
-        """What a choice has beside its text."""
+    def _fields(self, choice: Choice) -> dict[str, object]:
+        """The fields of a choice other than its text."""
         told = choice["logprobs"]
         logprobs = None
         if told is not None:
@@ -85,10 +85,10 @@ class ChatCompletion(Completion):
 
 
 async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
-    """The prompt as the model's template writes it. Raises ValueError."""
+    """The prompt as the model's template renders it. Raises ValueError."""
     assert served.chat is not None
     render = partial(served.chat.prompt, body.messages, **body.writing)
-    # In a thread: the first takes a second, and a template may take long.
+    # In a thread, since the first call takes a second and a template may be slow.
     _, ids = await asyncio.to_thread(render)
     return ids
 

@@ -1,4 +1,4 @@
-"""Requests for chats: every key checked, as `gptray.serving.protocol` checks those of texts."""
+"""Chat requests, with every key checked, as `gptray.serving.protocol` does for completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gptray.config.limits import within
 from gptray.generation.chat_template import messages_of
 from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
 
-# Clients ask for at most so many; a server's own limit may be lower.
+# OpenAI's limit; a server's own may be lower.
 MAX_TOP_LOGPROBS = 20
 
 
@@ -18,13 +18,13 @@ class ChatRequest(GenerationRequest):
     """The keys of POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, str]], PlainValidator(messages_of)]
-    # None: to the end of the context.
+    # None: as many as the context has room for.
     max_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
     max_completion_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
-    # Whether the last message is continued, not answered.
+    # Whether to continue the last message rather than answer it.
     continue_final_message: bool = False
     # The template's own variables, such as enable_thinking.
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
@@ -41,14 +41,14 @@ class ChatRequest(GenerationRequest):
 
     @property
     def longest(self) -> int | None:
-        """The most tokens of an answer; None: what fits."""
+        """The most tokens of an answer; None: as many as fit."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return self.max_tokens
 
     @property
     def writing(self) -> dict[str, Any]:
-        """How the template writes it: options of `ChatTemplate.write`."""
+        """The options for `ChatTemplate.prompt`."""
         return {
             "add_generation_prompt": self.add_generation_prompt,
             "continue_final_message": self.continue_final_message,
@@ -56,7 +56,7 @@ class ChatRequest(GenerationRequest):
         }
 
     def completion(self, prompt: list[int], *, longest: int) -> CompletionRequest:
-        """The same request about a prompt. longest: tokens of an answer where it names no limit."""
+        """The equivalent completion request. longest: max_tokens if the request sets no limit."""
         common = {key: getattr(self, key) for key in GenerationRequest.model_fields}
         return CompletionRequest.model_construct(
             **common,

@@ -1,6 +1,6 @@
-"""The choices of an answer: the prompts that they echo, then what the engine's updates add.
+"""The choices of an answer: echoed prompts, then the text of the engine's updates.
 
-Logprobs cover every generated token, the end-of-text token too, though it is not part of the text.
+Log-probabilities cover every generated token, even the end of text, which is not part of the text.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, Prompt
 from gptray.serving.streams import Update
 
-# Replaces a log-probability that JSON cannot hold.
+# Replaces log-probabilities that JSON cannot represent.
 LEAST_LOGPROB = -9999.0
 
 
 class Echo(NamedTuple):
-    """A prompt as an answer shows it.
+    """A prompt as an answer echoes it.
 
-    lead: what the text shows of each token that the tokenizer puts before it: its name or nothing.
+    lead: the text of each token that the tokenizer adds before the prompt: its name or nothing.
     """
 
     text: str
@@ -30,14 +30,14 @@ class Echo(NamedTuple):
 
 
 async def ids_of(prompt: Prompt, body: CompletionRequest, served: Served) -> list[int]:
-    """What a prompt is read as; ids are taken as they are. Raises ValueError."""
+    """A prompt's token ids; ids are returned unchanged. Raises ValueError."""
     if not isinstance(prompt, str):
         return prompt
     return await served.prompt_ids(prompt, add_prefix=body.add_special_tokens)
 
 
 def echo(prompt: Prompt, body: CompletionRequest, ids: list[int], served: Served) -> Echo:
-    """A prompt as it is shown: an empty one, and ids, as what was read."""
+    """A prompt as an answer echoes it; ids and an empty prompt as their decoded tokens."""
     tokenizer = served.tokenizer
     if not prompt or not isinstance(prompt, str):
         return Echo(tokenizer.decode(ids))
@@ -46,7 +46,7 @@ def echo(prompt: Prompt, body: CompletionRequest, ids: list[int], served: Served
     return Echo(prompt, ("",) * len(tokenizer.prefix) if body.add_special_tokens else ())
 
 
-class Told(NamedTuple):
+class PlacedToken(NamedTuple):
     """A token of a choice, and where in the choice's text it begins."""
 
     drawn: Drawn
@@ -54,7 +54,7 @@ class Told(NamedTuple):
 
 
 class Logprobs(TypedDict):
-    """A list of what each token has; null for the first of a prompt."""
+    """Lists with an item for each token; null for the first of a prompt."""
 
     text_offset: list[int]
     token_logprobs: list[float | None]
@@ -63,29 +63,29 @@ class Logprobs(TypedDict):
 
 
 class Choice(TypedDict):
-    """What an update adds to one of the answer's choices."""
+    """What an update adds to one of an answer's choices."""
 
     index: int
     text: str
-    logprobs: list[Told] | None
+    logprobs: list[PlacedToken] | None
     finish_reason: str | None
 
 
 class Output:
-    """One choice as its updates come."""
+    """Assembles one choice from its updates."""
 
     def __init__(
         self, index: int, prompt: Echo, sequence: Sequence, logprobs: bool, served: Served
     ) -> None:
-        """prompt: as the text begins with it. sequence: that of the prompt, which it continues."""
+        """prompt: to begin the text with. sequence: generates the continuation."""
         self._index, self._has_logprobs = index, logprobs
-        self._prompt: str | None = prompt.text  # until it is told
+        self._prompt: str | None = prompt.text  # None once it is sent
         self._lead = list(prompt.lead)
-        self._led = 0  # characters before the text that is told
-        self._new: int | None = None  # where new tokens begin, until they have
+        self._led = 0  # where the text of `_stream` begins in the choice's text
+        self._new: int | None = None  # where new tokens begin, until the first has arrived
         self._sequence, self._served = sequence, served
-        # Tells where in the text behind the lead each token begins.
-        self._told = TextStream(served.tokenizer.decode)
+        # Locates each token in the text after the lead.
+        self._stream = TextStream(served.tokenizer.decode)
 
     def take(self, update: Update) -> Choice:
         echoed = ""
@@ -101,55 +101,55 @@ class Output:
         }
 
     def _shown(self, prompt: str) -> str:
-        """A prompt before its new text, which tells the character that the prompt breaks off in."""
+        """A prompt without a partial last character, which the new text begins with."""
         if not self._sequence.sampling.max_new_tokens:
             return prompt
         begun = self._served.tokenizer.decode(self._sequence.lead)
         return prompt.removesuffix(begun[len(begun.rstrip(REPLACEMENT)) :])
 
-    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> list[Told]:
-        told = [Told(drawn, self._offset(drawn.token)) for drawn in prompt]
+    def _logprobs(self, prompt: abc.Sequence[Drawn], new: abc.Sequence[Drawn]) -> list[PlacedToken]:
+        placed = [PlacedToken(drawn, self._offset(drawn.token)) for drawn in prompt]
         if new and self._new is not None:
-            # The engine's text of them begins behind the prompt as it was written.
-            self._told = TextStream(self._served.tokenizer.decode, lead=self._sequence.lead)
+            # New text starts right after the prompt as written, not as decoded from its tokens.
+            self._stream = TextStream(self._served.tokenizer.decode, lead=self._sequence.lead)
             self._led, self._new, self._lead = self._new, None, []
-        return told + [Told(drawn, self._offset(drawn.token)) for drawn in new]
+        return placed + [PlacedToken(drawn, self._offset(drawn.token)) for drawn in new]
 
     def _offset(self, token: int) -> int:
-        """Where in the text the next token begins; part of a character: where that does."""
+        """Where in the text the next token begins; for part of a character, where that begins."""
         if self._lead:
             before = self._led
             self._led += len(self._lead.pop(0))
             return before
-        before, own = len(self._told.text), self._served.token_text(token)
-        self._told.add(token)
-        # What was held back may have come with it.
-        whole = self._told.text.endswith(own)
-        return self._led + (len(self._told.text) - len(own) if whole else before)
+        before, own = len(self._stream.text), self._served.token_text(token)
+        self._stream.add(token)
+        # The token may also release text that was held back before it.
+        whole = self._stream.text.endswith(own)
+        return self._led + (len(self._stream.text) - len(own) if whole else before)
 
 
 def joined(parts: abc.Sequence[Choice]) -> Choice:
-    """A choice whole, from what its updates added."""
-    told = [part["logprobs"] for part in parts if part["logprobs"] is not None]
+    """The whole choice, joined from what its updates added."""
+    placed = [part["logprobs"] for part in parts if part["logprobs"] is not None]
     return {
         **parts[-1],
         "text": "".join(part["text"] for part in parts),
-        "logprobs": [one for part in told for one in part] if told else None,
+        "logprobs": [one for part in placed for one in part] if placed else None,
     }
 
 
-def as_lists(told: abc.Sequence[Told], served: Served) -> Logprobs:
-    """The form that completions have."""
+def as_lists(tokens: abc.Sequence[PlacedToken], served: Served) -> Logprobs:
+    """Log-probabilities in the format of completions."""
     return {
-        "text_offset": [one.offset for one in told],
-        "token_logprobs": [one.drawn.logprob and finite(one.drawn.logprob) for one in told],
-        "tokens": [served.token_text(one.drawn.token) for one in told],
-        "top_logprobs": [_likeliest(one.drawn, served) for one in told],
+        "text_offset": [one.offset for one in tokens],
+        "token_logprobs": [one.drawn.logprob and finite(one.drawn.logprob) for one in tokens],
+        "tokens": [served.token_text(one.drawn.token) for one in tokens],
+        "top_logprobs": [_likeliest(one.drawn, served) for one in tokens],
     }
 
 
 def _likeliest(drawn: Drawn, served: Served) -> dict[str, float] | None:
-    """The likeliest tokens and the one that was drawn; of those with one text the likeliest."""
+    """The likeliest tokens and the drawn one; of tokens with the same text, the likeliest."""
     if drawn.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -159,5 +159,5 @@ def _likeliest(drawn: Drawn, served: Served) -> dict[str, float] | None:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability as JSON can hold it."""
+    """A log-probability that JSON can represent."""
     return max(logprob, LEAST_LOGPROB)

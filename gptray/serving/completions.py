@@ -1,7 +1,7 @@
-"""From a completion request to the engine's sequences, and from its choices to the answer.
+"""Turns a completion request into the engine's sequences, and their output into the answer.
 
 Outputs are independent draws. With a seed, choice i draws from row i of that seed, so the first is
-the text that `jobs/generate.py` gives; without one, each prompt gets a fresh seed.
+the text that `jobs/generate.py` generates; without one, each prompt gets a fresh seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gptray.serving.streams import Stream, Update
 
 
 class Completion:
-    """A completion request with the model that answers it: what to run, what came of it."""
+    """A completion request and the model that answers it: the sequences and their outputs."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
     prompt_key = "prompt"  # of a request
@@ -40,7 +40,7 @@ class Completion:
         prompts: list[Echo],
         sequences: list[Sequence],
     ) -> None:
-        """sequences: checked, `body.n` for each of the prompts."""
+        """sequences: checked, `body.n` for each prompt."""
         self.id, self.created = f"{self.id_prefix}{uuid.uuid4().hex}", int(time.time())
         self.body, self._served = body, served
         self._options = body.stream_options or StreamOptions()
@@ -82,16 +82,16 @@ class Completion:
         return cls(body, served, prompts, sequences)
 
     def accept(self, limits: ServeConfig) -> AbstractContextManager[Stream]:
-        """Put the outputs in the engine's queue. Raises as `EngineThread.accept`."""
+        """Queue the outputs in the engine. Raises like `EngineThread.accept`."""
         at_once = limits.max_prompts * self.body.n
         return self._served.thread.accept(self._sequences, at_once=at_once)
 
     async def run(
         self, stream: Stream, deadline: float, seen: Callable[[Update], None]
     ) -> AsyncGenerator[Choice, None]:
-        """What each update adds to its choice. Raises EngineStopped, ApiError and TimeoutError.
+        """Yield what each update adds to its choice. Raises EngineStopped, ApiError, TimeoutError.
 
-        deadline: on the event loop's clock. seen: is given every update.
+        deadline: on the event loop's clock. seen: called with every update.
         """
         async with aclosing(stream.updates()) as updates:
             while True:
@@ -106,7 +106,7 @@ class Completion:
                 yield self._outputs[update.index].take(update)
 
     def whole(self, parts: abc.Sequence[Choice]) -> dict[str, object]:
-        """The answer in one piece, from what `run` gave."""
+        """The whole answer, from all that `run` yielded."""
         of_choice = defaultdict(list)
         for part in parts:
             of_choice[part["index"]].append(part)
@@ -115,7 +115,7 @@ class Completion:
         return {**self._head(self.kind), "choices": choices, "usage": self.usage()}
 
     def chunks(self, choice: Choice) -> Iterator[dict[str, object]]:
-        """What a stream tells of an update, an event each."""
+        """The events of a stream for what an update added to a choice."""
         yield self._chunk(self.whole_choice(choice))
 
     def _chunk(self, choice: Mapping[str, object]) -> dict[str, object]:
@@ -125,14 +125,14 @@ class Completion:
         return chunk
 
     def last_chunks(self) -> Iterator[dict[str, object]]:
-        """What comes after the last choice's end."""
+        """The events after the end of the last choice."""
         if self._options.include_usage:
             yield {**self._head(self.chunk_kind), "choices": [], "usage": self.usage()}
 
     def whole_choice(self, choice: Choice) -> Mapping[str, object]:
-        """A choice as the answer in one piece has it."""
-        told = choice["logprobs"]
-        return {**choice, "logprobs": None if told is None else as_lists(told, self._served)}
+        """A choice in the format of a whole answer."""
+        tokens = choice["logprobs"]
+        return {**choice, "logprobs": None if tokens is None else as_lists(tokens, self._served)}
 
     def usage(self) -> dict[str, int]:
         return {
@@ -146,7 +146,7 @@ class Completion:
 
 
 def check_name(served: Served, name: str | None) -> None:
-    """Raises ApiError(404) for a model that is not served."""
+    """Raise ApiError(404) if `name` is not that of `served`."""
     if name not in (None, served.name):
         raise unknown_model(str(name), [one.name for one in served.all])
 
@@ -174,7 +174,7 @@ def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) 
 def _outputs_of(
     body: CompletionRequest, sampling: Sampling, ids: list[int], number: int
 ) -> list[Sequence]:
-    """The outputs of prompt `number`, each with a row of its own of the seed."""
+    """The sequences of prompt `number`, each with its own row of the seed."""
     scored = body.logprobs if body.echo else None
     if body.max_tokens == 0:
         scored = scored or 0

@@ -1,8 +1,8 @@
-"""What the routes serve: one model at a time, replaced as a whole while requests are in flight.
+"""The served model, which can be replaced while requests are in flight.
 
-A request keeps the model that it began with; a model that was replaced is closed after its last
-request. The model's adapters run in the same engine; they may come and go, and a request keeps its
-own until it ends. Knows nothing of HTTP.
+A request keeps the model that it began with; a replaced model is closed after its last request. The
+model's adapters run in the same engine; they may come and go, and a request keeps its adapter until
+it ends. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from gptray.model.usage import Usage
 from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
 
-# A healthy engine makes a token within this time, whatever it has to do.
+# A healthy engine generates a token within this time, however busy it is.
 HEALTH_S, HEALTH_POLL_S = 5.0, 0.02
 # Texts of at least this many characters are encoded outside the event loop.
 LONG_TEXT = 4096
-# Begins the name of a token that is part of a character.
+# Prefix of the name of a token that is part of a character.
 NO_TEXT = "token_id:"
 
 
 class Served:
-    """A model with its tokenizer and the engine that runs in a thread of its own.
+    """A model with its tokenizer and the engine that runs it in its own thread.
 
-    all: itself, and itself with each of its adapters, under other names.
+    all: the model, and the model with each of its adapters, under other names.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Served:
         self.chat = ChatTemplate(chat_template, tokenizer) if chat_template else None
         self.created = int(time.time())
         self.adapter: PackedAdapter | None = None
-        # By the adapters' names; never changed in place, since other threads read it.
+        # By the adapters' names; never mutated, since other threads read it.
         self._adapted: dict[str, Served] = {}
         self.thread = EngineThread(engine, max_waiting=max_waiting)
         self._token_texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, folder: str | Path, name: str, config: Config) -> Served:
-        """Open a model folder as the config says, with the adapters that it names.
+        """Open a model folder as the config says, with the adapters that the config names.
 
-        Raises UserError naming what is wrong with it, RunFailed for too little memory of a GPU.
+        Raises UserError if the model or an adapter is invalid, RunFailed if it does not fit a GPU.
         """
         serve = config.serve
         engine, tokenizer = open_engine(
@@ -105,38 +105,38 @@ class Served:
         return [self, *self._adapted.values()]
 
     def put(self, name: str, adapter: PackedAdapter) -> None:
-        """Serve the model with an adapter from now on; it replaces one of the same name."""
+        """Also serve the model with this adapter; it replaces one of the same name."""
         adapted = copy(self)
         adapted.name, adapted.adapter = adapted_name(self.name, name), adapter
         adapted.created, adapted._adapted = int(time.time()), {}
         self._adapted = dict(sorted({**self._adapted, name: adapted}.items()))
 
     def drop(self, name: str) -> None:
-        """Stop serving an adapter; its memory is freed after its last request in flight."""
+        """Stop serving an adapter; its memory is freed after its last request."""
         self._adapted = {other: one for other, one in self._adapted.items() if other != name}
 
     def called(self, name: str | None) -> Served:
-        """This model or one of its adapters, by its name; this model if there is none."""
+        """This model or its adapter with this name; this model if there is no such adapter."""
         return next((one for one in self.all if one.name == name), self)
 
     def close(self) -> None:
-        """Stop the engine, after the step in which it is."""
+        """Stop the engine after its current step."""
         self.thread.close()
 
     def token_text(self, token: int) -> str:
-        """A token as people see it; one that is part of a character by its number."""
+        """A token's text; for part of a character, its id."""
         if token not in self._token_texts:
             text = self.tokenizer.decode([token])
             self._token_texts[token] = f"{NO_TEXT}{token}" if REPLACEMENT in text else text
         return self._token_texts[token]
 
     def token_bytes(self, token: int) -> bytes:
-        """A token's text in UTF-8; of one that is part of a character its bytes in a text."""
+        """A token's text in UTF-8; for part of a character, its bytes."""
         text = self.token_text(token)
         return pieces(self.tokenizer)[token] if text.startswith(NO_TEXT) else text.encode()
 
     async def prompt_ids(self, text: str, *, add_prefix: bool = True) -> list[int]:
-        """Token ids that a prompt is read as, see `Tokenizer.prompt_ids`.
+        """A prompt's token ids, see `Tokenizer.prompt_ids`.
 
         Raises ValueError for unknown characters.
         """
@@ -147,7 +147,7 @@ class Served:
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
     async def healthy(self) -> bool:
-        """Whether the engine makes tokens: one for this question, where it has nothing to do."""
+        """Whether the engine generates tokens; if it is idle, makes it generate one."""
         try:
             async with asyncio.timeout(HEALTH_S):
                 if self.thread.running:
@@ -173,7 +173,7 @@ class Served:
 
 
 class Endpoint:
-    """The model of the moment, and how many requests use it or one before it."""
+    """The current model, and how many requests use it or its predecessors."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -188,16 +188,16 @@ class Endpoint:
         return self._users.total()
 
     def serve(self, served: Served) -> None:
-        """Give new requests this model; the one before is closed when its last request ends."""
+        """Serve new requests with this model; the previous one closes after its last request."""
         before, self.served = self.served, served
         if before is not None:
             self._close_unused(before)
 
     @contextmanager
     def using(self, name: str | None = None) -> Iterator[Served]:
-        """The model for one request, kept open until that ends. Raises EngineStopped.
+        """The model for one request, kept open until the request ends. Raises EngineStopped.
 
-        name: what the request calls it; an adapter's name gets that adapter.
+        name: the model that the request asks for, which may be an adapter's.
         """
         served = self.served
         if served is None:
@@ -212,7 +212,7 @@ class Endpoint:
                 self._idle.set()
 
     async def healthy(self) -> bool:
-        """Whether the model generates. Calls at the same time share one answer."""
+        """Whether the model generates. Concurrent calls share one probe."""
         if self.served is None:
             return False
         if self._probe is None or self._probe.done():
@@ -220,7 +220,7 @@ class Endpoint:
         return await asyncio.shield(self._probe)
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more requests and wait for those in flight; return how many were cut off."""
+        """Refuse new requests and wait for those in flight; return how many are left at the end."""
         self.draining = True
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -232,5 +232,5 @@ class Endpoint:
     def _close_unused(self, served: Served) -> None:
         if served is not self.served and not self._users[served]:
             del self._users[served]
-            # It waits for a step of the engine, which the event loop must not.
+            # `close` waits for a step of the engine, which would block the event loop.
             asyncio.get_running_loop().run_in_executor(None, served.close)

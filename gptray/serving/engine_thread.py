@@ -1,7 +1,7 @@
-"""The thread that steps an engine, and the streams through which an event loop gets what it makes.
+"""The thread that steps an engine and passes its output to event loops.
 
-What arrives and who leaves waits in two short lists that the thread empties between steps; what a
-step made goes to the loop in one call. Knows nothing of HTTP or Ray.
+New and cancelled sequences wait in two short lists that the thread empties between steps; a step's
+output goes to an event loop in one call. Knows nothing of HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from contextlib import contextmanager
 
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
-from gptray.serving.streams import EngineStopped, Order, Stream, Update, tell
+from gptray.serving.streams import EngineStopped, Order, Stream, Update, deliver
 
 log = logging.getLogger("gptray")
 
-# Nobody is told to come back later than this.
+# The longest Retry-After.
 LONGEST_WAIT_S = 60
-# An update of live text costs about 2 ms of a core until a client behind Ray Serve has it, as much
-# as a token in a full batch. So there are no more than so many a second, of all requests together:
-# a twentieth of the machine. With many requests several tokens go in one.
+# Delivering an update of live text to a client behind Ray Serve costs about 2 ms of a core, as much
+# as a token in a full batch. So all requests together get at most this many a second, a twentieth
+# of the machine; with many requests, an update has several tokens.
 LIVE_UPDATES_PER_S = 25 * (os.cpu_count() or 1)
 
 
 class Overloaded(RuntimeError):
-    """The line is full. retry_after_s: when there is likely to be room."""
+    """The queue is full. retry_after_s: when there is likely to be room."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"too many requests are waiting; try again in {retry_after_s} s")
@@ -40,11 +40,11 @@ class Overloaded(RuntimeError):
 class EngineThread:
     """Runs an engine for any number of streams at a time.
 
-    At most `max_waiting` sequences wait for a slot. A stream of many has only some of them under
-    way at a time, to leave room for other streams; when one ends, its next begins. An exception
-    that the engine raises ends the thread and all streams. Counts `steps`, `rows` (sequences that
-    drew a token, over all steps), `tokens` (passed on), `ended` (sequences) and `seconds` (of all
-    steps).
+    At most `max_waiting` sequences wait for a slot. A stream with many sequences has only some
+    queued or running at a time, to leave room for other streams; when one ends, the next is queued.
+    An exception in the engine ends the thread and all streams. Counts `steps`, `rows` (sequences
+    that drew a token, summed over steps), `tokens` (passed on), `ended` (sequences) and `seconds`
+    (of all steps).
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -52,23 +52,23 @@ class EngineThread:
         self.seconds = 0.0
         self._engine = engine
         self._places = engine.max_batch_size + max_waiting
-        # The most places that streams with more requests than fit may take, all together.
+        # The most places that streams with more sequences than fit may take together.
         self._shared = max(engine.max_batch_size, self._places // 2)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # Guards what follows, and wakes the thread when there is something new.
+        # Guards the fields below, and wakes the thread when there is something new.
         self._news = threading.Condition()
         self._unfinished: set[Order] = set()
         self._arrived: list[Order] = []
         self._left: list[Order] = []
         self._partial: deque[Stream] = deque()  # streams with sequences that have no place yet
-        self._told = 0.0  # when live text went out
-        self._promised = 0.0  # until when room is promised to those turned away
+        self._sent_live = 0.0  # when live text was last sent
+        self._promised = 0.0  # the latest time at which refused requests were told to retry
         self._stopping = False
-        self._error: Exception | None = None  # that ended the thread
+        self._error: Exception | None = None  # what ended the thread
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that runs, and wait for that; open streams raise EngineStopped."""
+        """Stop after the current step, waiting for it; open streams raise EngineStopped."""
         with self._news:
             self._stopping = True
             self._news.notify()
@@ -76,7 +76,7 @@ class EngineThread:
 
     @property
     def alive(self) -> bool:
-        """Whether requests are taken."""
+        """Whether the thread accepts sequences."""
         return self._thread.is_alive() and not self._stopping
 
     @property
@@ -95,13 +95,14 @@ class EngineThread:
     def accept(
         self, sequences: Iterable[Sequence], *, at_once: int | None = None
     ) -> Iterator[Stream]:
-        """Run sequences side by side: all of them, or as many as fit and then the next.
+        """Run sequences concurrently: all of them or, if they do not fit, some at a time.
 
-        at_once: how many may be under way at a time. The stream belongs to the calling event loop;
-        leaving the context cancels what has not ended: its slots are free within two steps.
+        at_once: how many may be queued or running at a time. The stream belongs to the calling
+        event loop; leaving the context cancels unfinished sequences, freeing their slots within two
+        steps.
 
         Raises:
-            ValueError: a sequence that was not checked can never run.
+            ValueError: a sequence, not checked before, can never run.
             Overloaded: there is no room for any of them.
             EngineStopped: the engine's thread has ended.
         """
@@ -133,13 +134,13 @@ class EngineThread:
                 self._news.notify()
 
     async def stream(self, sequences: Iterable[Sequence]) -> AsyncGenerator[Update, None]:
-        """Accept sequences and yield their updates. Raises as `accept`, and EngineStopped."""
+        """Accept sequences and yield their updates. Raises like `accept` and `Stream.updates`."""
         with self.accept(sequences) as accepted:
             async for update in accepted.updates():
                 yield update
 
     def _feed(self, stream: Stream, places: int) -> None:
-        """Begin sequences of a stream while it may have more and fewer than `places` are taken."""
+        """Queue a stream's sequences while it may have more and fewer than `places` are taken."""
         while (
             stream.later
             and len(stream.under_way) < stream.at_once
@@ -154,9 +155,9 @@ class EngineThread:
         self._arrived.append(order)
 
     def _retry_after(self) -> int:
-        """Seconds until there is room for this request and for all refused before it.
+        """Seconds until there is likely to be room for this request and all refused before it.
 
-        Else they would all come back at once, only to be refused again.
+        Otherwise they would all come back at once, only to be refused again.
         """
         each, now = self.seconds / max(self.ended, 1), time.monotonic()
         self._promised = min(max(self._promised, now) + each, now + LONGEST_WAIT_S)
@@ -181,7 +182,7 @@ class EngineThread:
             streams = {order.stream for order in self._unfinished}
             self._unfinished.clear()
             self._partial.clear()
-        tell([(stream, self._stopped()) for stream in streams])
+        deliver([(stream, self._stopped()) for stream in streams])
 
     def _stopped(self) -> EngineStopped:
         stopped = EngineStopped("the engine has stopped")
@@ -189,7 +190,7 @@ class EngineThread:
         return stopped
 
     def _take_news(self, orders: dict[Sequence, Order]) -> bool:
-        """Wait until there is something to do, and tell the engine. False: it is to stop."""
+        """Wait for something to do, and pass it to the engine. False: the thread is to stop."""
         with self._news:
             while not (self._arrived or self._left or self._engine.busy or self._stopping):
                 self._news.wait()
@@ -207,7 +208,7 @@ class EngineThread:
         return True
 
     def _share_room(self) -> None:
-        """Begin more sequences of the streams that wait for room, in turn."""
+        """Queue more sequences of the streams that wait for room, in turn."""
         for _ in range(len(self._partial)):
             stream = self._partial.popleft()
             self._feed(stream, self._shared)
@@ -215,14 +216,14 @@ class EngineThread:
                 self._partial.append(stream)
 
     def _hand_out(self, orders: list[Order]) -> None:
-        """Tell the streams of those that got a token or ended what is new of them."""
+        """Send updates of sequences that got a token or ended to their streams."""
         now = time.perf_counter()
-        # All at once: whoever stands between engine and clients is then woken once, and the steps
-        # until the next time run undisturbed.
+        # Send all live text at once: everything between engine and clients then wakes once, and
+        # the steps until the next time run undisturbed.
         live = sum(order.sequence.live_text for order in orders)
-        is_time = now - self._told >= live / LIVE_UPDATES_PER_S
+        is_time = now - self._sent_live >= live / LIVE_UPDATES_PER_S
         if is_time:
-            self._told = now
+            self._sent_live = now
         due = [order for order in orders if order.is_due(is_time)]
         updates = [order.update() for order in due]
         ended = [order for order in due if order.sequence.ended]
@@ -236,4 +237,4 @@ class EngineThread:
                 order.stream.under_way.discard(order)
                 if order.stream.later:
                     self._begin_next(order.stream)
-        tell([(order.stream, update) for order, update in zip(due, updates, strict=True)])
+        deliver([(order.stream, update) for order, update in zip(due, updates, strict=True)])

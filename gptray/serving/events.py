@@ -1,4 +1,4 @@
-"""A completion as Server-Sent Events, and exceptions as answers."""
+"""Completions as server-sent events, and exceptions as error responses."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gptray.serving.completions import Completion
 from gptray.serving.engine_thread import Overloaded
 from gptray.serving.streams import EngineStopped
 
-# Sent at once: clients and proxies that limit the wait for an answer see that one has begun.
+# Sent at once, so that clients and proxies with a timeout for the first byte do not give up.
 ACCEPTED = ": accepted\n\n"
 
 
 class EventStream(StreamingResponse):
-    """A streamed answer. However it ends, its generators are closed first, then its resources."""
+    """A streamed answer. However it ends, it closes its generators, then its resources."""
 
     def __init__(
         self, completion: Completion, parts: AsyncGenerator[Choice, None], resources: ExitStack
@@ -39,7 +39,7 @@ class EventStream(StreamingResponse):
 async def _events(
     completion: Completion, parts: AsyncGenerator[Choice, None]
 ) -> AsyncGenerator[str, None]:
-    """The answer as events. A failure becomes the last event, as the status was sent before."""
+    """The answer as events. A failure becomes the last event, since the status is already sent."""
     async with aclosing(parts):
         try:
             yield ACCEPTED
@@ -50,15 +50,15 @@ async def _events(
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
         except (ApiError, EngineStopped, TimeoutError) as error:
-            yield _event(told(error).body)
+            yield _event(as_api_error(error).body)
 
 
 def _event(content: dict[str, object]) -> str:
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
 
 
-def told(error: Exception) -> ApiError:
-    """The answer that an exception becomes."""
+def as_api_error(error: Exception) -> ApiError:
+    """The error response for an exception."""
     match error:
         case ApiError():
             return error

@@ -1,4 +1,4 @@
-"""Before every route: checks the Host, the API key, and draining; after it: counts."""
+"""Checks every request's Host and API key, refuses it while draining, and counts the answers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gptray.serving.hosts import Hosts
 from gptray.serving.telemetry import Telemetry
 
 OPEN_PATHS = ("/health",)
-# What is answered while running requests finish.
+# Paths that still answer while draining.
 DRAINING_PATHS = ("/metrics",)
 
 
 class Gate:
     """An ASGI application around another one.
 
-    keys: the accepted API keys; None accepts everybody. page: what a browser without a key gets, to
-    ask for it. paths: those that are counted by name.
+    keys: the accepted API keys; None accepts everybody. page: the HTML that asks a browser for a
+    key. paths: those counted by name.
     """
 
     def __init__(
@@ -79,4 +79,4 @@ class Gate:
         return None
 
     def _has_key(self, headers: Headers) -> bool:
-        return self._keys is None or self._keys.let_in(headers.get("authorization", ""))
+        return self._keys is None or self._keys.accept(headers.get("authorization", ""))

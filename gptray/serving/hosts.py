@@ -1,7 +1,7 @@
-"""Which Host headers the endpoint accepts.
+"""Decides which Host headers the endpoint accepts.
 
-Another site can make its own name resolve to this machine (DNS rebinding): a browser then sends the
-site's requests here, with that name as Host. An IP address as Host cannot come from that.
+Another site can make its own name resolve to this machine (DNS rebinding); a browser then sends the
+site's requests here, with that name as the Host. A Host that is an IP address is safe from this.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 class Hosts:
-    """The names by which the endpoint may be called, on any port, since tunnels change it.
+    """The names that clients may call the endpoint by, on any port, since tunnels change the port.
 
     host: the address it listens on. allowed: more names; `*.example.com` is any subdomain, `*` any
-    name. Without them an endpoint on all of the machine's addresses accepts any name.
+    name. If None, an endpoint that listens on all addresses accepts any name.
     """
 
     def __init__(self, host: str, allowed: str | Sequence[str] | None) -> None:
@@ -32,7 +32,7 @@ class Hosts:
         self._below = tuple(name[1:] for name in names if name.startswith("*."))
 
     def include(self, header: str) -> bool:
-        """Whether a Host header names the endpoint. Without one the client is not a browser."""
+        """Whether a Host header is accepted, as an empty one is: such a client is not a browser."""
         name = _without_port(header.strip().lower())
         if self._any or not name or _is_address(name):
             return True
@@ -40,7 +40,7 @@ class Hosts:
 
 
 def _as_sent(name: str) -> str:
-    """A name as clients send it: letters beyond ASCII have a form of their own there (IDNA)."""
+    """A name as clients send it, with non-ASCII letters encoded by IDNA."""
     try:
         return name.encode("idna").decode()
     except UnicodeError:

@@ -1,7 +1,7 @@
-"""Requests as OpenAI's and vLLM's clients send them: every key checked, null like left out.
+"""Requests in OpenAI's and vLLM's format, with every key checked; null means left out.
 
-What is wrong is said in one message that names the keys. Whether a request fits the model and the
-server's limits is for `gptray.serving.completions`.
+One error message lists all problems by key. `gptray.serving.completions` checks requests against
+the model and the server's limits.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ STOP_CHARACTERS = 256
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 
-# Keys of a request that the sampler takes as they are.
+# Keys that are passed to the sampler unchanged.
 SAMPLED = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "ignore_eos", "stop", "logprobs",
 )  # fmt: skip
 
-# Other names that people try for a key.
+# Other names that people try, and the key they mean.
 ALIASES = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -54,7 +54,7 @@ ALIASES = {
     "input": "prompt",
     "top_logprobs": "logprobs",
 }
-# What clients also send, with the values that ask for nothing; None: any value.
+# Keys that are ignored if they have one of these values; None: whatever their value.
 WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "user": None,
     "store": None,
@@ -83,7 +83,7 @@ WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
     "parallel_tool_calls": None,
     "modalities": (["text"],),
 }
-# At most this many wrong keys are named.
+# The most wrong keys that a message lists.
 MAX_PROBLEMS = 12
 
 
@@ -125,7 +125,7 @@ def _is_bias(item: tuple[str, object]) -> bool:
 
 
 def _seed(value: object) -> object:
-    """OpenAI's seeds are signed: a negative one means the positive one of the same bits."""
+    """OpenAI's seeds are signed; a negative one becomes the unsigned one with the same bits."""
     if type(value) is int and -SEEDS <= value < 0:
         return value % SEEDS
     return value
@@ -138,7 +138,7 @@ def _without_nulls(value: object) -> object:
 
 
 class _Strict(BaseModel):
-    """Takes its own keys alone, each of its own type."""
+    """Rejects unknown keys and converts no types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -150,7 +150,7 @@ class StreamOptions(_Strict):
 
 
 class GenerationRequest(_Strict):
-    """What completions and chats have in common: how outputs are drawn and sent."""
+    """The keys common to completions and chats: how outputs are sampled and sent."""
 
     model: str | None = None
     min_tokens: Annotated[int, within("min_new_tokens")] = 0
@@ -171,14 +171,14 @@ class GenerationRequest(_Strict):
 
 
 class CompletionRequest(GenerationRequest):
-    """The keys of POST /v1/completions. Numbers that a model or server limits are checked later."""
+    """The keys of POST /v1/completions. Limits of the model and server are checked later."""
 
     prompt: Annotated[list[Prompt], PlainValidator(_prompts)]
     max_tokens: Annotated[int, within("max_new_tokens")] = 16
     best_of: Annotated[int, Field(ge=1)] | None = None
     echo: bool = False
     logprobs: Annotated[int, within("logprobs")] | None = None
-    # Whether what the tokenizer puts before a text comes before a prompt.
+    # Whether the prompt gets the tokens that the tokenizer adds before a text.
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
@@ -192,7 +192,7 @@ class CompletionRequest(GenerationRequest):
 
 
 def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
-    """Raises ValueError for fewer tokens than the least."""
+    """Raise ValueError if min_tokens is above max_tokens."""
     if min_tokens > max_tokens:
         raise ValueError(f"min_tokens={min_tokens} must not be above max_tokens={max_tokens}")
 
@@ -214,7 +214,7 @@ class DetokenizeRequest(_Strict):
 
 
 def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
-    """The request that a body's JSON object is. Raises ApiError(400) naming every wrong key."""
+    """Parse a body's JSON object as a request. Raises ApiError(400) listing every wrong key."""
     specs = field_specs(kind)
     problems: dict[str, str] = {}
     known: dict[str, object] = {}
@@ -247,18 +247,18 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
 
 
 def key_of(sentence: str, keys: Container[str]) -> str | None:
-    """The key that a sentence begins with, if it does: n for "n=3 is too many"."""
+    """The key that a sentence begins with, if any: n for "n=3 is too many"."""
     word = re.split(r"\W", sentence, maxsplit=1)[0]
     return word if word in keys else None
 
 
 def _snake_case(key: str) -> str:
-    """What clients in JavaScript call camelCase: some send a key in both forms."""
+    """Convert camelCase; some JavaScript clients send a key in both forms."""
     return re.sub("[A-Z]", lambda letter: f"_{letter[0].lower()}", key[:60])
 
 
 def _whole_number(value: object) -> object:
-    """4 for 4.0: languages without whole numbers write it so."""
+    """4 for 4.0, which languages without integers send."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
@@ -270,7 +270,7 @@ def _complaint(
     if key == "body":
         return str(detail["ctx"]["error"])
     reason = str(detail.get("ctx", {}).get("error", ""))
-    if reason.startswith((f"{key}[", f"{key} ")):  # names the place itself
+    if reason.startswith((f"{key}[", f"{key} ")):  # already names the key
         return reason
     if detail["type"] == "missing":
         return f"{key} is missing"

@@ -1,4 +1,4 @@
-"""Carries updates of sequences from the engine's thread to the event loops that wait for them."""
+"""Carries sequences' updates from the engine's thread to the event loops that wait for them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class EngineStopped(RuntimeError):
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of one sequence since the last update, of one token or more.
+    """What is new in a sequence since the last update: one token or more.
 
-    index: of the sequence in its stream. text: whole characters only, without what may yet become a
-    stop string. prompt: only in the first update. end: the end-of-text token, if that ended it.
-    error: the reason, if finish_reason is "error". Without `Sequence.live_text` there are two
-    updates: the first token, and the rest.
+    index: of the sequence in its stream. text: whole characters only, without the possible start of
+    a stop string. prompt: only in the first update. end: the end-of-text token, if the sequence
+    ended with it. error: the reason, if finish_reason is "error". Without `Sequence.live_text`
+    there are two updates: the first token, and the rest.
     """
 
     index: int
@@ -43,10 +43,10 @@ class Update:
 
 
 class Stream:
-    """Where an event loop waits for updates of its sequences; only it calls `put` and `updates`.
+    """Where an event loop waits for its sequences' updates; only it calls `put` and `updates`.
 
-    later: sequences without a place in the engine's queue; under_way: those with one, at most
-    `at_once`. The thread's lock guards both. unfinished: how many the loop has not seen end.
+    later: sequences not yet queued in the engine; under_way: those queued or running, at most
+    `at_once`. The engine thread's lock guards both. unfinished: how many the loop has not seen end.
     """
 
     def __init__(self, at_once: int) -> None:
@@ -68,7 +68,7 @@ class Stream:
         self._has_news.set()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Updates of each sequence, merged if they are taken slowly. Raises EngineStopped."""
+        """Yield sequences' updates, merged if they are taken slowly. Raises EngineStopped."""
         while self.unfinished:
             await self._has_news.wait()
             self._has_news.clear()
@@ -82,7 +82,7 @@ class Stream:
 
 @dataclass(eq=False)
 class Order:
-    """A sequence for the engine's thread, and how much of its output was passed on."""
+    """A sequence for the engine's thread, and how much of its output has been sent."""
 
     sequence: Sequence
     index: int
@@ -91,7 +91,7 @@ class Order:
     characters: int = 0
 
     def is_due(self, is_time: bool) -> bool:
-        """Whether to tell: the first token, the end, and live text when it is time for that."""
+        """Whether to send an update: the first token, the end and, when it is time, live text."""
         return (is_time and self.sequence.live_text) or not self.tokens or self.sequence.ended
 
     def update(self) -> Update:
@@ -111,7 +111,7 @@ class Order:
         return update
 
 
-def tell(news: Iterable[tuple[Stream, Update | EngineStopped]]) -> None:
+def deliver(news: Iterable[tuple[Stream, Update | EngineStopped]]) -> None:
     """Put updates into their streams, with one call for each event loop."""
     by_loop = defaultdict(list)
     for stream, item in news:

@@ -1,4 +1,4 @@
-"""What the endpoint counts, as Prometheus reads it. No text of a request is ever part of it."""
+"""The endpoint's metrics, in Prometheus's format. They never contain text of a request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class Telemetry:
-    """Counters of one server; the engine's own are read on request."""
+    """One server's metrics; the engine's own counters are read when they are collected."""
 
     def __init__(
         self, endpoint: Endpoint, *, on_first_token: Callable[[float], None] | None = None
@@ -45,12 +45,12 @@ class Telemetry:
         )
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
 def side_by_side(texts: Mapping[str, bytes]) -> bytes:
-    """What several servers count, as one text: each sample with its server's name as a label."""
+    """Merge the metrics of several servers into one text, with each server's name as a label."""
     found: dict[str, Metric] = {}
     for server, text in texts.items():
         for family in text_string_to_metric_families(text.decode()):
@@ -63,7 +63,7 @@ def side_by_side(texts: Mapping[str, bytes]) -> bytes:
 
 
 class _Found(Collector):
-    """Metrics that are there already."""
+    """A collector of given metrics."""
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self._metrics = metrics
@@ -73,7 +73,7 @@ class _Found(Collector):
 
 
 class Stopwatch:
-    """Times the tokens of one request, from its arrival on."""
+    """Times the tokens of one request from its arrival."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
@@ -81,7 +81,7 @@ class Stopwatch:
         self._last: dict[int, float] = {}
 
     def take(self, update: Update) -> None:
-        """Count an update's tokens. Several at once share the time since the last."""
+        """Count an update's tokens. Those of one update share the time since the last update."""
         tokens = len(update.drawn) + (update.end is not None)
         if not tokens:
             return
@@ -98,7 +98,7 @@ class Stopwatch:
 
 
 class _EngineCounters(Collector):
-    """The counters of the current engine; they start again with another model."""
+    """The current engine's counters, which restart at 0 with another model."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, which validation scores next to the weights.
+"""An exponential moving average (EMA) of the weights, which validation scores beside the weights.
 
 With a constant learning rate it gains some of what a cool-down would (Izmailov et al. 2018;
 Morales-Brotons et al. 2024), without taking any steps.
@@ -20,7 +20,7 @@ from gptray.training.checkpoint import AVERAGED
 
 
 class Average:
-    """The average of a model's weights, on their device; before any update, the weights."""
+    """The average of a model's weights, on their device; before any update, it equals them."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._weights: list[Tensor] = list(model.parameters())
@@ -29,7 +29,7 @@ class Average:
 
     @classmethod
     def of(cls, model: GPT, config: Config, checkpoint: Path | None) -> Average | None:
-        """The average of a run's model, as its checkpoint has it; None without train.ema."""
+        """The average for a run, restored from its checkpoint if given; None without train.ema."""
         if config.train.ema is None:
             return None
         average = cls(model, config.train.ema)
@@ -39,10 +39,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Take in the weights after that many updates.
+        """Add the current weights, which have had `updates` updates.
 
-        average <- d average + (1 - d) weights, d = min(decay, (1 + updates) / (10 + updates)): a
-        short run's average soon forgets the initial weights (TensorFlow's
+        average <- d average + (1 - d) weights, d = min(decay, (1 + updates) / (10 + updates)), so
+        that even a short run soon forgets its initial weights (TensorFlow's
         ExponentialMovingAverage).
         """
         decay = min(self._decay, (1 + updates) / (10 + updates))
@@ -50,7 +50,7 @@ class Average:
 
     @torch.no_grad()
     def exchange(self) -> None:
-        """Put the averages in the place of the weights, and these in theirs."""
+        """Swap the model's weights with their averages."""
         for weight, average in zip(self._weights, self._averages, strict=True):
             kept = weight.clone()
             weight.copy_(average)
@@ -58,7 +58,7 @@ class Average:
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
-        """In the block the model has the averages for its weights."""
+        """Inside the `with` block, the model has the averaged weights."""
         self.exchange()
         try:
             yield
@@ -66,6 +66,6 @@ class Average:
             self.exchange()
 
     def load(self, model: GPT, checkpoint: Path) -> None:
-        """Take the averages from a checkpoint, for the model that this averages."""
+        """Load the averages from a checkpoint; `model` is the one being averaged."""
         with self.exchanged():
             load_weights(model, checkpoint / AVERAGED)

@@ -1,4 +1,4 @@
-"""Which backend trains this run's network faster here: a block's forward and backward pass."""
+"""Times a block's forward and backward pass to find the faster training backend on this CPU."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gptray.native.backend import TRAIN_KEY
 from gptray.native.measured import NAMES, Choice, Step, faster
 from gptray.training.building import base_of
 
-# Tokens beyond which a GEMM's speed no longer changes.
+# A GEMM's speed no longer changes beyond this many tokens.
 TOKENS = 2048
-# Of a network's fields those that a block's speed does not depend on.
+# Fields of the network's shape that do not change a block's speed.
 _NOT_OF_A_BLOCK = {
     *("n_layer", "n_positions", "dropout", "initializer_range", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "layer_norm_epsilon"),
@@ -28,9 +28,8 @@ _NOT_OF_A_BLOCK = {
 def faster_kernels(config: Config) -> Choice:
     """The faster backend for the blocks of a run in bf16 on this process's cores.
 
-    Embedding and optimizer are the same code in both, and a head is a linear layer. Measured
-    without torch.compile, which takes longer than a trial may. Random numbers are drawn as if
-    nothing had been measured.
+    The embedding and optimizer are the same code in both, and the head is just a linear layer.
+    Measured without torch.compile, which would take too long. Leaves the random state unchanged.
     """
     model, T = config.model, config.train.block_size
     rows = max(1, min(config.micro_batch_size, TOKENS // T))
@@ -50,7 +49,7 @@ def faster_kernels(config: Config) -> Choice:
 
 
 def _adapter(config: Config) -> dict[str, object]:
-    """What an adapted block's speed depends on besides."""
+    """What else the speed of a block with an adapter depends on."""
     lora = config.lora
     if not lora.rank:
         return {}
@@ -59,7 +58,7 @@ def _adapter(config: Config) -> dict[str, object]:
 
 
 def _block_step(config: Config, rows: int, *, native: bool) -> Step:
-    """A block of the run's shape in training, ready to run over `rows` sequences."""
+    """A function that runs one training step of a block of the run's shape on `rows` sequences."""
     model = _network(config, native=native)
     block, angles = model.transformer.h[0], None
     if rotary := model.transformer.rotary:
@@ -78,7 +77,7 @@ def _block_step(config: Config, rows: int, *, native: bool) -> Step:
 
 
 def _network(config: Config, *, native: bool) -> GPT:
-    """The run's network with one block and random weights, frozen beside adapters where it is."""
+    """The run's network with one block and random weights; frozen if it has an adapter."""
     shape = config.model.model_copy(update={"n_layer": 1, "vocab_size": None})
     with torch.device("meta"):
         model = GPT(shape, vocab_size=2)

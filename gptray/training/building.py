@@ -37,11 +37,11 @@ def build_model(
     native: bool = False,
     tell: Callable[[str], None] = log.warning,
 ) -> GPT:
-    """The run's model on the CPU, to compute on `device`; from a checkpoint, or as training begins.
+    """The run's model on the CPU, in the dtype for `device`; from the checkpoint, if there is one.
 
-    With `lora.rank`, model.init_from's with an adapter, which alone has gradients.
-    native: by the project's own kernels, in bf16. tell: receives notices, such as of a resized
-    embedding.
+    With `lora.rank`, it is model.init_from with an adapter, and only the adapter has gradients.
+    native: compute with the project's own kernels, in bf16. tell: receives notices, such as that
+    the embedding was resized.
     """
     if config.model.init_from and not checkpoint:
         folder = model_folder(config.model.init_from)
@@ -50,7 +50,7 @@ def build_model(
     if config.train.precision == "auto" and device.type == "cuda" and not computes_bf16(device):
         tell(f"training in fp32: {device_name(device)} does not support bf16")
     if base := base_of(config):
-        # On a GPU each process has a copy of its own in any case.
+        # CPU workers share the frozen weights through mmap; on a GPU each needs its own copy.
         load = partial(map_base, tell=tell) if device.type == "cpu" else load_base
         model = adapted_network(
             base,
@@ -83,7 +83,7 @@ def build_model(
 
 
 def base_of(config: Config) -> Base | None:
-    """The model that a run adapts; None where it trains all weights. Raises UserError."""
+    """The model that a run's adapter is for; None if it trains all weights. Raises UserError."""
     if config.lora.rank is None:
         return None
     assert config.model.init_from
@@ -91,9 +91,9 @@ def base_of(config: Config) -> Base | None:
 
 
 def agreed_base(config: Config, workers: Workers, device: torch.device) -> Base | None:
-    """As `base_of`; on CPUs the same weights for all workers, or UserError on every one.
+    """Like `base_of`. On CPUs, raises UserError on every worker if their weights differ.
 
-    On GPUs the first worker gives the others its own.
+    On GPUs there is no need to: the first worker broadcasts its weights.
     """
     base = workers.all_or_none(lambda: base_of(config))
     if base and workers.size > 1 and device.type == "cpu":
@@ -109,7 +109,7 @@ def agreed_base(config: Config, workers: Workers, device: torch.device) -> Base 
 def _load_resized(
     model: GPT, config: Config, data: TokenData, source: str, tell: Callable[[str], None]
 ) -> None:
-    """Load weights; each row of the embedding goes to the same token's new id."""
+    """Load weights, moving each embedding row to its token's id in the new tokenizer."""
     own = Tokenizer.load(source)
     kept = kept_rows(own, data.tokenizer)
     folder = model_folder(source)
@@ -117,7 +117,7 @@ def _load_resized(
     kept = [row if row < rows else -1 for row in kept]
     load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
     if differing_ids(own, data.tokenizer):
-        # What it says of tokens is of others.
+        # Its token ids mean other tokens now.
         model.usage = Usage()
     new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
     if new or moved:

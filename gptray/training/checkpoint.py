@@ -1,13 +1,14 @@
 """Checkpoints that survive a crash at any instant and detect later damage.
 
-A checkpoint is a folder `checkpoint_<step>` in the run folder: `model/` (Hugging Face's layout),
-with `lora.rank` only `adapter/` (PEFT's), with `train.ema` `averaged/` too (the averaged weights),
-`optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json` with every
-file's size and sha256. It is built under another name, synced to disk and renamed, so a visible
-checkpoint was complete once; the manifest reveals what has happened to it since (safetensors has no
-checksum of its own).
-Nothing is pickled. What the tensor files hold is up to the loop; without torch here, a driver can
-inspect checkpoints at once.
+A checkpoint is a folder `checkpoint_<step>` in the run folder. It has `model/` (Hugging Face's
+layout) or, with `lora.rank`, `adapter/` (PEFT's); with `train.ema` also `averaged/` (the averaged
+weights); `optimizer.safetensors`, `trainer.json`, `config.yaml` and, written last, `manifest.json`
+with every file's size and sha256. It is built under another name, synced to disk and renamed, so a
+visible checkpoint was once complete; the manifest reveals later damage (safetensors has no checksum
+of its own).
+
+Nothing is pickled. The loop decides what the tensor files hold. This module does not import torch,
+so a driver can inspect checkpoints quickly.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from gptray.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from gptray.record import EVENTS, read_rows
 from gptray.training.trainer_state import TrainerState
 
-# Folders of a checkpoint: its weights, and their average.
+# A checkpoint's folders of weights and of averaged weights.
 MODEL, AVERAGED = "model", "averaged"
 WRITER_LOCK = ".writer.lock"
-# No run can resume without these.
-_NEEDED = ("trainer.json", "optimizer.safetensors")
-_OF_MODEL = ("model/config.json", "model/model.safetensors")
-_OF_ADAPTER = (f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}")
+# A run cannot resume without these.
+_STATE_FILES = ("trainer.json", "optimizer.safetensors")
+_MODEL_FILES = ("model/config.json", "model/model.safetensors")
+_ADAPTER_FILES = (f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}")
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -59,13 +60,13 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is as it was written."""
-    weights = _OF_ADAPTER if (folder / ADAPTER).is_dir() else _OF_MODEL
-    return files_damage(folder, needed=_NEEDED + weights) or _state_damage(folder)
+    """What is wrong with a checkpoint; None if every file is as it was written."""
+    weights = _ADAPTER_FILES if (folder / ADAPTER).is_dir() else _MODEL_FILES
+    return files_damage(folder, needed=_STATE_FILES + weights) or _state_damage(folder)
 
 
 def _state_damage(folder: Path) -> str | None:
-    """What is wrong with the state in a checkpoint whose files are intact; None if nothing is."""
+    """What is wrong with trainer.json, in a checkpoint whose files are intact; None if nothing."""
     try:
         state = TrainerState.load(folder)
     except ValueError as error:
@@ -75,11 +76,10 @@ def _state_damage(folder: Path) -> str | None:
     return None
 
 
-def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and a line for each newer one that is damaged.
 
-    None means that the run has no checkpoint yet.
-    Raises RunFailed if there are checkpoints and all of them are damaged.
+    The checkpoint is None if the run has none yet. Raises RunFailed if all of them are damaged.
     """
     problems: list[str] = []
     for folder in find_checkpoints(run_dir):
@@ -99,7 +99,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 def check_not_lost(run_dir: Path) -> None:
     """Refuse to start over in the folder of a run whose checkpoints were removed.
 
-    Raises UserError if there is none, and a model or evaluations show that there were some.
+    Raises UserError if there is no checkpoint, but a model or evaluations show that there was one.
     """
     model = run_dir / "model"
     if not run_dir.is_dir() or find_checkpoints(run_dir):
@@ -122,23 +122,23 @@ def save_checkpoint(
     config_yaml: str,
     write_tensors: Callable[[Path], None],
 ) -> Path:
-    """Write the checkpoint of `state.step` and return its folder, which appears whole.
+    """Write the checkpoint of `state.step` atomically and return its folder.
 
     `write_tensors` writes `model/` and `optimizer.safetensors` to the folder it is given.
-    Raises RunFailed where the disk takes no more, naming the path and the free space; earlier
-    checkpoints are untouched, and the draft is removed.
+    If the disk is full, removes the draft, leaves earlier checkpoints untouched and raises
+    RunFailed, which names the path and the free space.
     """
     final = checkpoint_folder(run_dir, state.step)
     draft = _draft(final)
     try:
         with storing(final):
-            remove(draft)  # left by a killed attempt, never visible to a reader
+            remove(draft)  # left by a killed attempt
             draft.mkdir(parents=True)
             write_tensors(draft)
             (draft / "trainer.json").write_text(state.to_json(), "utf-8")
             (draft / "config.yaml").write_text(config_yaml, "utf-8")
             write_manifest(draft)
-            if os.path.lexists(final):  # a damaged one that this run has just replaced
+            if os.path.lexists(final):  # damaged, and just trained again
                 _set_aside(final)
             os.rename(draft, final)
             sync(run_dir)
@@ -150,9 +150,9 @@ def save_checkpoint(
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Put the files of a folder into another, each of which appears whole; weights last.
+    """Copy a folder's files into another, each atomically and the weights last.
 
-    Raises RunFailed where the disk takes no more: the next start publishes them.
+    Raises RunFailed if the disk is full; the next start publishes them again.
     """
     with storing(target):
         if target.is_symlink() or not target.is_dir():
@@ -163,9 +163,9 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def exchange_model(source: Path, folder: Path) -> None:
-    """Replace the `model/` of `folder` by that of `source`, whatever its shape.
+    """Replace the `model/` of `folder` with that of `source`, whose shape may differ.
 
-    Raises RunFailed where the disk takes no more: `model/` is as it was.
+    Raises RunFailed if the disk is full, leaving `model/` as it was.
     """
     target = folder / "model"
     with storing(target):
@@ -188,7 +188,7 @@ def _swap(source: Path, target: Path) -> None:
 
 
 def _replace_files(source: Path, target: Path) -> None:
-    # Weights last: they alone differ within a run, and one replace swaps them.
+    # Weights last: within a run only they differ, so a single replace swaps the model.
     for file in sorted(source.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         draft = target / f".{file.name}.tmp"
         try:
@@ -199,9 +199,9 @@ def _replace_files(source: Path, target: Path) -> None:
 
 
 def withdraw_checkpoint(run_dir: Path, step: int) -> None:
-    """Make a checkpoint a draft again, so that nothing resumes from it.
+    """Turn a checkpoint back into a draft, so that nothing resumes from it.
 
-    The next attempt at this step takes its place.
+    The next attempt at this step replaces the draft.
     """
     final = checkpoint_folder(run_dir, step)
     with storing(final):
@@ -211,9 +211,9 @@ def withdraw_checkpoint(run_dir: Path, step: int) -> None:
 
 
 def prune(run_dir: Path, num_to_keep: int, *, spare: Collection[int]) -> None:
-    """Keep the newest `num_to_keep` checkpoints and those of the steps to spare.
+    """Remove all checkpoints but the newest `num_to_keep` and those of the steps in `spare`.
 
-    A folder is hidden by a rename before it is deleted, so that a kill leaves no partial one.
+    A folder is renamed before it is deleted, so that a kill leaves no partial checkpoint.
     """
     with storing(run_dir):
         for folder in find_checkpoints(run_dir)[num_to_keep:]:

@@ -1,4 +1,4 @@
-"""What training needs from its device: that it works, repeats bit for bit, and what is compiled."""
+"""Sets up the device for training: checks, determinism, memory and compilation."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from gptray.native.core_sharing import share_cores
 
 
 def use_device(config: Config, device: torch.device) -> None:
-    """Make this process compute on a device: on a CPU always the same bits for the same shape, on
-    a GPU where the config says so.
+    """Make this process compute on `device`, deterministically on a CPU or as the config asks.
 
-    Raises UserError where there is no GPU that works.
+    Raises UserError if the GPU does not work.
     """
     if device.type == "cuda":
         check_gpu()
-        if device.index is not None:  # of several, that of events and compiled kernels
+        if device.index is not None:  # events and compiled kernels use the current device
             torch.cuda.set_device(device)
     else:
         share_cores()
     torch.use_deterministic_algorithms(device.type == "cpu" or config.train.deterministic)
-    # That would also fill every new tensor, which helps to find bugs and costs time.
+    # By default, deterministic mode also fills every new tensor, which costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     enable_fast_fp32()
     if config.compute.strategy == "fsdp":
@@ -41,7 +40,7 @@ def use_device(config: Config, device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What a worker computes on, in words."""
+    """A description of the worker's GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -49,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 
 def compiles(config: Config, device: torch.device) -> bool:
-    """Whether the training step is compiled. Raises UserError where it cannot be."""
+    """Whether to compile the training step. Raises UserError if it should be but cannot be."""
     on_gpu = device.type != "cpu"
     wanted = config.train.compiles(on_gpu=on_gpu)
     missing = why_not_compile(on_gpu=on_gpu) if wanted else None
@@ -61,10 +60,10 @@ def compiles(config: Config, device: torch.device) -> bool:
 def compiled(
     model: GPT, device: torch.device, tell: Callable[[str], None], *, in_parts: bool
 ) -> nn.Module:
-    """The model, which its first step compiles; on a GPU, say so by `tell`.
+    """The model, to be compiled at its first step; on a GPU, `tell` says so.
 
-    in_parts: each block by itself, and the head, so that gradients come block by block; without
-    what is gained between blocks.
+    in_parts: compile each block and the head separately, so that gradients arrive block by block,
+    at the cost of fusion across blocks.
     """
     if device.type != "cpu":
         tell(
@@ -81,9 +80,9 @@ def compiled(
 
 
 def guard_updates(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | None:
-    """On a GPU a flag that, once it is 1, keeps the optimizer from updating anything; else None.
+    """On a GPU, a flag that stops all updates by the optimizer once it is 1; None on a CPU.
 
-    It is what GradScaler would set: fused AdamW then leaves weights and moments as they are.
+    It is GradScaler's flag: when it is set, fused AdamW leaves weights and moments unchanged.
     """
     if device.type != "cuda":
         return None

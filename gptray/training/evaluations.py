@@ -1,8 +1,8 @@
-"""An evaluation: score the model, update early stopping, save a checkpoint, publish the best.
+"""Evaluations: score the model, update early stopping, save a checkpoint, publish the best.
 
-With `BlockingEvaluation` training waits while all workers score. `AsyncEvaluation` hands the
-checkpoint over and training continues; the caller decides who scores it, and where. That score
-counts at the next evaluation, never earlier or later, so a run does not depend on timing.
+With `BlockingEvaluation`, training waits while all workers score. `AsyncEvaluation` hands over the
+checkpoint and training continues; the caller decides who scores it, and where. The score takes
+effect exactly at the next evaluation, so a run does not depend on timing.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from gptray.training.validation import Scores, score_weights
 
 Metrics = dict[str, Any]
 Report = Callable[[Metrics, Path | None], None]
-# (prompt, continuation) of each.
+# (prompt, continuation) pairs.
 Samples = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What scoring a checkpoint while training continues has found."""
+    """The result of scoring a checkpoint while training continues."""
 
     scores: Scores
     samples: Samples
 
 
 class BlockingEvaluation:
-    """Evaluations for which training waits."""
+    """Evaluations that training waits for."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class BlockingEvaluation:
         self._run, self._journal, self._report, self._sample = run, journal, report, sample
 
     def add(self, row: Metrics) -> None:
-        """Evaluate the model as it is; put the score into the step's row.
+        """Evaluate the model and add the score to the step's row.
 
-        Raises NonFiniteLoss on every worker, before anything is saved; UserError or RunFailed on
-        every worker, if saving or sampling failed on the first.
+        Raises, on every worker, NonFiniteLoss before anything is saved, or UserError or RunFailed
+        if saving or sampling failed on the first.
         """
         run, journal = self._run, self._journal
         scores = score_weights(run.model, run.average, run.config, run.data, run.workers)
@@ -88,10 +88,10 @@ class BlockingEvaluation:
 
 
 class AsyncEvaluation:
-    """Evaluations that run while training continues; at most one has no score yet.
+    """Evaluations that run while training continues; at most one is pending.
 
-    Its checkpoint is the newest, so pruning keeps it, and a killed run begins by having it scored
-    again. `report` starts the scoring; `validated(step)` waits for the result.
+    Its checkpoint is the newest, so pruning keeps it, and a killed run has it scored again when it
+    resumes. `report` starts the scoring; `validated(step)` waits for the result.
     """
 
     def __init__(
@@ -103,34 +103,34 @@ class AsyncEvaluation:
     ) -> None:
         self._run, self._journal = run, journal
         self._report, self._validated = report, validated
-        self._unscored: Metrics | None = None
+        self._pending: Metrics | None = None
         if step := run.state.evaluated:
             row = run.workers.from_first(lambda: journal.row(step) if journal else None)
-            self._unscored = row or {"step": step}
+            self._pending = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
 
     def add(self, row: Metrics) -> None:
-        """Save the model as it is and have it scored; record the score of the one before.
+        """Record the pending score, then save the model and have it scored.
 
-        Raises NonFiniteLoss of the one before, on every worker; this one is not saved.
+        If the pending score is not finite, raises NonFiniteLoss on every worker and saves nothing.
         """
         run, journal = self._run, self._journal
         if journal:
             journal.write(row)
         self.finish()
         checkpoint = run.workers.from_first(lambda: save(run, journal) if journal else None)
-        self._unscored = row
+        self._pending = row
         self._report(row, checkpoint)
 
     def finish(self) -> None:
         """Wait for the pending score, if there is one, and add it to its row.
 
-        Raises NonFiniteLoss on every worker, once the checkpoint has been withdrawn; UserError or
-        RunFailed on every worker, if scoring or saving failed.
+        Raises, on every worker, NonFiniteLoss after withdrawing the checkpoint, or UserError or
+        RunFailed if scoring or saving failed.
         """
-        if not self._unscored:
+        if not self._pending:
             return
-        run, row, self._unscored = self._run, self._unscored, None
+        run, row, self._pending = self._run, self._pending, None
         step = row["step"]
         validation = self._validated(step)
         try:
@@ -154,9 +154,9 @@ Evaluations = BlockingEvaluation | AsyncEvaluation
 
 
 def evaluate_base(run: Run) -> None:
-    """Record the score of the weights that a run starts from, if they are not random.
+    """Record the score of model.init_from before the first step.
 
-    Raises NonFiniteLoss on every worker: no step can come of them.
+    Raises NonFiniteLoss on every worker, since such weights cannot be trained.
     """
     if run.config.model.init_from is None or run.state.step:
         return
@@ -171,7 +171,7 @@ def evaluate_base(run: Run) -> None:
 def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
     """Update the run's progress with the validation loss of a step.
 
-    Raises NonFiniteLoss for a score that is not finite; the progress is unchanged.
+    Raises NonFiniteLoss if a score is not finite, and leaves the progress unchanged.
     """
     if strange := scores.not_finite:
         raise NonFiniteLoss(f"step {step}: validation loss {strange.loss}")
@@ -185,11 +185,10 @@ def update_early_stopping(run: Run, step: int, scores: Scores) -> None:
 
 
 def score_fields(scores: Scores, train_loss: float) -> Metrics:
-    """What an evaluation adds to the row of its step, of the better of weights and average.
+    """The metrics that an evaluation adds to its step's row, for the better of weights and average.
 
-    `val_lost` only where text is lost; `val_loss_own` and `val_loss_ema` only with train.ema.
-
-    The perplexity of lossy text may exceed the range of a float; it is capped there.
+    `val_lost` is present only if text is lost, `val_loss_own` and `val_loss_ema` only with
+    train.ema. The perplexity of lossy text may overflow a float; it is capped at the largest.
     """
     score, ema = scores.better, scores.averaged
     return {
@@ -204,7 +203,7 @@ def score_fields(scores: Scores, train_loss: float) -> Metrics:
 
 
 def also_fields(scores: Scores) -> Metrics:
-    """The scores of evaluate.also's texts, if there are some; as `TextScore`."""
+    """The scores of evaluate.also's texts, if there are any."""
     also = {
         name: {"loss": score.loss, "bpb": score.bits_per_byte}
         for name, score in scores.also.items()
@@ -213,7 +212,7 @@ def also_fields(scores: Scores) -> Metrics:
 
 
 def save(run: Run, journal: Journal) -> Path:
-    """Write the checkpoint of this step, after its rows are on disk; remove outdated ones."""
+    """Write this step's checkpoint once its rows are on disk; remove outdated checkpoints."""
     journal.sync()
 
     def write_tensors(folder: Path) -> None:
@@ -238,7 +237,7 @@ def save(run: Run, journal: Journal) -> Path:
 
 
 def remove_old(run: Run) -> None:
-    """Remove checkpoints that are neither recent nor the best, nor what a landing began from."""
+    """Remove checkpoints that are not recent, the best, awaiting a score or a landing's start."""
     spare = {run.state.step, run.state.evaluated, run.state.progress.best_step}
     if run.state.landing:
         spare.add(run.state.landing.back_to)
@@ -246,7 +245,7 @@ def remove_old(run: Run) -> None:
 
 
 def publish_if_best(run: Run, step: int) -> None:
-    """Publish a step's model, or its average, as the run's if it is the best so far."""
+    """Publish a step's model, or its average, as the run's model if it is the best so far."""
     progress = run.state.progress
     if progress.best_step == step:
         folder = checkpoint_folder(run.run_dir, step)
@@ -254,7 +253,7 @@ def publish_if_best(run: Run, step: int) -> None:
 
 
 def log_evaluation(run: Run, journal: Journal, step: int, samples: Samples) -> None:
-    """Log that a step has been evaluated, with samples of its model's text."""
+    """Log that a step has been evaluated, with text samples from its model."""
     journal.write_samples(step, samples)
     is_best = run.state.progress.best_step == step
     write_event(run.run_dir, "evaluated", step=step, best=is_best, samples=samples)

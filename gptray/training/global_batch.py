@@ -1,4 +1,4 @@
-"""The global batch of a step in micro-batches, and each one's weight in the step's loss."""
+"""A step's global batch, in micro-batches, with the number of targets in each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gptray.model.loss import UNCOUNTED
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What is read after `position` updates; its micro-batches by their numbers."""
+    """The global batch after `position` updates; its micro-batches are numbered from 0."""
 
     config: Config
     data: TokenData
@@ -26,10 +26,10 @@ class GlobalBatch:
     position: int
 
     def micro_batch(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) each; targets that do not count are UNCOUNTED."""
+        """Inputs and targets, (B, T) each; ignored targets are UNCOUNTED."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         first, share = number * size, self.config.data.token_replacement
-        # From pinned memory the GPU copies while the host continues.
+        # The GPU copies from pinned memory while the host continues.
         is_pinned = device.type == "cuda"
         both = torch.empty(2, size, block_size, dtype=torch.int64, pin_memory=is_pinned)
         inputs, targets = both.numpy()
@@ -45,7 +45,7 @@ class GlobalBatch:
         return idx, next_idx
 
     def counts(self) -> list[int]:
-        """How many targets of each micro-batch count."""
+        """The number of targets in each micro-batch, ignored ones left out."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         split = self.data.train
         if not split.document_prefix:

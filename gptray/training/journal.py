@@ -1,8 +1,8 @@
-"""What the first worker writes besides checkpoints: metrics.jsonl and TensorBoard files.
+"""A run's metrics.jsonl and TensorBoard files, which the first worker writes.
 
-`metrics.jsonl` has every logged step exactly once: a resumed run first drops the rows after its
-checkpoint, then writes them again. A late score is added to its step's row. On a full disk rows
-wait in memory until the next one, or until `sync`, which fails without room.
+`metrics.jsonl` has every logged step exactly once: a resumed run drops the rows after its
+checkpoint and writes them again. A late score is added to its step's row. On a full disk, rows
+wait in memory until the next row, or until `sync`, which fails if there is still no space.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gptray.training.board import Boards
 
 
 class Journal:
-    """The writer of one run's metrics, held by the rank-0 worker alone."""
+    """The writer of a run's metrics; only the rank-0 worker has one."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
         """Open the journal of a run that resumes after `step`; later rows are dropped.
 
-        Raises RunFailed here and wherever rows are written, if the disk is full or not writable.
+        Raises RunFailed if the disk is full or not writable, as `amend` and `sync` do.
         """
         self._path = run_dir / METRICS
         with storing(self._path):
@@ -36,15 +36,15 @@ class Journal:
         self._boards = Boards(run_dir / "tensorboard", run_dir.resolve().name, step=step)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add the row of one logged step; readers see it at once, or as soon as there is room."""
+        """Add a logged step's row; readers see it at once, or as soon as the disk has space."""
         self._pending += _line(row)
         self._show(row)
         self._write_if_possible()
 
     def row(self, step: int) -> dict[str, float]:
-        """The row of a step that was written before.
+        """The row of a step that has been written.
 
-        Raises RunFailed if it is missing: something else has changed the file.
+        Raises RunFailed if it is missing because something else has changed the file.
         """
         for row in read_rows(self._path):
             if row["step"] == step:
@@ -52,7 +52,7 @@ class Journal:
         raise RunFailed(f"{self._path} has lost the row of step {step}; restore it from a copy")
 
     def amend(self, row: Mapping[str, float]) -> None:
-        """Replace the row of its step, on disk at once; readers see the old or the new one."""
+        """Replace the row of the same step on disk; readers see either the old or the new one."""
         with storing(self._path):
             self._drain()
             before = self.row(int(row["step"]))
@@ -62,10 +62,10 @@ class Journal:
     def write_samples(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Show (prompt, continuation) pairs in TensorBoard."""
         words = "\n\n".join(f"**{prompt}**{output}" for prompt, output in samples)
-        self._boards.show_text(step, "samples", words)
+        self._boards.add_text(step, "samples", words)
 
     def sync(self) -> None:
-        """Write every row to disk; a checkpoint relies on the rows before it."""
+        """Sync every row to disk, before the checkpoint that relies on it."""
         with storing(self._path):
             self._drain(sync=True)
         self._boards.flush()
@@ -75,13 +75,13 @@ class Journal:
         self._pending = b""
 
     def _show(self, row: Mapping[str, float]) -> None:
-        self._boards.show(int(row["step"]), curves(cast(MetricsRow, row)))
+        self._boards.add_scalars(int(row["step"]), curves(cast(MetricsRow, row)))
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Write pending rows. Rows after the newest checkpoint are redone by a later start."""
+        """Write pending rows if possible; if not, the run writes them again when it resumes."""
         self._write_if_possible()
 
     def _write_if_possible(self) -> None:

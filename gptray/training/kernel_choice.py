@@ -1,6 +1,6 @@
-"""The backend of a run: requested, remembered from its last start, or the faster one here.
+"""Chooses a run's backend: the requested one, that of its last start, or the faster one here.
 
-All workers of a run use the same one; the first worker decides.
+All workers of a run use the same backend; the first worker decides.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def agree_on_backend(
     device: torch.device,
     tell: Callable[[str], None],
 ) -> Choice:
-    """What `train.backend` means for a run; every worker calls this, and all get the same backend.
+    """Resolve `train.backend` for a run. Every worker calls this, and all get the same backend.
 
-    A run keeps the backend that it began with, so its results stay the same bit for bit. tell:
-    receives notices of kernels that fail to build and of a run that resumes on another processor.
-    Raises UserError where native was asked for and a worker's machine cannot run it, RunFailed
-    where it was asked for and fails to compile, or the run's events are damaged.
+    A run keeps its first backend, so its results stay the same bit for bit. tell: receives notices,
+    such as that kernels fail to build or that the run resumes on another processor.
+    With train.backend=native, raises UserError if a worker's machine cannot run the kernels, and
+    RunFailed if they fail to compile. Also raises RunFailed if the run's events are damaged.
     """
     dtype = workers.all_or_none(lambda: pick_dtype(config.train.precision, device))
     workers.from_first(lambda: _tell_of_another_processor(run_dir, device, dtype, tell))
@@ -52,7 +52,7 @@ def agree_on_backend(
 def _why_not(
     config: Config, run_dir: Path, workers: Workers, tell: Callable[[str], None], *, on_gpu: bool
 ) -> str | None:
-    """Why this worker cannot use the kernels, which are built; None if it can."""
+    """Build the kernels if needed; return why this worker cannot use them, None if it can."""
     asked = config.train.backend
     check_native(TRAIN_KEY, asked, use_gpu=on_gpu)
     if missing := why_not_native(use_gpu=on_gpu):
@@ -73,15 +73,15 @@ def _why_not(
 def _choice(
     config: Config, run_dir: Path, reasons: list[str], tell: Callable[[str], None]
 ) -> Choice:
-    """The first worker's choice. reasons: why workers cannot use the kernels."""
+    """The choice for train.backend=auto. reasons: why workers cannot use the kernels."""
     before = _last_start(run_dir)
     was = before["backend"] if before else None
     if reasons:
         choice = pytorch_since(TRAIN_KEY, reasons[0])
         if was == "native":
             tell(
-                f"{choice.why}: the run began with the native kernels, so it will no longer end "
-                "bit for bit as without the interruption"
+                f"{choice.why}: the run began with the native kernels, so it can no longer match "
+                "an uninterrupted run bit for bit"
             )
         return choice
     if was in NAMES:
@@ -90,7 +90,7 @@ def _choice(
 
 
 def _last_start(run_dir: Path) -> Event | None:
-    """How a run started or resumed the last time; None for a new one. Raises RunFailed."""
+    """The event of a run's last start or resume; None for a new run. Raises RunFailed."""
     starts = [event for event in read_events(run_dir) if event["event"] == "start"]
     return starts[-1] if starts else None
 
@@ -98,7 +98,7 @@ def _last_start(run_dir: Path) -> Event | None:
 def _tell_of_another_processor(
     run_dir: Path, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> None:
-    """Say that a run resumes on other hardware than the last time, as far as its bits change."""
+    """Say that a run resumes on other hardware if that changes its results."""
     before = _last_start(run_dir)
     was, now = before.get("processor") if before else None, processor_name()
     if device.type == "cpu" and was and was != now:
@@ -109,6 +109,6 @@ def _tell_of_another_processor(
     had, has = before.get("dtype") if before else None, str(dtype).removeprefix("torch.")
     if had and had != has:
         tell(
-            f"computing in {has} here, in {had} before: the run will no longer end bit for bit "
-            "as without the interruption"
+            f"computing in {has} here but in {had} before: the run can no longer match an "
+            "uninterrupted one bit for bit"
         )

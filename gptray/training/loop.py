@@ -1,6 +1,6 @@
-"""The training loop of one worker. It knows torch.distributed but nothing of Ray.
+"""The training loop of one worker. It uses torch.distributed but knows nothing of Ray.
 
-Its only contact with its caller is `report(metrics, checkpoint_dir)` and, where checkpoints are
+It talks to its caller through functions: `report(metrics, checkpoint_dir)` and, if checkpoints are
 scored elsewhere, `validated(step)`. So the same loop runs in a Ray Train worker, in a Tune trial
 and in a test.
 """
@@ -37,7 +37,7 @@ from gptray.training.evaluations import (
 )
 from gptray.training.journal import Journal
 from gptray.training.laps import Timed
-from gptray.training.numbers import StepNumbers, Wish
+from gptray.training.numbers import Request, StepNumbers
 from gptray.training.optim import set_rates, weight_decay
 from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
@@ -56,26 +56,26 @@ def fit(
     device: torch.device,
     validated: Callable[[int], Validation] | None = None,
     timed: Timed | None = None,
-    wish: Callable[[], Wish] = lambda: Wish.NONE,
-    bring: Callable[[Path], None] = lambda checkpoint: None,
+    request: Callable[[], Request] = lambda: Request.NONE,
+    fetch: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Metrics:
-    """Train until `max_steps`, until validation loss has stopped falling, or a worker's wish.
+    """Train until `max_steps`, until validation loss stops falling or a worker asks to leave.
 
-    With `optim.schedule=wsd` the run lands then, see `gptray.training.landing`.
-
+    With `optim.schedule=wsd`, the run then lands, see `gptray.training.landing`.
     Resumes from the newest intact checkpoint of `run_dir`. Every worker calls this; only the first
-    writes, samples and passes `report` a checkpoint. Training waits for its evaluations, unless
-    `validated` is given: then the receiver of a report scores its checkpoint, and every worker
-    calls `validated(step)` to wait for the result. `timed` receives where the time went, at every
-    logged row. `wish()` is called at every step; if one worker wishes to save the run, or to save
-    it and leave, all do. `bring` fetches a checkpoint to this worker's node before it is read,
-    where nodes share no disk.
+    writes, samples and passes checkpoints to `report`.
 
-    Returns the metrics of the last logged step and `stopped`: what ended training, or the stable
-    part of a run that has landed: max_steps, patience, left, non_finite with a `message`, or failed
-    with a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
+    validated: without it, training waits for evaluations. With it, whoever receives a report scores
+    its checkpoint, and every worker calls `validated(step)` to wait for the result.
+    timed: receives the time of each part of a step, at every logged row.
+    request: called at every step; if one worker asks to save, or to save and leave, all do.
+    fetch: copies a checkpoint to this worker's node before it is read, if nodes share no disk.
+
+    Returns the metrics of the last logged step and `stopped`, why training (or the stable part of
+    a run that landed) ended: max_steps, patience, left, non_finite with a `message`, or failed with
+    a `message` and whether it is the user's `mistake`. A failure is shared by all workers and
     returned rather than raised, since Ray Train would take an exception for a dead worker and
-    restart it. Raises WorkerFailed where the GPU of one worker of several is out of memory.
+    restart it. Raises WorkerFailed if there are several workers and a GPU runs out of memory.
     """
     workers = Workers.current()
     step = 0
@@ -84,7 +84,7 @@ def fit(
             workers.from_first(lambda: stack.enter_context(writing(run_dir)))
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
-            run.bring = bring
+            run.fetch = fetch
             if timed:
                 run.laps.tell = timed
             evaluate_base(run)
@@ -94,7 +94,7 @@ def fit(
                 evaluations = AsyncEvaluation(run, journal, report, validated)
             else:
                 evaluations = BlockingEvaluation(run, journal, report, sample)
-            return train(run, journal, evaluations, wish)
+            return train(run, journal, evaluations, request)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
         except (UserError, RunFailed) as error:
@@ -108,32 +108,32 @@ def fit(
 
 
 def failed(step: int, error: UserError | RunFailed) -> Metrics:
-    """The result of a run that met `error` at or after `step`."""
+    """The result of a run that failed with `error` at or after `step`."""
     mistake = isinstance(error, UserError)
     return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
 def train(
-    run: Run, journal: Journal | None, evaluations: Evaluations, wish: Callable[[], Wish]
+    run: Run, journal: Journal | None, evaluations: Evaluations, request: Callable[[], Request]
 ) -> Metrics:
     """Train to the end of the run; return the last logged row and why training stopped.
 
-    Raises NonFiniteLoss on every worker; every existing checkpoint has been scored and is good.
+    Raises NonFiniteLoss on every worker; every checkpoint that is left has a finite score.
     """
-    result = train_phase(run, journal, evaluations, wish)
+    result = train_phase(run, journal, evaluations, request)
     if result["stopped"] != "left" and not run.state.is_over(run.config):
         begin_landing(run, result["stopped"])
-        result = train_phase(run, journal, evaluations, wish)
+        result = train_phase(run, journal, evaluations, request)
     return result
 
 
 def train_phase(
-    run: Run, journal: Journal | None, evaluations: Evaluations, wish: Callable[[], Wish]
+    run: Run, journal: Journal | None, evaluations: Evaluations, request: Callable[[], Request]
 ) -> Metrics:
-    """Run training steps to the end of the phase at hand: all of the run, unless that lands.
+    """Run training steps to the end of the current phase: the whole run, unless it lands.
 
-    Returns and raises as `train`. On a GPU a step's numbers are read while the next step runs,
-    those of a step that is logged or saved at once.
+    Returns and raises like `train`. On a GPU, a step's numbers are read while the next step runs,
+    or at once if the step is logged or saved.
     """
     config = run.config
     row: Metrics = {"step": run.state.step}
@@ -141,17 +141,17 @@ def train_phase(
     unread: deque[StepNumbers] = deque()
     logged, clock = run.state.step, time.perf_counter()
     while not (stopped := run.state.why_stop(config)):
-        wished = Wish.NONE
+        requested = Request.NONE
         try:
-            unread.append(train_step(run, wish()))
+            unread.append(train_step(run, request()))
             evaluates = is_due(run, config.train.eval_interval)
             logs = evaluates or is_due(run, config.train.log_interval)
             behind = 0 if logs or run.found_inf is None else 1
-            while len(unread) > (0 if wished else behind):
+            while len(unread) > (0 if requested else behind):
                 numbers = unread.popleft()
-                loss, grad_norm, wish_of_all = read(run, numbers)
+                loss, grad_norm, agreed = read(run, numbers)
                 losses.append(loss)
-                wished = max(wished, wish_of_all)
+                requested = max(requested, agreed)
             run.laps.end("wait")
         except NonFiniteLoss:
             evaluations.finish()
@@ -169,20 +169,21 @@ def train_phase(
             run.laps.end("evaluation" if evaluates else "log")
             run.laps.report(steps)
             logged, clock = run.state.step, time.perf_counter()
-        if wished:
-            if not evaluates:  # which has saved a checkpoint
+        if requested:
+            if not evaluates:  # an evaluation has just saved a checkpoint
                 run.state = replace(run.state, losses=tuple(losses))
                 run.workers.from_first(lambda: save(run, journal) if journal else None)
-            if wished is Wish.LEAVE and not run.state.why_stop(config):
+            if requested is Request.LEAVE and not run.state.why_stop(config):
                 return {**row, "step": run.state.step, "stopped": "left"}
     evaluations.finish()
     return {**row, "stopped": stopped}
 
 
-def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Wish]:
-    """The loss and gradient norm of a step, and what the workers wished at it.
+def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Request]:
+    """The loss and gradient norm of a step, and what the workers asked for at it.
 
-    Raises NonFiniteLoss; the run is then at the step before, the last that updated a weight.
+    If they are not finite, sets the run back to the last step that updated the weights and raises
+    NonFiniteLoss.
     """
     try:
         return numbers.read()
@@ -192,16 +193,16 @@ def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Wish]:
 
 
 def is_due(run: Run, interval: int) -> bool:
-    """Whether something that is due every `interval` steps, and at the last one, is due now."""
+    """Whether it is time for something that happens every `interval` steps and at the last one."""
     return run.state.step % interval == 0 or run.state.step == run.state.last_step(run.config)
 
 
-def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
-    """Make one update; return its numbers, which on a GPU may still be on their way.
+def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
+    """Make one update; return its numbers, which on a GPU may still be in flight.
 
-    If the loss or gradient norm, over all workers, is not finite, no weight is updated. On a GPU
-    later steps do not update any either: its fused AdamW reads `run.found_inf` itself.
-    Raises NonFiniteLoss on a CPU; on a GPU the numbers raise it when they are read.
+    If any worker's loss or gradient norm is not finite, no weight is updated. On a GPU, later steps
+    do not update any either, because its fused AdamW reads `run.found_inf`.
+    Raises NonFiniteLoss on a CPU; on a GPU, reading the numbers raises it.
     """
     config, step, lr = run.config, run.state.step + 1, run.learning_rate
     run.model.train()
@@ -209,8 +210,8 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     if is_sharded(norm):
         norm = norm.full_tensor()
-    wishes = [loss.new_full((), float(wish is one)) for one in (Wish.SAVE, Wish.LEAVE)]
-    sums = run.workers.sum(torch.stack([loss, *wishes]))
+    requests = [loss.new_full((), float(request is one)) for one in (Request.SAVE, Request.LEAVE)]
+    sums = run.workers.sum(torch.stack([loss, *requests]))
     of_step = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
     numbers = StepNumbers.send(step, lr, of_step)
     if run.found_inf is None:
@@ -231,8 +232,8 @@ def train_step(run: Run, wish: Wish = Wish.NONE) -> StepNumbers:
 def accumulate_gradients(run: Run) -> Tensor:
     """Run this worker's micro-batches forward and backward; return the sum of their losses, fp64.
 
-    The micro-batches of the global batch are dealt out to the workers. Where that does not come
-    out even, some repeat one, whose gradients count nothing, so that all make the same passes.
+    The global batch's micro-batches are dealt out to the workers. If the workers do not divide
+    them evenly, some repeat one with zero weight, so that all make the same number of passes.
     Averaged over the workers, losses and gradients are those of the mean over the step's targets.
     """
     workers, batch = run.workers, run.batch
@@ -244,10 +245,11 @@ def accumulate_gradients(run: Run) -> Tensor:
         micro = number % len(counts)
         run.seed_dropout(micro)
         idx, targets = batch.micro_batch(micro, run.device)
-        # How many micro-batches with as many targets would be a worker's share of the step.
+        # A worker's share of the step's targets, in micro-batches of this one's size, is the
+        # reciprocal of the weight of its mean loss.
         parts = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
         run.laps.end("data")
-        with workers.reduces_gradients(run.loss_model, now=one == passes - 1):
+        with workers.gradient_sync(run.loss_model, now=one == passes - 1):
             loss, of_text = (loss / parts for loss in run.losses(idx, targets))
             if number >= len(counts):
                 loss, of_text = loss * 0.0, of_text * 0.0
@@ -260,11 +262,11 @@ def accumulate_gradients(run: Run) -> Tensor:
 def step_row(
     run: Run, losses: list[float], tokens_per_sec: float, *, grad_norm: float, lr: float
 ) -> Metrics:
-    """The row of a logged step: `train_loss` is the mean since the row before, dropout on.
+    """The row of a logged step: `train_loss` is the mean since the last row, with dropout on.
 
-    It is the text's alone, teachers or not. Like validation loss, it includes the charge for text
-    that the tokenizer loses, as the training split's mean. `mfu` is present on GPUs whose peak is
-    known, `phase` where the run is to land.
+    It is the loss on the text alone, even with teachers. Like validation loss, it includes the
+    charge for text that the tokenizer loses, at the training split's mean. `mfu` is present on GPUs
+    whose peak is known, `phase` if the run is to land.
     """
     return {
         "step": run.state.step,

@@ -1,7 +1,7 @@
-"""Model FLOPs utilisation: the share of a GPU's arithmetic that the model's formulas account for.
+"""Model FLOPs utilisation (MFU): the share of a GPU's peak that the model's own arithmetic uses.
 
-Chowdhery et al. 2022, PaLM, appendix B: 6 FLOPs a token for each weight that a token meets, and
-12 L H Q T for attention, forward and backward, without what is computed twice.
+Chowdhery et al. 2022, PaLM, appendix B: per token, 6 FLOPs for each weight and 12 L H Q T for
+attention, forward and backward, not counting recomputation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from gptray.config import Config
 from gptray.model.parameters import parameter_count
 
-# Dense bf16 FLOP/s of NVIDIA's data sheets; the first pattern found in a device's name counts.
+# Dense bf16 FLOP/s from NVIDIA's data sheets; the first pattern that matches a device's name wins.
 PEAKS = (
     (r"\bG?B200\b", 2250e12),
     (r"\bH200 NVL\b", 836e12),
@@ -36,25 +36,25 @@ PEAKS = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """FLOP/s in bf16 of a GPU by its name; None if it is not known, as of a part that MIG makes."""
+    """A GPU's peak bf16 FLOP/s by its name; None if unknown, as for a MIG partition."""
     if re.search(r"\bMIG\b", device_name):
         return None
     return next((peak for name, peak in PEAKS if re.search(name, device_name)), None)
 
 
 def flops_per_token(config: Config, parameters: int) -> float:
-    """FLOPs of a training step for each of its tokens; `parameters` of the whole model.
+    """Training FLOPs per token; `parameters` is the whole model's number.
 
-    Embeddings are looked up, not multiplied, unless that of the tokens is the head's weight. A
-    sliding window bounds what a layer attends to.
+    Embeddings are looked up, not multiplied, unless the token embedding is also the head's weight.
+    A sliding window limits what a layer attends to.
     """
     model, tokens = config.model, config.train.block_size
-    rest = parameter_count(model, 0)  # all but the rows of the tokens
+    rest = parameter_count(model, 0)  # without the token embedding and head
     learned = model.n_positions * model.n_embd if model.positions == "learned" else 0
     head = (parameters - rest) / (1 if model.tie_word_embeddings else 2)
     weights = rest - learned + head
     seen = sum(min(tokens, model.window(layer) or tokens) for layer in range(model.n_layer))
-    # Forward, the input's gradient and the weight's: two each, the last not of frozen ones.
+    # 2 each for the forward pass, the input's gradient and, unless frozen, the weight's gradient.
     per_weight = 6.0 if config.lora.rank is None else 4.0
     return per_weight * weights + 12.0 * model.n_head * model.head_width * seen
 
@@ -62,9 +62,9 @@ def flops_per_token(config: Config, parameters: int) -> float:
 def tokens_per_sec_at_peak(
     config: Config, parameters: int, dtype: torch.dtype, device_name: str, *, workers: int
 ) -> float | None:
-    """The tokens per second of so many workers at an MFU of 1; None where no peak is known.
+    """Tokens per second of all workers at an MFU of 1; None if the peak is not known.
 
-    Workers that share a GPU, and fp32, have none.
+    It is not known in fp32 or for workers that share a GPU.
     """
     peak = peak_flops(device_name)
     if peak is None or dtype != torch.bfloat16 or config.compute.gpus_per_worker < 1:

@@ -1,6 +1,6 @@
-"""A step's loss, gradient norm and workers' wishes, read from a GPU during the next step.
+"""A step's loss, gradient norm and workers' requests, read from a GPU during the next step.
 
-Waiting for them at once would leave the GPU idle until the host has launched the next step.
+Reading them at once would leave the GPU idle until the host launches the next step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from gptray.training.stopping import NonFiniteLoss
 
 
-class Wish(IntEnum):
-    """What a worker may ask of all: to save at the step at hand, and to leave the loop then."""
+class Request(IntEnum):
+    """What a worker may ask all workers to do after a step: save, or save and leave the loop."""
 
     NONE = 0
     SAVE = 1
@@ -25,18 +25,18 @@ class Wish(IntEnum):
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """Of update `step` (from 1); from a GPU the numbers may still be on their way."""
+    """The numbers of update `step` (from 1), which may still be in flight from a GPU."""
 
     step: int
     lr: float
-    # Loss of the global batch, gradient norm before clipping, and how many workers wish to save
-    # and to leave; float64, (4), in the host's memory.
+    # Loss of the global batch, gradient norm before clipping, how many workers ask to save and
+    # to leave; float64, (4,), in host memory.
     _numbers: Tensor
     _arrival: torch.cuda.Event | None
 
     @classmethod
     def send(cls, step: int, lr: float, numbers: Tensor) -> StepNumbers:
-        """Start the way of the numbers to the host, without a wait."""
+        """Start copying the numbers to the host, without waiting."""
         if numbers.device.type != "cuda":
             return cls(step, lr, numbers, None)
         host = torch.empty(4, dtype=torch.float64, pin_memory=True)
@@ -45,11 +45,11 @@ class StepNumbers:
         arrival.record()
         return cls(step, lr, host, arrival)
 
-    def read(self) -> tuple[float, float, Wish]:
-        """Wait for the loss, the gradient norm and the workers' wish, the same on each of them.
+    def read(self) -> tuple[float, float, Request]:
+        """Wait for the loss, the gradient norm and the request, the same on all workers.
 
-        It waits for nothing that was launched after them.
-        Raises NonFiniteLoss if one of them is NaN or infinite.
+        Does not wait for kernels launched since. Raises NonFiniteLoss if the loss or the gradient
+        norm is NaN or infinite.
         """
         if self._arrival:
             self._arrival.synchronize()
@@ -58,4 +58,5 @@ class StepNumbers:
             raise NonFiniteLoss(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}, lr {self.lr:g}"
             )
-        return loss, grad_norm, Wish.LEAVE if leaving else Wish.SAVE if saving else Wish.NONE
+        request = Request.LEAVE if leaving else Request.SAVE if saving else Request.NONE
+        return loss, grad_norm, request

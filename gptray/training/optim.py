@@ -15,12 +15,12 @@ from gptray.config import OptimConfig, RunFailed
 from gptray.model.tensor_file import write_tensors
 from gptray.training.sharding import placed_as
 
-# AdamW's state for each parameter: a count, and two tensors of its shape.
+# AdamW's state for each parameter: a step count and two tensors of its shape.
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class _AdamW(torch.optim.AdamW):
-    """torch's, without its decorators: torch._dynamo takes a second to import.
+    """torch's AdamW without decorators that import torch._dynamo, which takes a second.
 
     They keep torch.compile out of these methods, which no compiled code calls.
     """
@@ -31,10 +31,10 @@ class _AdamW(torch.optim.AdamW):
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and spares biases and norms (Loshchilov & Hutter 2019).
+    """AdamW that decays matrices but not biases and norms (Loshchilov & Hutter 2019).
 
-    The groups, in order: parameters of two and more dimensions, then the others. Frozen ones are in
-    none.
+    The groups, in order: parameters of two or more dimensions, then the others. Frozen ones are
+    left out.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     groups: list[dict[str, object]] = [
@@ -45,7 +45,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         }
         for decays in (True, False)
     ]
-    # fused: one kernel over all parameters, on CPU as on CUDA.
+    # fused: one kernel over all parameters, on CPU and CUDA.
     return _AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
@@ -58,10 +58,10 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     """The learning rate of the update that takes the run from `step` to `step + 1`.
 
-    Warm-up rises linearly and reaches `lr` at `warmup_steps`. After it: `constant` stays, and so
-    does `wsd` until it lands, see `gptray.training.landing`;
-    `linear` and `cosine` (Loshchilov & Hutter 2017) fall to `min_lr` at `max_steps`; `step`
-    multiplies by `gamma` every `step_size` steps and never goes below `min_lr`.
+    Warm-up rises linearly and reaches `lr` at `warmup_steps`. Then `constant` stays there, as does
+    `wsd` until it lands (see `gptray.training.landing`); `linear` and `cosine` (Loshchilov & Hutter
+    2017) fall to `min_lr` at `max_steps`; `step` multiplies by `gamma` every `step_size` steps but
+    never goes below `min_lr`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -76,17 +76,17 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
 
 
 def weight_decay(cooled: float, config: OptimConfig) -> float:
-    """The weight decay of an update, `cooled` of the way on which the learning rate falls.
+    """The weight decay of an update, when `cooled` (0 to 1) of the learning rate's fall is over.
 
-    falling: linearly to 0, as nanochat's; rising: to 1.5 times itself, as NanoGPT Slowrun's at its
-    end, whose learning rate falls too.
+    falling: linearly to 0, as in nanochat; rising: to 1.5 times itself, as NanoGPT Slowrun does at
+    its end, where the learning rate also falls.
     """
     factors = {"constant": 1.0, "falling": 1.0 - cooled, "rising": 1.0 + 0.5 * cooled}
     return config.weight_decay * factors[config.weight_decay_schedule]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
-    """Give the next update its learning rate and the weight decay of what decays."""
+    """Set the next update's learning rate, and the weight decay of the groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         if group["decays"]:
@@ -102,7 +102,7 @@ def save_optimizer(
 ) -> None:
     """Write the optimizer's moments as `<parameter>.<moment>` to a safetensors file.
 
-    full_tensor: makes a whole tensor of one that is sharded over workers.
+    full_tensor: gathers a tensor that is sharded over workers.
     """
     moments = {
         f"{name}.{key}": value
@@ -114,9 +114,9 @@ def save_optimizer(
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments in a file back, each to its parameter; of a sharded one, this worker's part.
+    """Load the moments in a file; for a sharded parameter, only this worker's shard.
 
-    Raises RunFailed where they are not AdamW's for this model, naming the first wrong one.
+    Raises RunFailed if they are not AdamW's for this model, naming the first wrong one.
     """
     try:
         with safe_open(path, framework="pt") as file:

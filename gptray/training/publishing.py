@@ -1,4 +1,4 @@
-"""A run's best model becomes its `model/`; an adapter is merged into its base for that."""
+"""Publishes a run's best model as its `model/`, merging an adapter into its base."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def save_model(model: GPT, folder: Path, data: TokenData) -> None:
 def publish_best(
     checkpoint: Path, run_dir: Path, data: TokenData, base: Base | None, *, averaged: bool = False
 ) -> None:
-    """Make the checkpoint's model the run's `model/`; its adapter of `base` the run's `adapter/`.
+    """Make the checkpoint's model the run's `model/`, and its adapter of `base` `adapter/`.
 
-    averaged: the model is the checkpoint's average. Raises RunFailed like `publish_folder`.
+    averaged: publish the averaged weights. Raises RunFailed like `publish_folder`.
     """
     if base is None:
         publish_folder(checkpoint / (AVERAGED if averaged else MODEL), run_dir / MODEL)

@@ -1,7 +1,7 @@
-"""From a run's stable part to its cool-down: back to the best intact checkpoint.
+"""Takes a run from its stable part to its cool-down: back to the best intact checkpoint.
 
-Nothing is saved at the turn: a run that is killed here, or before the cool-down's first checkpoint,
-resumes at the stable part's last one and turns again.
+Nothing is saved here: a run that is killed before the cool-down's first checkpoint resumes at the
+stable part's last one and goes back again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from gptray.wording import count
 
 
 def begin_landing(run: Run, reason: Reason) -> None:
-    """Give the run its best whole checkpoint's weights and moments, and the landing from there.
+    """Load the weights and moments of the run's best intact checkpoint and begin the landing.
 
-    Every worker calls this, at the end of the stable part.
-    Raises RunFailed on every worker: no checkpoint is whole, it cannot be fetched, or the disk is
-    full.
+    Every worker calls this at the end of the stable part. Raises RunFailed on every worker if no
+    checkpoint is intact, if it cannot be fetched or if the disk is full.
     """
-    back_to = run.workers.shared_from_first(lambda: _best_whole(run.run_dir))
+    back_to = run.workers.shared_from_first(lambda: _best_intact(run.run_dir))
     checkpoint = checkpoint_folder(run.run_dir, back_to)
-    run.workers.all_or_none(lambda: run.bring(checkpoint))
+    run.workers.all_or_none(lambda: run.fetch(checkpoint))
     _load(run, checkpoint)
     steps = run.config.optim.cooldown_steps(back_to)
     landing = Landing(run.state.step, back_to, steps, reason)
@@ -44,8 +43,8 @@ def begin_landing(run: Run, reason: Reason) -> None:
     run.workers.from_first(lambda: _tell(run, landing))
 
 
-def _best_whole(run_dir: Path) -> int:
-    """The step of the whole checkpoint with the lowest validation loss, the first of equals."""
+def _best_intact(run_dir: Path) -> int:
+    """The step of the intact checkpoint with the lowest validation loss, the first of ties."""
     losses = {row["step"]: row["val_loss"] for row in read_metrics(run_dir) if "val_loss" in row}
     kept = [step for folder in find_checkpoints(run_dir) if (step := checkpoint_step(folder))]
     for step in sorted(losses.keys() & kept, key=lambda step: (losses[step], step)):
@@ -66,12 +65,12 @@ def _load(run: Run, checkpoint: Path) -> None:
             run.data,
             checkpoint,
             run.device,
-            native=run.model.is_native,  # frozen weights are kept as its kernels read them
+            native=run.model.is_native,  # which decides the layout of frozen weights
             tell=lambda message: None,
         )
         weights = zip(run.model.parameters(), stored.parameters(), strict=True)
         for weight, whole in weights:
-            if weight.requires_grad:  # the others are the same, and memory that processes share
+            if weight.requires_grad:  # frozen ones are the same, and in memory that processes share
                 weight.copy_(placed_as(weight, whole))
         load_optimizer(checkpoint / "optimizer.safetensors", run.model, run.optimizer)
         if run.average:
@@ -84,7 +83,7 @@ def _tell(run: Run, landing: Landing) -> None:
     why = f"step {landing.start:,} is the last one before the cool-down"
     if landing.reason == "patience":
         assert run.config.train.patience
-        # Late scores may have come since, and changed what the progress counts.
+        # A late score may have changed the progress since, so it cannot tell the count.
         evaluations = count(run.config.train.patience, "evaluation")
         why = f"no new best for {evaluations} at step {landing.start:,}"
     message = (

@@ -1,4 +1,4 @@
-"""One worker's side of a run: the model, optimizer and batch order, new or restored."""
+"""One worker's state of a run: the model, optimizer and batch order, new or restored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gptray.training.checkpoint import (
     check_not_lost,
     checkpoint_folder,
     checkpoint_step,
-    newest_whole,
+    newest_intact,
 )
 from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
 from gptray.training.global_batch import GlobalBatch
@@ -57,58 +57,58 @@ class Run:
     workers: Workers
     device: torch.device
     model: GPT
-    # What computes the loss: the model, compiled and data-parallel as the config says.
+    # The model wrapped to compute the loss: compiled and data-parallel, as the config says.
     loss_model: nn.Module
     optimizer: torch.optim.Optimizer
     order: BatchOrder
     state: TrainerState
-    # On a GPU: 1 once a step's numbers were not finite, as the optimizer reads it; None on a CPU,
-    # where they are checked before the update.
+    # On a GPU, the flag that the optimizer reads: 1 once a step's numbers were not finite. None on
+    # a CPU, where they are checked before the update.
     found_inf: Tensor | None
-    # Tokens per second of all workers at an MFU of 1, where the GPU's peak is known.
+    # Tokens per second of all workers at an MFU of 1, if the GPU's peak is known.
     peak_rate: float | None
     # With train.ema.
     average: Average | None
-    # What lora.rank adapts.
+    # With lora.rank.
     base: Base | None
     # With train.teachers.
     teachers: Teachers | None
     laps: Laps = field(default_factory=Laps)
-    # Fetches a checkpoint to this worker's node.
-    bring: Callable[[Path], None] = lambda checkpoint: None
+    # Copies a checkpoint to this worker's node.
+    fetch: Callable[[Path], None] = lambda checkpoint: None
 
     @property
     def learning_rate(self) -> float:
-        """That of the next update."""
+        """The learning rate of the next update."""
         optim, landing = self.config.optim, self.state.landing
         step = landing.back_to if landing else self.state.step
         lr = learning_rate(step, self.config.train.max_steps, optim)
         if not landing:
             return lr
-        # In the warm-up it may be below min_lr.
+        # A landing from a step of the warm-up may start below min_lr.
         return landing.learning_rate(self.state.step, lr=lr, min_lr=min(lr, optim.min_lr))
 
     @property
     def batch(self) -> GlobalBatch:
-        """That of the next update."""
+        """The global batch of the next update."""
         return GlobalBatch(self.config, self.data, self.order, self.state.position)
 
     def losses(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss to minimise of a micro-batch (B, T), and that of the text alone, detached."""
+        """A micro-batch's (B, T) loss to minimise, and its loss on the text alone, detached."""
         if self.teachers is None:
             loss: Tensor = self.loss_model(idx, targets)
             return loss, loss.detach()
-        both: Tensor = self.loss_model(idx, targets, self.teachers.expect(idx))
+        both: Tensor = self.loss_model(idx, targets, self.teachers.soft_targets(idx))
         return both[0], both[1].detach()
 
     def publish(self, checkpoint: Path, *, averaged: bool) -> None:
-        """Make a checkpoint's model, or its average, the run's. Raises RunFailed."""
+        """Publish a checkpoint's model, or its average, as the run's. Raises RunFailed."""
         publish_best(checkpoint, self.run_dir, self.data, self.base, averaged=averaged)
 
     def seed_dropout(self, number: int) -> None:
-        """Make dropout a function of (seed, updates behind the weights, number of the micro-batch).
+        """Make dropout a function of (seed, updates so far, number of the micro-batch).
 
-        So a resumed run needs no random state, and the number of workers changes nothing.
+        So a resumed run needs no saved random state, and the number of workers does not matter.
         """
         key = f"{self.config.seed}/{self.state.position}/{number}".encode()
         digest = hashlib.blake2b(key, digest_size=7).digest()
@@ -120,8 +120,8 @@ def start(
 ) -> Run:
     """Build a worker's run, from the newest intact checkpoint if there is one.
 
-    Raises UserError where the checkpoints were removed, or no GPU or no compiler works; RunFailed
-    where no checkpoint is intact, or the disk is full; ValueError where the training split is
+    Raises UserError if the checkpoints were removed, or if there is no working GPU or compiler;
+    RunFailed if no checkpoint is intact or the disk is full; ValueError if the training split is
     shorter than one block.
     """
     use_device(config, device)
@@ -167,7 +167,7 @@ def start(
 
     def begin() -> None:
         if folder and state.progress.best_step == step:
-            # A kill may have come between save and publish.
+            # A kill may have struck between saving and publishing.
             run.publish(folder, averaged=state.progress.averaged)
         _write_start(run, choice, compiled=is_compiled)
 
@@ -213,7 +213,7 @@ def _place(
     *,
     compiled: bool,
 ) -> tuple[torch.optim.Optimizer, Workers]:
-    """Put the model on its device, sharded if asked for; return its optimizer, and the workers."""
+    """Put the model on its device, sharded if asked for; return its optimizer and workers."""
     compute = config.compute
     is_sharded = compute.strategy == "fsdp" and workers.size > 1
     if is_sharded:
@@ -239,10 +239,10 @@ def _teachers(model: GPT, config: Config, device: torch.device) -> Teachers | No
 
 @contextmanager
 def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
-    """Be the only process that writes to a run folder.
+    """Hold the lock that lets only one process write to a run folder.
 
-    A worker whose driver was killed may run on for some seconds; its successor waits for it.
-    Raises RunFailed if another process has held it for `wait_s` seconds, or the disk is full.
+    A worker whose driver was killed may run for some more seconds; its successor waits for it.
+    Raises RunFailed if another process holds the lock for `wait_s` seconds, or the disk is full.
     """
     path = run_dir / WRITER_LOCK
     with storing(path):
@@ -263,7 +263,7 @@ def writing(run_dir: Path, *, wait_s: float = 60.0) -> Iterator[None]:
 
 def _resume_step(run_dir: Path) -> int:
     check_not_lost(run_dir)
-    folder, problems = newest_whole(run_dir)
+    folder, problems = newest_intact(run_dir)
     step = checkpoint_step(folder) or 0 if folder else 0
     for problem in problems:
         write_event(run_dir, "damaged", message=f"{problem}; going back to step {step}")

@@ -1,4 +1,4 @@
-"""Early stopping and the best evaluation so far, as a value that a checkpoint can carry."""
+"""Early stopping and the best evaluation so far, as a value that a checkpoint can store."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, ConfigDict, NonNegativeInt
 
-# Infinite where there was no evaluation yet: null in JSON.
+# Infinite before the first evaluation, which JSON stores as null.
 Loss = Annotated[float, BeforeValidator(lambda value: math.inf if value is None else value)]
 
 
@@ -18,11 +18,11 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """What the evaluations so far say. Losses are in nats per token.
+    """The progress of validation loss, in nats per token.
 
-    `best_*` is the lowest validation loss of all, `averaged` whether averaged weights have it.
-    `bad_evals` counts the evaluations since one was lower than `bar` by `min_delta` or more; it is
-    what `patience` bounds (Prechelt 1998).
+    `best_*` is the lowest loss so far, `averaged` whether the averaged weights reached it.
+    `bad_evals` counts the evaluations since one beat `bar` by `min_delta` or more; `patience`
+    limits it (Prechelt 1998).
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -48,5 +48,5 @@ class EarlyStopping:
         )
 
     def exhausted(self, patience: int | None) -> bool:
-        """Whether the run has gone `patience` evaluations without getting better."""
+        """Whether the last `patience` evaluations brought no improvement."""
         return patience is not None and self.bad_evals >= patience

@@ -1,7 +1,7 @@
-"""Trained models that teach another one: their predictions are its targets, besides the text.
+"""Knowledge distillation: trained models whose predictions are targets, besides the text.
 
-They read the inputs that the model reads, replaced tokens included (Beyer et al. 2021, Knowledge
-distillation: A good teacher is patient and consistent).
+The teachers read the same inputs as the model, replaced tokens included (Beyer et al. 2021,
+Knowledge distillation: A good teacher is patient and consistent).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gptray.model.shape import model_folder, weights_sha256
 
 
 class Teachers:
-    """Frozen models, kept and computed in the dtype of the model that they teach, dropout off.
+    """Frozen models, stored and computed in their student's dtype, with dropout off.
 
-    sha256: of each one's weights, by its name in train.teachers.
+    sha256: the checksum of each teacher's weights, by its name in train.teachers.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Teachers:
         self._share = config.teacher_weight
 
     @torch.no_grad()
-    def expect(self, idx: Tensor) -> SoftTargets:
-        """What they make of inputs (B, T)."""
+    def soft_targets(self, idx: Tensor) -> SoftTargets:
+        """The teachers' predictions for inputs (B, T)."""
         return SoftTargets(
             hidden=[model.hidden(idx).flatten(0, 1) for model in self._models],
             heads=[model.head for model in self._models],

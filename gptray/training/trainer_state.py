@@ -1,4 +1,4 @@
-"""Where a run stands: what `trainer.json` of a checkpoint holds. No torch, as in `checkpoint`."""
+"""A run's state, as a checkpoint's `trainer.json` holds it. No torch here, as in `checkpoint`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gptray.training.stopping import EarlyStopping
 class TrainerState:
     """The state of a run after `step` updates. `data` is the fingerprint of its token data.
 
-    evaluated: the last step that was evaluated, whose score may still come. losses: of the steps
-    since the last row of metrics.jsonl. landing: None in the stable part.
+    evaluated: the last evaluated step, whose score may be pending. losses: of the steps since the
+    last row of metrics.jsonl. landing: None in the stable part.
     """
 
     step: NonNegativeInt
@@ -38,17 +38,17 @@ class TrainerState:
 
     @property
     def position(self) -> int:
-        """The updates behind the weights; what was trained before going back is none of them."""
+        """The number of updates the weights have had; a landing discards those after `back_to`."""
         return self.landing.position(self.step) if self.landing else self.step
 
     def last_step(self, config: Config) -> int:
-        """The last step of the phase, unless patience runs out before."""
+        """The last step of the phase, unless patience runs out earlier."""
         return self.landing.end if self.landing else config.stable_steps
 
     def cooled(self, config: Config) -> float:
-        """How far along the way is on which the learning rate falls: 0 to 1, at the run's end.
+        """The fraction (0 to 1) of the learning rate's decay that is over.
 
-        It begins after the warm-up, of a run that lands with the landing.
+        The decay begins after the warm-up, or with the landing of a run that lands.
         """
         if self.landing:
             return (self.step - self.landing.start) / self.landing.steps
@@ -59,7 +59,7 @@ class TrainerState:
         return min(1.0, max(0, self.step - warmup) / most)
 
     def why_stop(self, config: Config) -> Reason | None:
-        """The reason to end the phase, a landing's being the stable part's; None to continue."""
+        """Why the phase is over; None if it is not. A landing keeps the stable part's reason."""
         if self.step >= self.last_step(config):
             return self.landing.reason if self.landing else "max_steps"
         if self.landing or not self.progress.exhausted(config.train.patience):
@@ -67,7 +67,7 @@ class TrainerState:
         return "patience"
 
     def is_over(self, config: Config) -> bool:
-        """Whether training has ended, after its landing if it is to land."""
+        """Whether training has ended, including any landing."""
         has_landed = self.landing is not None or not config.optim.lands
         return has_landed and self.why_stop(config) is not None
 
@@ -80,14 +80,14 @@ class TrainerState:
     def load(cls, folder: Path) -> TrainerState:
         """Read `trainer.json` of a checkpoint. Raises ValueError if it holds no valid state."""
         given = read_object(folder / "trainer.json")
-        # Checkpoints from before there were any between evaluations do not say it.
+        # Older checkpoints were only written at evaluations and lack this field.
         given = {"evaluated": given.get("step"), **given}
         try:
             state = _STATE.validate_json(json.dumps(given), strict=True)
         except ValidationError:
             raise ValueError("it does not hold the state of a run") from None
         progress, landing = state.progress, state.landing
-        # Checkpoints from before there were averages lack that field.
+        # Checkpoints older than train.ema lack `averaged`.
         said = cast(dict[str, object], given["progress"])
         if set(asdict(progress)) - said.keys() - {"averaged"}:
             raise ValueError("it does not hold the progress of a run")

@@ -26,9 +26,9 @@ log = logging.getLogger("gptray")
 
 @dataclass(frozen=True)
 class Scores:
-    """What validation says of a model's weights and, with train.ema, of their average.
+    """Validation scores of a model's weights and, with train.ema, of their average.
 
-    also: of the texts of evaluate.also by name, with the better of the two.
+    also: scores of the texts of evaluate.also, by name, with the better of the two.
     """
 
     own: Score
@@ -37,7 +37,7 @@ class Scores:
 
     @property
     def not_finite(self) -> Score | None:
-        """The first score that is not finite, of whatever weights and text; None: all are."""
+        """The first score, of any weights and text, that is not finite; None if all are finite."""
         scores = (self.own, self.averaged, *self.also.values())
         return next((one for one in scores if one and not one.is_finite), None)
 
@@ -48,20 +48,20 @@ class Scores:
 
     @property
     def better(self) -> Score:
-        """The lower loss: that of the model that the evaluation stands for."""
+        """The score with the lower loss, which is the evaluation's result."""
         return self.averaged if self.averaged and self.is_averaged else self.own
 
 
 def score_checkpoint(
     config: Config, data: TokenData, checkpoint: Path, device: torch.device, *, run_dir: Path
 ) -> tuple[Scores, GPT]:
-    """Score a checkpoint of a run as one worker of it would; return its better model too.
+    """Score a run's checkpoint as its worker would; also return the better model.
 
-    run_dir: has the events of the run.
+    run_dir: the run folder, which records the backend.
     """
     use_device(config, device)
     workers = Workers(rank=0, size=1)
-    # As the run itself computes, which has started before.
+    # The backend that the run itself uses.
     choice = agree_on_backend(config, run_dir, workers, device, log.warning)
     is_native = choice.backend == "native"
     model = build_model(config, data, checkpoint, device, native=is_native).to(device)
@@ -75,9 +75,9 @@ def score_checkpoint(
 def score_weights(
     model: GPT, average: Average | None, config: Config, data: TokenData, workers: Workers
 ) -> Scores:
-    """Score the validation split by the weights and by their average, if there is one.
+    """Score the validation split with the weights and with their average, if there is one.
 
-    Then the texts of evaluate.also, by the better of the two.
+    Then score the texts of evaluate.also with the better of the two.
     """
     score = partial(
         score_split,
@@ -101,10 +101,10 @@ def score_split(
 ) -> Score:
     """Score every token of the split but its first, once, in windows of `block_size`.
 
-    Tokens that begin a document are read, but not scored.
+    Tokens that begin a document are read but not scored.
     Text that the tokenizer loses is charged, see `Score`.
-    The windows are shared out over the workers and their sums added in float64, so that neither
-    the number of workers nor the batch size changes the loss beyond rounding.
+    The windows are divided among the workers and their sums added in float64, so that neither the
+    number of workers nor the batch size changes the loss beyond rounding.
     """
     was_training = model.training
     model.eval()
@@ -120,7 +120,7 @@ def score_split(
         counts = torch.from_numpy(split.counts(batch[:, 1:])).to(device)
         total[0] += torch.where(counts, losses.double(), 0.0).sum()
         total[1] += counts.sum()
-    for _ in range(idle):  # with those that have more
+    for _ in range(idle):  # other workers still score, and all must take part
         model.token_losses(*torch.zeros(2, 1, 1, dtype=torch.int64, device=device))
     nats, count = workers.sum(total).tolist()
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""The data-parallel workers of a run in torch.distributed; a single one needs no group."""
+"""A run's data-parallel workers in torch.distributed; a single worker needs no process group."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Workers:
 
     @classmethod
     def current(cls) -> Workers:
-        """The group that this process belongs to."""
+        """The workers of this process's group."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls(0, 1)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the worker that writes."""
+        """Whether this is rank 0, the worker that writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class Workers:
         return values
 
     def passes(self, own: int) -> int:
-        """How many forward passes a worker makes that has `own` to make."""
+        """How many forward passes this worker must make if it needs `own`."""
         return own
 
     def gather(self, own: T) -> list[T]:
-        """What every worker has, by rank."""
+        """Every worker's value, by rank."""
         if self.size == 1:
             return [own]
         found: list[T | None] = [None] * self.size
@@ -55,9 +55,9 @@ class Workers:
         return cast(list[T], found)
 
     def all_or_none(self, make: Callable[[], T]) -> T:
-        """What `make` gives. Raises UserError or RunFailed on every worker if it does on one.
+        """The result of `make`. Raises UserError or RunFailed on every worker if one raises it.
 
-        So all leave together, and none waits for another.
+        So all workers leave together, and none waits for another.
         """
         failure: UserError | RunFailed | None = None
         try:
@@ -70,26 +70,26 @@ class Workers:
         return made
 
     def from_first(self, make: Callable[[], T]) -> T | None:
-        """Call `make` on the first worker; give there what it gives, None elsewhere.
+        """The result of `make` on the first worker; None on the others, which do not call it.
 
-        Raises UserError or RunFailed on every worker, as it did on the first.
+        Raises UserError or RunFailed on every worker if the first raises it.
         """
         return self.all_or_none(lambda: make() if self.is_first else None)
 
     def shared_from_first(self, make: Callable[[], T]) -> T:
-        """As `from_first`, and give it on every worker: what can be pickled."""
+        """Like `from_first`, but every worker gets the result, which must be picklable."""
         return cast(T, self.gather(self.from_first(make))[0])
 
     def parallel(self, model: nn.Module, reduce_dtype: str) -> nn.Module:
-        """The model whose backward pass averages gradients over all workers, as fp32 or bf16."""
+        """The model, wrapped so that backward averages gradients over workers in fp32 or bf16."""
         if self.size == 1:
             return model
-        # What is frozen on a CPU is memory that processes share, which no broadcast may write to;
-        # what is trained beside it all have drawn from the same seed, or read.
+        # On a CPU, processes share the memory of frozen weights, so no broadcast may write to it.
+        # Trained weights are already equal: drawn from the same seed, or read from the same file.
         is_shared = any(
             one.device.type == "cpu" and not one.requires_grad for one in model.parameters()
         )
-        # Buffers are the same on all workers, and stay so.
+        # Buffers are constant and the same on all workers.
         parallel = DistributedDataParallel(
             model,
             broadcast_buffers=False,
@@ -97,15 +97,15 @@ class Workers:
             init_sync=not is_shared,
         )
         if reduce_dtype == "bf16":
-            # By its own name it is refused without CUDA.
+            # In a lambda because DDP refuses the hook itself without CUDA.
             parallel.register_comm_hook(
                 None,
                 lambda state, bucket: bf16_compress_hook(None, bucket),  # type: ignore[arg-type]
             )
         return parallel
 
-    def reduces_gradients(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
-        """Holds the all-reduce back in all but the last forward and backward pass of a step."""
+    def gradient_sync(self, model: nn.Module, now: bool) -> AbstractContextManager[None]:
+        """A context for one forward and backward pass; it all-reduces gradients only if `now`."""
         if isinstance(model, DistributedDataParallel) and not now:
             return model.no_sync()
         return nullcontext()

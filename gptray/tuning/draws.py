@@ -1,7 +1,7 @@
-"""Drawing from a search space: which values each trial of a sweep has, as a function of the seed.
+"""Draws each trial's values from a sweep's search space, as a function of the seed.
 
-The grid's points are all visited. The other entries are drawn as in a Latin hypercube (McKay et
-al. 1979): of n trials each has its own n-th of every distribution, so that few trials cover it.
+All points of the grid are visited. The other entries are drawn by Latin hypercube sampling (McKay
+et al. 1979): each of n trials has its own n-th of every distribution, so that few trials cover it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ Values = dict[str, object]
 def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 0) -> list[Values]:
     """The values of `num_samples` trials for each point of the grid, the same for the same seed.
 
-    An entry whose condition does not hold is left out of a trial's values.
-
-    after: how many samples were drawn before; more of them are a further Latin hypercube.
+    An entry whose condition does not hold is missing from a trial's values.
+    after: how many samples were drawn before; the new ones are another Latin hypercube.
     """
     points = grid_points([entry for entry in entries if entry.kind == "grid"])
     trials = [dict(point) for _ in range(num_samples) for point in points]
     for entry in entries:
         if entry.kind == "grid":
             continue
-        # A draw of its own for each entry: adding one to the space leaves the others' values.
+        # Each entry has its own generator, so adding an entry does not change the others' values.
         key = [seed, zlib.crc32(entry.paths[0].encode())]
         rng = np.random.default_rng([*key, after] if after else key)
         drawn = [values for values in trials if entry.is_active(values)]
@@ -39,7 +38,7 @@ def draw(entries: Sequence[Entry], num_samples: int, *, seed: int, after: int = 
 
 
 def grid_points(entries: Sequence[Entry]) -> list[Values]:
-    """Every combination of the options, the last entry's changing fastest."""
+    """Every combination of the options; the last entry's change fastest."""
     points: list[Values] = [{}]
     for entry in entries:
         options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]

@@ -1,7 +1,7 @@
-"""What each setting of a sweep was worth: the change of validation loss and of the gap.
+"""The effect of each setting of a sweep on validation loss and on the gap.
 
-Here is what goes into the regression of `gptray.tuning.regression`, and which levels have enough
-trials to be compared. How it is worded is up to the report.
+Prepares the input of the regression in `gptray.tuning.regression` and decides which levels have
+enough trials to be compared. The report puts the effects into words.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from gptray.tuning.levels import Setting
 from gptray.tuning.regression import Flags, Floats, Stage, sample_effects
 from gptray.tuning.sweep_record import Sweep, Trial, rungs
 
-# Trials that are compared, at least, and those of a level that went on.
+# The fewest trials to compare at all, and the fewest of a level at a step after the first.
 ENOUGH, ENOUGH_GONE_ON = 8, 2
-# Trials that reached a step, at least, for anything to be compared there.
+# The fewest trials that must reach a step for a comparison there.
 ENOUGH_AT_STEP = 6
 TAILS = (0.025, 0.975)  # an interval leaves these out
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the middle 95 % of its distribution, in bits per byte."""
+    """An estimate and its 95 % credible interval, in bits per byte."""
 
     low: float
     middle: float
     high: float
 
     @property
-    def is_told(self) -> bool:
-        """Whether it can be told from no effect."""
+    def excludes_zero(self) -> bool:
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class EffectSize:
-    """What a level was worth at a step against the reference; below zero is better."""
+    """A level's effect at a step relative to the reference; negative is better."""
 
     step: int
     loss: Interval
@@ -49,10 +49,11 @@ class EffectSize:
 
 @dataclass(frozen=True)
 class Effect:
-    """A level of a setting against the setting's reference.
+    """A level of a setting compared with the setting's reference.
 
-    trials, against: compared trials of the level and of the reference. last: at the last step that
-    enough of both reached; None where there are not enough trials. first: at the first step.
+    trials, against: the number of compared trials of the level and of the reference. last: the
+    effect at the last step that enough of both reached; first: at the first step. Both are None if
+    there are too few trials.
     """
 
     setting: Setting
@@ -65,9 +66,9 @@ class Effect:
 
 @dataclass(frozen=True)
 class Effects:
-    """Of all levels but the references.
+    """The effects of all levels but the references.
 
-    steps: those at which trials were compared. reached: how many trials got to each of them.
+    steps: at which trials were compared. reached: how many trials reached each step.
     """
 
     steps: tuple[int, ...]
@@ -76,10 +77,10 @@ class Effects:
 
 
 def effects_of(sweep: Sweep, settings: Sequence[Setting]) -> Effects:
-    """Compare the levels of all settings; repetitions and trials that went wrong are left out.
+    """Compare the levels of all settings, without repetitions and trials that went wrong.
 
-    A trial's loss at a step is its lowest until then, its gap that of the last evaluation until
-    then. One that ended by itself before a step counts there with what it ended with.
+    A trial's loss at a step is its lowest so far, its gap that of its last evaluation so far. A
+    trial that ended by itself before a step counts there with its final values.
     """
     steps = [*rungs(sweep.config), sweep.config.train.max_steps]
     sound = [
@@ -105,12 +106,12 @@ def effects_of(sweep: Sweep, settings: Sequence[Setting]) -> Effects:
 
 
 def gap_bits(row: MetricsRow) -> float:
-    """The gap of an evaluation in bits per byte: nats x (bits per byte / nats) of its loss."""
+    """The gap of an evaluation in bits per byte, converted from nats as its loss is."""
     return float(row["gap"] * row["val_bpb"] / row["val_loss"])
 
 
 def _measured(trial: Trial, step: int) -> tuple[float, float] | None:
-    """A trial's loss and gap at a step, None if it has not come so far."""
+    """A trial's loss and gap at a step; None if it has not reached the step."""
     evaluations = [row for row in trial.rows if "val_bpb" in row]
     until = [row for row in evaluations if row["step"] <= step]
     is_whole = trial.outcome in ("finished", "patience")
@@ -127,7 +128,7 @@ def _stage(trials: Sequence[Trial], step: int) -> Stage:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The draws of the regression; `codes` has for each setting its columns' values by level."""
+    """The regression's draws; `codes` maps each setting's levels to values of its columns."""
 
     trials: Sequence[Trial]
     steps: Sequence[int]
@@ -162,7 +163,7 @@ class _Comparison:
         return cls(trials, steps, stages, codes, draws)
 
     def effect(self, setting: Setting, level: int) -> Effect:
-        """A level of a setting against the setting's reference."""
+        """A level of a setting compared with the setting's reference."""
         own, other = self._members(setting, level), self._members(setting, setting.reference)
         worth = []
         for number in range(len(self.draws)):
@@ -197,9 +198,9 @@ class _Comparison:
 
 
 def _codes(setting: Setting, trials: Sequence[Trial]) -> dict[int, Floats]:
-    """The columns of each level that some trial has: one for each level, less their means.
+    """The row of each level that occurs in trials: one-hot columns, centred.
 
-    Trials without the setting have zeros in them. Two levels have one column, of the same spread.
+    Trials without the setting have zeros. Two levels share one column, of the same spread.
     """
     places = [setting.of[trial.name] for trial in trials if trial.name in setting.of]
     present, counts = np.unique(np.array(places, int), return_counts=True)

@@ -1,4 +1,4 @@
-"""A sweep for TensorBoard's HParams: what each trial sets, and the best that came of it.
+"""A sweep for TensorBoard's HParams plugin: each trial's settings and best result.
 
 A trial is a session of the plugin, in the folder above its curves. Its files have fixed names, so
 that each is written once, however often the sweep is resumed.
@@ -33,7 +33,7 @@ START, END = "events.out.tfevents.0000000001.hparams", "events.out.tfevents.0000
 
 
 def write_hparams(folder: Path) -> None:
-    """Write what is missing of a sweep's HParams; an end, again, where a trial has gone on."""
+    """Write a sweep's missing HParams files; rewrite the ends of trials that have continued."""
     space = Space.of(load_config(str(folder / "config.yaml"), []))
     for trial in load_trials(folder):
         if not trial.started:
@@ -85,7 +85,7 @@ def _is_newer(path: Path, other: Path) -> bool:
 
 
 def _write(path: Path, *summaries: Summary) -> None:
-    """Write an events file, whole or not at all, unless it is there."""
+    """Write an event file atomically, unless it exists."""
     if path.exists():
         return
     events = [Event(file_version=VERSION), *(Event(summary=one) for one in summaries)]

@@ -1,6 +1,6 @@
-"""The settings of a sweep as levels that trials can be grouped by.
+"""A sweep's settings as levels by which trials can be grouped.
 
-An option of a choice or a grid is a level; a range is cut into parts with as many trials each.
+Each option of a choice or grid is a level; a range is cut into parts with equally many trials.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from gptray.config.search_space import Entry, is_number
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import entries_of
 
-# Trials of a level, at least, for it to be compared.
+# The fewest trials of a level to compare it.
 ENOUGH = 3
-# Trials of one part of a range, at least, and parts at most.
+# The fewest trials in a part of a range, and the most parts.
 PART, MOST_PARTS = 4, 3
 
 
 @dataclass(frozen=True)
 class Space:
-    """A sweep's entries, and what the config itself has for their paths that count in it."""
+    """A sweep's entries, and the config's own values for the paths that apply to it."""
 
     entries: tuple[Entry, ...]
     own: Mapping[str, object]
 
     @classmethod
     def of(cls, config: Config) -> Space:
-        """The space of a sweep's config."""
+        """The search space of a sweep's config."""
         entries, own = tuple(entries_of(config)), dict[str, object]()
-        config = override(config, {"tune.space": []})  # not to be checked with every option
+        config = override(config, {"tune.space": []})  # or each override would check the space
         for entry in entries:
             if entry.is_active(own):
                 own |= _own_values(entry, config)
@@ -46,16 +46,16 @@ class Space:
         return [path for entry in self.entries for path in entry.paths]
 
     def values(self, trial: Trial) -> dict[str, object]:
-        """What a trial has for each path of the space; one without values has the config's own."""
+        """A trial's value for each path of the space; without values of its own, the config's."""
         given = trial.values or self.own
         return {path: given[path] for path in self.paths if path in given}
 
     def settings(self, trial: Trial) -> dict[str, object]:
-        """As `values`; a repetition also has its seed."""
+        """Like `values`, with the seed of a repetition."""
         return {**self.values(trial), **trial.values}
 
     def is_own(self, trial: Trial) -> bool:
-        """Whether a trial runs the config as it is."""
+        """Whether a trial runs the config unchanged."""
         return self.values(trial) == self.own
 
 
@@ -63,10 +63,10 @@ class Space:
 class Setting:
     """An entry of the space and how trials are grouped by it.
 
-    levels: their names, rising where they are numbers. of: the place in `levels` of each trial
-    that has the setting; one whose condition does not hold is missing. reference: the level that
-    the others are compared with, that of the config as it is or, where it is rare, the most
-    frequent. values: each trial's, a tuple where the entry's paths have different ones.
+    levels: their names, ascending if they are numbers. of: each trial's index in `levels`; trials
+    to which the entry does not apply are missing. reference: the level that the others are compared
+    with: the config's own or, if that is rare, the most frequent. values: each trial's, a tuple if
+    the entry's paths differ in value.
     """
 
     entry: Entry
@@ -77,7 +77,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Its paths."""
+        """The entry's paths."""
         return ", ".join(self.entry.paths)
 
 
@@ -98,7 +98,7 @@ def settings_of(space: Space, trials: Sequence[Trial]) -> list[Setting]:
 
 
 def assignment(setting: Setting, trial: str) -> str:
-    """What a trial has in a setting, as one would write it on the command line."""
+    """A trial's value of a setting, written as on the command line."""
     value, paths = setting.values[trial], setting.entry.paths
     if isinstance(value, tuple):
         pairs = zip(paths, value, strict=True)
@@ -107,7 +107,7 @@ def assignment(setting: Setting, trial: str) -> str:
 
 
 def value_text(value: object) -> str:
-    """A setting's value as a config has it, without quotes; a tuple is several paths' values."""
+    """A setting's value as in a config, without quotes; a tuple has several paths' values."""
     if isinstance(value, tuple):
         return ", ".join(map(value_text, value))
     if isinstance(value, list):  # a split, or names
@@ -119,14 +119,14 @@ def value_text(value: object) -> str:
 
 
 def _own_values(entry: Entry, config: Config) -> dict[str, object]:
-    """The config's values for the paths of an entry, as the space writes them where it does."""
+    """The config's values for the paths of an entry, in the space's spelling if it has them."""
     for option in entry.options:
         values = dict(zip(entry.paths, option, strict=True))
         try:
             if override(config, values) == config:
                 return values
         except ConfigError:
-            continue  # it goes with another value only, so it is not the config's own
+            continue  # the option contradicts the config, so it is not the config's own
     own = flatten(config)
     plain = {path: own[path] for path in entry.paths}
     return {path: list(one) if isinstance(one, tuple) else one for path, one in plain.items()}
@@ -135,9 +135,9 @@ def _own_values(entry: Entry, config: Config) -> dict[str, object]:
 def _by_option(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
     options: list[object] = []
     for option in map(_joined, entry.options):
-        if option not in options:  # one given twice is drawn twice as often
+        if option not in options:  # an option may be listed twice, to be drawn twice as often
             options.append(option)
-    # The config's own need not be among them.
+    # The config's own value need not be an option.
     options += [one for one in own if one not in options and one in values.values()]
     of = {trial: options.index(value) for trial, value in values.items()}
     preferred = options.index(own[0]) if own and own[0] in options else None
@@ -146,7 +146,7 @@ def _by_option(entry: Entry, values: Mapping[str, object], own: Sequence[object]
 
 
 def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) -> Setting:
-    """Parts of a range with as many trials each; equal values are in the same part."""
+    """Group trials into parts of a range, equally many in each; equal values stay together."""
     numbers = sorted(value for value in values.values() if is_number(value))
     count = max(1, min(MOST_PARTS, len(numbers) // PART)) if numbers else 0
     starts = sorted({numbers[len(numbers) * part // count] for part in range(count)})
@@ -155,7 +155,7 @@ def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) 
         last = max(number for number in numbers if number < after)
         ends = [f"{end:.2g}" if isinstance(end, float) else f"{end}" for end in (first, last)]
         names.append(" to ".join(ends if first < last else ends[:1]))
-    # The config's own may be null where the space has numbers.
+    # The config's own value may be null where the space has numbers.
     odd = [value for value in own if not is_number(value) and value in values.values()]
 
     def place(value: object) -> int:
@@ -169,7 +169,7 @@ def _by_part(entry: Entry, values: Mapping[str, object], own: Sequence[object]) 
 
 
 def _reference(of: Mapping[str, int], preferred: int | None) -> int:
-    """The config's own level, if enough trials have it, else the one that most have."""
+    """The config's own level if enough trials have it, otherwise the most frequent one."""
     counts = Counter(of.values())
     if preferred is not None and (counts[preferred] >= ENOUGH or not counts):
         return preferred
@@ -177,5 +177,5 @@ def _reference(of: Mapping[str, int], preferred: int | None) -> int:
 
 
 def _joined(values: Sequence[object]) -> object:
-    """The one value of all paths, or theirs."""
+    """The paths' common value, or a tuple of their values."""
     return values[0] if all(value == values[0] for value in values) else tuple(values)

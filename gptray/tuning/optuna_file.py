@@ -1,7 +1,7 @@
 """`optuna.log`: a sweep as a study in Optuna's journal format, which optuna-dashboard opens.
 
-The format is that of optuna's JournalStorage with a JournalFileBackend: an operation a line. It is
-written here, so that every sweep has it, whether Optuna is installed or not.
+The format is that of Optuna's JournalStorage with a JournalFileBackend: one operation per line. It
+is written without Optuna, so that every sweep has it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import SKIPPED, Trial, TrialEvent, load_trials, trial_events
 
 OPTUNA = "optuna.log"
-# optuna.storages.journal's JournalOperation, and the number that TrialState has for each outcome.
+# optuna.storages.journal's JournalOperation, and TrialState's number for each outcome.
 _STUDY, _STUDY_SYSTEM, _TRIAL, _STATE, _REPORT, _NOTE = 0, 3, 4, 6, 7, 8
 _RUNNING, _WAITING = 0, 4
 _STATES = {"finished": 1, "patience": 1, "stopped": 2, "diverged": 3, "failed": 3}
@@ -31,10 +31,10 @@ Json: TypeAlias = "str | int | float | bool | None | Sequence[Json] | Mapping[st
 def write_optuna_file(folder: Path) -> Path:
     """Bring `optuna.log` of a sweep's folder up to date; return its path.
 
-    Its objective is the lowest validation loss in bits per byte; a trial that is stopped at a rung
-    is pruned once the sweep is over, and one that is run again after a failure is a new one.
-    Evaluations are there once a trial is over: so lines are only ever added, and a dashboard that
-    is open follows.
+    Its objective is the lowest validation loss in bits per byte. A trial that is still stopped at a
+    rung at the end of the sweep is pruned; one that is retried after a failure is a new trial.
+    A trial's evaluations are written when it ends, so that lines are only ever appended and an open
+    dashboard can follow.
     """
     path = folder / OPTUNA
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in _lines(folder))
@@ -61,8 +61,8 @@ def _lines(folder: Path) -> Iterator[dict[str, Json]]:
     yield _line(_STUDY_SYSTEM, study_id=0, system_attr={"study:metric_names": ["val_bpb"]})
     numbers: dict[str, int] = {}
     count = 0
-    stopped: dict[str, TrialEvent] = {}  # those that may be promoted
-    skipped: set[str] = set()  # they wait on
+    stopped: dict[str, TrialEvent] = {}  # they may still be promoted
+    skipped: set[str] = set()  # they are still waiting in the study
     for event in trial_events(folder):
         if event["event"] == "winner":
             for name, end in stopped.items():
@@ -130,7 +130,7 @@ def _ended(number: int, trial: Trial, event: TrialEvent) -> Iterator[dict[str, J
         notes["best_step"] = min(rows, key=lambda row: row["val_bpb"])["step"]
     for key, value in notes.items():
         yield _line(_NOTE, trial_id=number, user_attr={key: value})
-    # What failed has no value, and what is complete has one.
+    # Optuna allows a failed trial no value, and requires one of a complete trial.
     state = _STATES[event["outcome"]] if rows else _STATES["failed"]
     is_failed = state == _STATES["failed"]
     values = None if is_failed else [min(row["val_bpb"] for row in rows)]
@@ -138,7 +138,7 @@ def _ended(number: int, trial: Trial, event: TrialEvent) -> Iterator[dict[str, J
 
 
 def _distribution(entry: Entry, path: str, own: Sequence[object]) -> dict[str, Json]:
-    """What a path is drawn from, as Optuna has it; `own`, the config's value, is part of it."""
+    """A path's distribution in Optuna's terms, extended to include `own`, the config's value."""
     if entry.options:
         place = entry.paths.index(path)
         choices: list[Json] = []
@@ -161,7 +161,7 @@ def _named(name: str, **attributes: Json) -> dict[str, Json]:
 
 
 def _inside(distribution: Mapping[str, Json], value: object) -> Json:
-    """A value as the journal has it: a choice by its number; None if it has no place there."""
+    """A value in the journal's form: a choice by its index; None if it cannot be expressed."""
     attributes = distribution["attributes"]
     assert isinstance(attributes, Mapping)
     if "choices" in attributes:
@@ -172,7 +172,7 @@ def _inside(distribution: Mapping[str, Json], value: object) -> Json:
 
 
 def _place(choices: Sequence[Json], value: object) -> int | None:
-    """The number of the choice that a value is; 1 is 1.0 and not true."""
+    """The index of a value among the choices; 1 equals 1.0 but not true."""
     one = _primitive(value)
     for place, choice in enumerate(choices):
         if choice == one and isinstance(choice, bool) == isinstance(one, bool):

@@ -1,6 +1,6 @@
-"""Where a sweep stands: who leads, what it is compared with, what was run and what was spared.
+"""A sweep's standing: which trial leads, its baseline, and the steps run and saved.
 
-Facts for the report's sections; `story` puts them into sentences.
+Facts for the report's sections; the report puts them into sentences.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gptray.tuning.levels import Setting, Space, settings_of
 from gptray.tuning.sweep_record import Sweep, Trial
 from gptray.tuning.trial_plan import ranked
 
-# How a trial that did not run to its end is counted among the steps that were not run.
+# Why steps were not run.
 SPARED = ("stopped", "patience", "wrong", "open")
 
 
@@ -22,9 +22,9 @@ SPARED = ("stopped", "patience", "wrong", "open")
 class Ranking:
     """A sweep and what follows from its record.
 
-    trials: without repetitions, the best first, then those that cannot win, in their order.
-    best: the winner or, before the end, the one with the lowest loss so far. own: the trial of the
-    config as it is.
+    trials: without repetitions; the best first, then those that cannot win, in order of planning.
+    best: the winner or, before the end, the trial with the lowest loss so far. own: the trial that
+    runs the config unchanged.
     """
 
     sweep: Sweep
@@ -38,7 +38,7 @@ class Ranking:
 
     @classmethod
     def of(cls, sweep: Sweep) -> Ranking:
-        """Judge a sweep as it stands."""
+        """Judge a sweep in its current state."""
         space = Space.of(sweep.config)
         first = [trial for trial in sweep.trials if not trial.replicate_of]
         settings = settings_of(space, first)
@@ -58,16 +58,16 @@ class Ranking:
 
     @property
     def steps_run(self) -> int:
-        """Steps that all trials ran."""
+        """Steps run by all trials together."""
         return sum(trial.step for trial in self.sweep.trials)
 
     @property
     def steps_full(self) -> int:
-        """Steps of all trials, had each run to its end."""
+        """Steps of all trials together, had each run to its end."""
         return sum(trial.max_steps for trial in self.sweep.trials)
 
     def spared(self) -> dict[str, int]:
-        """The steps that were not run, by why: SPARED."""
+        """The steps that were not run, by reason: one of SPARED."""
         found: Counter[str] = Counter()
         for trial in self.sweep.trials:
             kind = "wrong" if is_wrong(trial) else trial.outcome or "open"
@@ -75,7 +75,7 @@ class Ranking:
         return {kind: found[kind] for kind in SPARED}
 
     def changes(self, trial: Trial) -> list[Setting]:
-        """The settings that a trial has differently from the config as it is."""
+        """The settings in which a trial differs from the config."""
         values, own = self.space.values(trial), self.space.own
         return [
             setting
@@ -84,15 +84,15 @@ class Ranking:
             and any(values[path] != own.get(path) for path in setting.entry.paths)
         ]
 
-    def told(
+    def clear_effects(
         self, outcome: Literal["loss", "gap"], *, lower: bool
     ) -> list[tuple[Effect, Interval]]:
-        """The effects that are told from none, in one direction, the largest first."""
+        """The effects in one direction whose intervals exclude zero, the largest first."""
         found = []
         for effect in self.effects.of:
             if effect.last:
                 interval = effect.last.loss if outcome == "loss" else effect.last.gap
-                if interval.is_told and (interval.middle < 0) == lower:
+                if interval.excludes_zero and (interval.middle < 0) == lower:
                     found.append((effect, interval))
         return sorted(found, key=lambda one: -abs(one[1].middle))
 

@@ -1,7 +1,7 @@
-"""What each setting adds to what trials measure, from stage to stage of a sweep.
+"""Bayesian regression of trials' measurements on their settings, stage by stage.
 
-A Bayesian regression for more settings than a few trials can tell apart: most are taken to do
-next to nothing until the trials say otherwise. It knows matrices, and nothing of sweeps.
+It is for more settings than a few trials can tell apart: most are assumed to do next to nothing
+until the trials say otherwise. It knows matrices, and nothing of sweeps.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ Places = NDArray[np.intp]
 CHAINS = 32
 BURN_IN = 40
 KEPT = 32
-# What is left at a stage of how a trial deviated at the one before, and how sure that is at first.
+# Prior mean and standard deviation of r, the part of a trial's deviation that persists to the next
+# stage.
 PERSISTENCE, UNSURE = 0.5, 0.5
-# A setting adds at most about so many standard deviations of what trials gain over a stage.
+# A setting's effect is at most about this many standard deviations of the trials' gains in a stage.
 WIDEST = 3.0
-# Degrees of freedom of Student's t: how far a single trial may go astray.
+# Degrees of freedom of Student's t: how far off single trials may be.
 TAILS = 4.0
-FLAT = 1e-6  # the precision of a prior that says nothing
-# Squared scales stay in here: what is smaller or larger makes no difference but to the arithmetic.
+FLAT = 1e-6  # the precision of an uninformative prior
+# Bounds of squared scales, for numerical stability: beyond them, results no longer change.
 LEAST, MOST = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What was measured at one step.
+    """The measurements at one step.
 
-    reached: (trials,), who got there; all of them had reached the stage before.
-    values: (trials, outcomes), anything for those who did not.
+    reached: (trials,), which trials got there; they all reached the previous stage too.
+    values: (trials, outcomes), arbitrary for trials that did not.
     """
 
     reached: Flags
@@ -45,22 +46,22 @@ class Stage:
 def sample_effects(
     design: Floats, group: Places, stages: Sequence[Stage], *, seed: int
 ) -> list[Floats]:
-    """Draw what each column adds to each outcome, at each stage, given what was measured.
+    """Draw each column's effect on each outcome, at each stage, from the posterior.
 
-    design: (trials, columns). group: (columns,), to which setting a column belongs, from 0 on.
+    design: (trials, columns). group: (columns,), the setting that a column belongs to, from 0.
     Returns an array (draws, columns, outcomes) for each stage.
 
-    At the first stage y = a + X b + e. At every later one, from the trials that reached it,
-    y' = a' + X (b + d) + r e + e', where e is what else set a trial apart at the stage before, r
-    a number between 0 and 1 or about that, and `b + d` what is returned. Who goes on is decided
-    by what was measured at the stage before, so that given this nothing is missing but at random
-    (Little & Rubin 2002, section 7.4), and those that were stopped bias nothing. An outcome's e'
-    also depends on e of the outcomes before it.
+    At the first stage y = a + X b + e. At each later one, for the trials that reached it,
+    y' = a' + X (b + d) + r e + e', where e is the trial's residual at the previous stage, r is
+    roughly between 0 and 1, and `b + d` is returned. Which trials continue depends only on the
+    measurements at the previous stage, so that given these the others are missing at random (Little
+    & Rubin 2002, section 7.4), and stopping them causes no bias. An outcome's e' also depends on
+    the e of the outcomes before it.
 
-    e and e' have Student's t distribution, so that single trials gone astray count for little.
-    b and d have a group horseshoe prior: a scale for each setting, the same at all stages, times
-    one for each stage, both half-Cauchy (Carvalho et al. 2010). It is drawn from by Gibbs sampling
-    with auxiliary variables (Makalic & Schmidt 2016), each stage given the draw at the one before.
+    e and e' have Student's t distribution, so that outliers count for little. b and d have a group
+    horseshoe prior: a scale for each setting, the same at all stages, times one for each stage,
+    both half-Cauchy (Carvalho et al. 2010). Sampled by Gibbs sampling with auxiliary variables
+    (Makalic & Schmidt 2016), each stage given the draw at the previous one.
     """
     samplers = [
         _Sampler(design, group, stages, outcome, np.random.default_rng([seed, outcome]))
@@ -68,7 +69,7 @@ def sample_effects(
     ]
     draws: list[list[Floats]] = [[] for _ in stages]
     for turn in range(BURN_IN + KEPT):
-        # Of each stage and outcome so far, how trials deviate: (chains, trials that reached it).
+        # Trials' deviations at each stage, by outcome so far: (chains, trials that reached it).
         deviations: list[list[Floats]] = [[] for _ in stages]
         for sampler in samplers:
             sampler.draw(deviations)
@@ -80,11 +81,11 @@ def sample_effects(
 
 @dataclass(frozen=True)
 class _Data:
-    """One outcome at one stage, of the trials that reached it.
+    """One outcome at one stage, for the trials that reached it.
 
-    design: (trials, columns + 1), the last one constant. values: (trials,), centred.
-    spread: the standard deviation of what they gained since the stage before.
-    kept: of the trials of the stage before, these.
+    design: (trials, columns + 1), the last column constant. values: (trials,), centred.
+    spread: the standard deviation of the trials' gains since the previous stage.
+    kept: which trials of the previous stage these are.
     """
 
     design: Floats
@@ -94,7 +95,7 @@ class _Data:
 
 
 class _Sampler:
-    """The chains of one outcome, side by side. All scales are squared.
+    """The Markov chains of one outcome, in parallel. All scales are squared.
 
     `local` (chains, settings), `overall` and `noise` (chains, stages) each have an auxiliary
     variable of the same shape.
@@ -114,12 +115,12 @@ class _Sampler:
         self._local, self._local_aid = np.ones((2, CHAINS, self._member.shape[1]))
         self._overall, self._noise = np.full((2, CHAINS, len(stages)), 0.2)
         self._overall_aid, self._noise_aid = np.ones((2, CHAINS, len(stages)))
-        # Of each stage, how much each trial counts in each chain: (chains, trials).
+        # The weight of each trial in each chain, by stage: (chains, trials).
         self._weights = [np.ones((CHAINS, len(data.values))) for data in self._data]
         self.effects: list[Floats] = []
 
     def draw(self, deviations: list[list[Floats]]) -> None:
-        """Draw everything again; the `effects` at each stage are then (chains, columns)."""
+        """Do one Gibbs sweep; `effects` then has an array (chains, columns) for each stage."""
         effects = np.zeros((CHAINS, len(self._group)))
         squares = np.empty((len(self._data), CHAINS, self._member.shape[1]))
         self.effects = []
@@ -128,7 +129,7 @@ class _Sampler:
             before = [one - one.mean(1, keepdims=True) for one in before]
             target = data.values - effects @ data.design[:, :-1].T
             if before:
-                target = target - PERSISTENCE * before[-1]  # its own comes last
+                target = target - PERSISTENCE * before[-1]  # the last is this outcome's own
             added = self._coefficients(number, data, target, before)
             effects = effects + added * data.spread
             squares[number] = added**2 @ self._member
@@ -139,7 +140,7 @@ class _Sampler:
     def _coefficients(
         self, number: int, data: _Data, target: Floats, before: Sequence[Floats]
     ) -> Floats:
-        """What the columns add at a stage, (chains, columns), in units of its spread."""
+        """Draw what the columns add at a stage, (chains, columns), in units of its spread."""
         columns, noise = len(self._group), self._noise[:, number, None]
         fixed = np.broadcast_to(data.design, (CHAINS, *data.design.shape))
         regressors = np.concatenate([fixed, *(one[:, :, None] / data.spread for one in before)], 2)
@@ -148,7 +149,7 @@ class _Sampler:
         scales = self._local[:, self._group] * self._overall[:, number, None]
         prior[:, :columns] = 1 / scales + WIDEST**-2.0
         prior[:, columns] = FLAT
-        # A normal draw by solving for perturbed data (Papandreou & Yuille 2010).
+        # Draw from the normal posterior by perturbing the data (Papandreou & Yuille 2010).
         weights = self._weights[number] / noise
         across = regressors.transpose(0, 2, 1) * weights[:, None]
         precision = across @ regressors + prior[:, :, None] * np.eye(prior.shape[1])
@@ -160,7 +161,7 @@ class _Sampler:
         return found[:, :columns, 0]
 
     def _draw_noise(self, number: int, rest: Floats) -> None:
-        """Draw scale and weights from what is left, (chains, trials)."""
+        """Draw the noise scale and the trials' weights, given residuals (chains, trials)."""
         rate = (self._weights[number] * rest**2).sum(1) / 2 + 1 / self._noise_aid[:, number]
         noise = self._inverse_gamma((rest.shape[1] + 1) / 2, rate)
         self._noise[:, number] = noise
@@ -169,7 +170,7 @@ class _Sampler:
         self._weights[number] = 1 / self._inverse_gamma((TAILS + 1) / 2, rate)
 
     def _draw_scales(self, squares: Floats) -> None:
-        """From the sums of squared coefficients, (stages, chains, settings)."""
+        """Draw the scales, given sums of squared coefficients (stages, chains, settings)."""
         sizes, columns = self._member.sum(0), len(self._group)
         at_stage = self._overall.T[:, :, None]
         rate = (squares / at_stage).sum(0) / 2 + 1 / self._local_aid

@@ -1,4 +1,4 @@
-"""How much of the training text a trial had seen when its model was best."""
+"""How much of the training text a trial had read when its model was best."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gptray.wording import count, magnitude
 
 @dataclass(frozen=True)
 class Seen:
-    """Steps and tokens trained on; `epochs` of the trial's share of the text, `fraction` of all.
+    """Steps and tokens trained on; `epochs` are of the trial's `fraction` of the text.
 
-    tokens: counted each time they were read. share: of the training split, 0 to 1, read at least
+    tokens: counted each time they were read. share: of the training split (0 to 1), read at least
     once.
     """
 
@@ -24,7 +24,7 @@ class Seen:
 
     @classmethod
     def of(cls, trial: Trial, config: Config) -> Seen:
-        """At the best evaluation of a trial of the sweep with this config."""
+        """Count up to a trial's best evaluation. config: the sweep's."""
         assert trial.best
         own, step = override(config, trial.values), trial.best["step"]
         return cls(step, step * own.tokens_per_step, trial.best["epoch"], own.data.fraction)
@@ -35,7 +35,7 @@ class Seen:
 
     @property
     def words(self) -> str:
-        """As the end of "it has seen ..."."""
+        """The end of a sentence that begins "it has seen"."""
         share = f"{100 * self.share:.2g} %" if self.share < 1 else "all"
         times = f" {self.epochs:.1f} times" if self.epochs >= 1.05 else ""
         part = " (data.fraction)" if self.fraction < 1 else ""

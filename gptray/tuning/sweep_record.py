@@ -1,7 +1,7 @@
-"""A sweep's own record, `trials.jsonl`: which trials there are, and what became of each.
+"""A sweep's own record, `trials.jsonl`: its trials and what became of each.
 
-One event a line, on disk before the sweep continues, so that a killed sweep knows what it had
-decided. A trial's measurements are in its own run folder `trials/<name>/`.
+One event per line, synced to disk before the sweep continues, so that a killed sweep knows what it
+had decided. A trial's measurements are in its own run folder, `trials/<name>/`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gptray.files import append, storing
 from gptray.record import MetricsRow, RowFields, read_events, read_metrics, read_rows
 
 TRIALS = "trials.jsonl"
-# How a trial ends: at max_steps, by its own early stopping, at a rung unless it is promoted, with a
-# number that is not finite, with an exception.
+# How a trial ends: at max_steps, by its own early stopping, at a rung until it is promoted, with a
+# non-finite number, with an exception.
 OUTCOMES = ("finished", "patience", "stopped", "diverged", "failed")
-# What becomes of a trial that never starts, since the sweep has stopped itself.
+# The outcome of a trial that never starts because the sweep stops itself.
 SKIPPED = "skipped"
-# Of a trial that has not ended, and of one that has.
+# States of trials that have not ended, then of those that have.
 STATES = ("waiting", "running", *OUTCOMES, SKIPPED)
-# What each event must have.
+# The fields that each event must have.
 _FIELDS: RowFields = {
     "": {"event": str},
     "planned": {"trial": str, "values": dict, "max_steps": int},
@@ -46,24 +46,24 @@ class TrialEvent(TypedDict, total=False):
     event: str
     time: float
     trial: str
-    values: dict[str, object]  # of a planned trial, as are the next three
+    values: dict[str, object]  # planned: this and the next three
     max_steps: int
     replicate_of: str | None
     point: dict[str, float]
-    outcome: str  # of an ended trial, as are the next three
+    outcome: str  # ended: this and the next three
     step: int
     message: str | None
     passing: bool
-    num_samples: int  # of a reopened sweep, as is the next
+    num_samples: int  # reopened: this and the next
     before: int
-    trials: int  # of a sweep that has stopped itself, as are the next four
+    trials: int  # enough: this and the next four
     of: int
     gain: float
     gain_at_most: float
     min_gain: float
 
 
-# A trial's name is its folder's name: it must not lead out of the sweep.
+# A trial's name is also its folder's, so it must not lead out of the sweep.
 _TRIAL = r"[\w-]+"
 
 
@@ -71,12 +71,12 @@ _TRIAL = r"[\w-]+"
 class Trial:
     """One trial, planned or run. `outcome` is None while it waits or runs.
 
-    values: what is set in it, by dotted path; a path whose condition does not hold is missing.
+    values: its settings by dotted path; a path whose condition does not hold is missing.
     replicate_of: the trial that this one repeats with another seed.
-    step: the last one logged.
+    step: the last logged step.
     rows: its metrics.jsonl.
-    point: what Optuna suggested, in its own terms.
-    passing: whether it failed for a reason that may pass: a full disk, a process that died.
+    point: Optuna's suggestion, in Optuna's own terms.
+    passing: whether it failed for a transient reason: a full disk, a process that died.
     """
 
     name: str
@@ -98,26 +98,26 @@ class Trial:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has run, and is over or waits at a rung."""
+        """Whether it has run and is over, or waits at a rung."""
         return self.outcome not in (None, SKIPPED)
 
     @property
     def best(self) -> MetricsRow | None:
-        """The evaluation with the lowest validation loss in bits per byte, None before any."""
+        """The evaluation with the lowest validation loss in bits per byte; None before any."""
         evaluations = [row for row in self.rows if "val_bpb" in row]
         return min(evaluations, key=lambda row: row["val_bpb"], default=None)
 
     @property
     def lost(self) -> float:
-        """Share of the validation text that the trial's tokenizer does not give back."""
+        """The share of the validation text that the trial's tokenizer loses."""
         return float(self.best.get("val_lost", 0.0)) if self.best else 0.0
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder, read. `winner` is None until all is over.
+    """A sweep as read from its folder. `winner` is None until the sweep is over.
 
-    trials: without those that were skipped.
+    trials: without skipped ones.
     """
 
     folder: Path
@@ -132,7 +132,7 @@ def trial_dir(folder: Path, name: str) -> Path:
 
 
 def trial_changes(folder: Path, trial: Trial) -> list[Change]:
-    """What a sweep's trial did to its text and to those of evaluate.also; nothing without such."""
+    """A trial's effect on its own text and those of evaluate.also; empty without the latter."""
     return changes_of(trial.rows, read_events(trial_dir(folder, trial.name)))
 
 
@@ -146,9 +146,9 @@ def trial_events(folder: Path) -> list[TrialEvent]:
 
 
 def rungs(config: Config) -> list[int]:
-    """The steps at which trials are compared and the worse ones wait, rising, below max_steps.
+    """The steps at which trials are compared and the worse ones wait, ascending, below max_steps.
 
-    Where they land, it is before that. Of the first bracket; a later one leaves out the first ones.
+    They are before any landing. These are the first bracket's; later ones skip the first rungs.
     """
     end = config.stable_steps + 1 if config.optim.lands else config.train.max_steps
     step = config.tune.grace_period * config.train.eval_interval
@@ -160,21 +160,21 @@ def rungs(config: Config) -> list[int]:
 
 
 def load_sweep(folder: Path) -> Sweep:
-    """Read a sweep's folder as it stands."""
+    """Read a sweep's folder in its current state."""
     config, winner = load_config(str(folder / "config.yaml"), []), winner_dir(folder)
     trials = [trial for trial in load_trials(folder) if trial.outcome != SKIPPED]
     return Sweep(folder, config, trials, winner.name if winner else None)
 
 
 def winner_dir(folder: Path) -> Path | None:
-    """The run folder of a sweep's winner; None before it is known, and for any other folder."""
+    """The run folder of a sweep's winner; None before there is one, and for other folders."""
     return _last_trial(folder, "winner", "reopened")
 
 
-def crowned_dir(folder: Path) -> Path | None:
-    """The run folder whose model is the sweep's: the winner's, or of the last one while reopened.
+def published_dir(folder: Path) -> Path | None:
+    """The run folder whose model is the sweep's: the winner's or, if reopened, the last winner's.
 
-    None before any winner, and for any other folder.
+    None before the first winner, and for other folders.
     """
     return _last_trial(folder, "winner")
 
@@ -185,13 +185,13 @@ def _last_trial(folder: Path, *events: str) -> Path | None:
 
 
 def samples_drawn(folder: Path) -> list[int]:
-    """How many samples a sweep had drawn after each round; empty before tune.num_samples rose."""
+    """How many samples a sweep had after each round; empty unless tune.num_samples was raised."""
     raised = [row for row in trial_events(folder) if row.get("num_samples")]
     return [raised[0]["before"], *(row["num_samples"] for row in raised)] if raised else []
 
 
 def load_trials(folder: Path) -> list[Trial]:
-    """The trials of a sweep's folder as they stand, in the order in which they were planned."""
+    """The trials of a sweep's folder in their current state, in order of planning."""
     by_trial: dict[str, dict[str, TrialEvent]] = {}
     for event in trial_events(folder):
         if "trial" not in event:
@@ -223,12 +223,12 @@ def _trial(folder: Path, events: Mapping[str, TrialEvent]) -> Trial:
 
 
 class Record:
-    """The writer of a sweep's `trials.jsonl`, held by its driver alone."""
+    """The writer of a sweep's `trials.jsonl`; only the driver has one."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the record of a folder; a line that a crash cut off is dropped.
+        """Open the record of a folder; an incomplete last line is dropped.
 
-        Raises RunFailed, as all that writes, if the disk is full or cannot be written.
+        Like all methods that write, raises RunFailed if the disk is full or not writable.
         """
         self._path = folder / TRIALS
         with storing(self._path):
@@ -243,7 +243,7 @@ class Record:
         replicate_of: str | None = None,
         point: Mapping[str, float] | None = None,
     ) -> None:
-        """There is to be such a trial; `point`: what Optuna suggested."""
+        """A trial was planned; `point`: Optuna's suggestion."""
         self._write(
             "planned",
             trial=trial,
@@ -254,7 +254,7 @@ class Record:
         )
 
     def started(self, trial: str) -> None:
-        """The trial runs, for the first time or again."""
+        """The trial started, for the first time or again."""
         self._write("started", trial=trial)
 
     def ended(
@@ -266,29 +266,29 @@ class Record:
         message: str | None = None,
         passing: bool = False,
     ) -> None:
-        """The trial is over: one of OUTCOMES; `passing`: it failed for a reason that may pass."""
+        """The trial ended. outcome: of OUTCOMES or SKIPPED. passing: the failure is transient."""
         assert outcome in (*OUTCOMES, SKIPPED), outcome
         more = {"passing": True} if passing else {}
         self._write("ended", trial=trial, outcome=outcome, step=step, message=message, **more)
 
     def promoted(self, trial: str) -> None:
-        """The trial, which was stopped at a rung, goes on from there."""
+        """The trial, which was stopped at a rung, continues from there."""
         self._write("promoted", trial=trial)
 
     def retried(self, trial: str) -> None:
-        """The trial, which had failed or was skipped, is to run, from its checkpoints if any."""
+        """The trial, which failed or was skipped, is to run, from its checkpoints if any."""
         self._write("retried", trial=trial)
 
     def reopened(self, **why: int) -> None:
-        """The winner is to be decided again; num_samples, before: more samples than before."""
+        """The winner is to be decided again; num_samples, before: set if samples were added."""
         self._write("reopened", **why)
 
     def enough(self, *, trials: int, of: int, **gains: float) -> None:
-        """The sweep stops itself after so many of its trials; gain, gain_at_most, min_gain."""
+        """The sweep stopped itself after `trials` of its trials; gain, gain_at_most, min_gain."""
         self._write("enough", trials=trials, of=of, **gains)
 
     def winner(self, trial: str) -> None:
-        """The sweep is over."""
+        """The sweep is over, and this trial won."""
         self._write("winner", trial=trial)
 
     def _write(self, event: str, **fields: object) -> None:

@@ -15,18 +15,18 @@ from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import Sweep, load_sweep, trial_dir
 
 TABLE = "trials.parquet"
-# Of the evaluation with the lowest loss, as in metrics.jsonl.
+# Metrics of the evaluation with the lowest loss, as in metrics.jsonl.
 BEST = ("val_loss", "val_ppl", "val_bpb", "train_loss", "gap")
 
 
 def write_trials_parquet(folder: Path) -> Path:
-    """Write `trials.parquet` of a sweep's folder, whole or not at all; return its path.
+    """Write a sweep's `trials.parquet` atomically; return its path.
 
-    A row for each trial: trial, outcome (null: waits or runs), replicate_of; a column for each
-    path that some trial sets, of the key's type, null where the trial does not have it, a list as
-    text; step, max_steps; best_step and the metrics of the evaluation with the lowest loss, `gap`
-    in nats per token; lost, the share of the validation text that the tokenizer loses; seconds of
-    training, pauses left out; message; model_dir.
+    One row per trial: trial, outcome (null: waits or runs), replicate_of; a column of the key's
+    type for each path that any trial sets, null if this trial does not, with lists as text; step,
+    max_steps; best_step and the metrics of the evaluation with the lowest loss, `gap` in nats per
+    token; lost, the share of the validation text that the tokenizer loses; seconds of training
+    without pauses; message; model_dir.
     """
     sweep = load_sweep(folder)
     space, specs = Space.of(sweep.config), field_specs(Config)

@@ -1,7 +1,7 @@
-"""What text is worth: validation loss over the share of the text, and other losses measured by it.
+"""The value of text: validation loss as a function of the share of the text trained on.
 
-It knows losses of runs that differ in their share of the text and in their seed, and nothing of
-sweeps. Intervals hold 95 % and are over seeds.
+It knows the losses of runs that differ in their share of the text and in their seed, and nothing of
+sweeps. Intervals are 95 % credible intervals over seeds.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from gptray.tuning.effects import TAILS, Interval
 from gptray.tuning.regression import Floats
 
-# Shares of the text at least, and runs with each, for a curve to be fitted.
+# The fewest shares of the text, and the fewest runs with each, to fit a curve.
 ENOUGH_SHARES, ENOUGH_SEEDS = 3, 2
-# The straight line's share of the prior, and the exponents that share the rest.
+# The prior probability of the straight line; the other exponents share the rest.
 STRAIGHT = 0.5
 EXPONENTS = np.linspace(0.0, 2.0, 41)
-STRAIGHTEST = 1e-9  # an exponent with which the power law is as good as a line
+STRAIGHTEST = 1e-9  # an exponent with which the power law is practically a line
 DRAWS = 4000
 
 Losses = Mapping[float, Sequence[float]]
@@ -28,14 +28,14 @@ Losses = Mapping[float, Sequence[float]]
 
 @dataclass(frozen=True)
 class TextCurve:
-    """The curve through the losses of runs by their share of the text, drawn from its posterior.
+    """Posterior draws of the curve of loss over the share of the text.
 
-    loss(s) = end + drop g(s), where g falls from 1 at the smallest share to 0 at the largest as
-    (s^-a - 1) / a does: a power law with a floor (Hestness et al. 2017, Hoffmann et al. 2022), or
-    for a = 0 a straight line in log s. Half of the prior is on the line, the rest spread over
-    `EXPONENTS`; it is flat on end, drop and the logarithm of the runs' deviation.
+    loss(s) = end + drop g(s), where g falls from 1 at the smallest share to 0 at the largest like
+    (s^-a - 1) / a: a power law with a floor (Hestness et al. 2017, Hoffmann et al. 2022) or, for
+    a = 0, a straight line in log s. Half of the prior is on the line, the rest is spread over
+    `EXPONENTS`; it is flat on end, drop and the logarithm of the runs' standard deviation.
 
-    shares: ascending. exponents, ends, drops: (draws,), as are the deviations of a single run.
+    shares: ascending. exponents, ends, drops, deviations (of a single run): (draws,).
     """
 
     shares: tuple[float, ...]
@@ -46,7 +46,7 @@ class TextCurve:
 
     @classmethod
     def fitted(cls, losses: Losses, *, seed: int = 0) -> TextCurve:
-        """From the losses of at least three shares, with two or more runs each."""
+        """Fit the curve to the losses of three or more shares, with two or more runs each."""
         shares = tuple(sorted(losses))
         assert len(shares) >= ENOUGH_SHARES
         runs = [(share, loss) for share in shares for loss in losses[share]]
@@ -56,7 +56,7 @@ class TextCurve:
         across = design.transpose(0, 2, 1) @ design  # (exponents, 2, 2)
         found = np.linalg.solve(across, design.transpose(0, 2, 1) @ y[:, None])[:, :, 0]
         rest = ((y - (design @ found[:, :, None])[:, :, 0]) ** 2).sum(1)
-        rest = np.maximum(rest, 1e-12 * y.var() + 1e-18)  # runs that agree to the last digit
+        rest = np.maximum(rest, 1e-12 * y.var() + 1e-18)  # runs may agree to the last digit
         prior = np.full(len(EXPONENTS), (1 - STRAIGHT) / (len(EXPONENTS) - 1))
         prior[0] = STRAIGHT
         # The likelihood with end, drop and the deviation integrated out.
@@ -82,21 +82,21 @@ class TextCurve:
 
     @property
     def floor(self) -> Interval:
-        """What the loss falls towards with endless text, by the power laws alone."""
+        """The loss in the limit of infinite text, according to the power laws alone."""
         is_law = self.exponents > 0
         ratio = (self.shares[0] / self.shares[-1]) ** -self.exponents[is_law]
         floors = self.ends[is_law] - self.drops[is_law] / (ratio - 1)
         return _interval(np.maximum(floors, 0))  # no loss is below 0
 
     def at(self, share: float) -> Interval:
-        """The mean loss of runs with a share of the text, which may be more than all of it."""
+        """The mean loss of runs with a share of the text, which may exceed 1."""
         ramp = _ramp(np.array([share]), self.exponents, self.shares)[:, 0]
         return _interval(np.maximum(self.ends + self.drops * ramp, 0))
 
     def needed(self, losses: Sequence[float], *, seed: int = 0) -> Interval:
-        """The share of the text that runs of the curve need for the mean of these losses.
+        """The share of the text with which the curve reaches the mean of these losses.
 
-        It stays within `shares`: at an end it says no more than so much, or so little.
+        It is clipped to the range of `shares`, so a result at either end is only a bound.
         """
         rng = np.random.default_rng(seed)
         noise = self.deviations / len(losses) ** 0.5 * rng.standard_normal(DRAWS)
@@ -108,7 +108,7 @@ class TextCurve:
 
 
 def _ramp(share: Floats, exponents: Floats, shares: Sequence[float]) -> Floats:
-    """g of each share for each exponent: (exponents, shares)."""
+    """g(share) for each exponent: (exponents, shares)."""
     logs = -np.log(np.array([*share, shares[0]]) / shares[-1])
     bent = np.expm1(np.maximum(exponents, STRAIGHTEST)[:, None] * logs)
     ramp: Floats = bent[:, :-1] / bent[:, -1:]

@@ -1,4 +1,4 @@
-"""A sweep over the amount of text: its runs by their share of it and by their other settings."""
+"""A sweep over the amount of text: groups its runs by share of the text and other settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHARE, SEED = "data.fraction", "seed"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Runs to their own ends that differ in nothing but their share of the text and their seed.
+    """Completed runs that differ only in their share of the text and their seed.
 
-    trials: by share, ascending. cut_off: shares of which train.max_steps ended a run whose loss may
-    still have been falling.
+    trials: by share, ascending. cut_off: shares with a run that train.max_steps ended while its
+    loss may still have been falling.
     """
 
     values: Mapping[str, object]
@@ -30,7 +30,7 @@ class Recipe:
 
     @property
     def losses(self) -> Losses:
-        """In bits per byte, of the shares with enough seeds."""
+        """Losses in bits per byte by share, for shares with enough seeds."""
         return {
             share: [score(trial) for trial in trials]
             for share, trials in self.trials.items()
@@ -41,8 +41,8 @@ class Recipe:
     def cut_off(self) -> list[float]:
         return [share for share, trials in self.trials.items() if any(map(_is_cut_off, trials))]
 
-    def differs(self, other: Recipe) -> str:
-        """The settings that it has differently, as on the command line."""
+    def differences(self, other: Recipe) -> str:
+        """The settings that differ from `other`, as on the command line."""
         return " and ".join(
             f"{path}={value_text(value)}"
             for path, value in self.values.items()
@@ -52,11 +52,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TextShares:
-    """What a sweep over data.fraction has run to its end.
+    """The completed runs of a sweep over data.fraction.
 
-    plain: the recipe whose losses make the curve: that of the config as it is or, where that has
-    too few shares, the one with the most. None where no recipe has enough.
-    others: recipes with enough seeds of a share that lies on the curve, in the sweep's order.
+    plain: the recipe whose losses make the curve: the config's own or, if that has too few shares,
+    the one with the most. None if no recipe has enough.
+    others: recipes with enough seeds of a share within the curve's range, in the sweep's order.
     """
 
     plain: Recipe | None
@@ -64,10 +64,10 @@ class TextShares:
 
     @classmethod
     def of(cls, sweep: Sweep) -> TextShares | None:
-        """None for a sweep in which all trials have the same share of the text."""
+        """Group a sweep's trials; None if all have the same share of the text."""
         if SHARE not in (path for entry in entries_of(sweep.config) for path in entry.paths):
             return None
-        bare = override(sweep.config, {"tune.space": []})  # not to be checked with every trial
+        bare = override(sweep.config, {"tune.space": []})  # or each override would check the space
         if len({trial.values.get(SHARE, bare.data.fraction) for trial in sweep.trials}) < 2:
             return None
         own = _key(_settings(bare, sweep, {}))
@@ -88,20 +88,20 @@ class TextShares:
 
     @cached_property
     def curve(self) -> TextCurve:
-        """Of the plain recipe, which there must be."""
+        """The curve of `plain`, which must not be None."""
         assert self.plain
         return TextCurve.fitted(self.plain.losses)
 
 
 def _is_cut_off(trial: Trial) -> bool:
-    """Whether train.max_steps ended it, and its stable part was lowest in its last quarter."""
+    """Whether max_steps ended a trial whose stable part was best in its last quarter."""
     rows = [row for row in rows_of("stable", trial.rows) if "val_bpb" in row]
     best = min(rows, key=lambda row: row["val_bpb"])
     return trial.outcome == "finished" and 4 * best["step"] >= 3 * rows[-1]["step"]
 
 
 def _recipes(bare: Config, sweep: Sweep) -> list[Recipe]:
-    """In the order of their first trials."""
+    """The sweep's recipes, in the order of their first trials."""
     values: dict[str, Mapping[str, object]] = {}
     trials: dict[str, dict[float, list[Trial]]] = {}
     for trial in sweep.trials:
@@ -115,7 +115,7 @@ def _recipes(bare: Config, sweep: Sweep) -> list[Recipe]:
 
 
 def _settings(bare: Config, sweep: Sweep, values: Mapping[str, object]) -> dict[str, object]:
-    """What a trial has for each path of the space but share and seed, varied in it or not."""
+    """A trial's value for each path of the space except share and seed."""
     config = flatten(override(bare, values))
     paths = [path for entry in entries_of(sweep.config) for path in entry.paths]
     return {path: config[path] for path in paths if path not in (SHARE, SEED)}

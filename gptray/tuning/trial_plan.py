@@ -1,6 +1,6 @@
-"""Which trials a sweep has: their values, their configs and, once they are over, the best of them.
+"""Plans a sweep's trials: their values, their configs and, once they are over, the winner.
 
-A function of the config and of what trials have measured; running them is the runner's.
+Pure functions of the config and of the trials' measurements; the tune job runs the trials.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from gptray.data.difference import percent
 from gptray.tuning.draws import draw
 from gptray.tuning.sweep_record import Trial
 
-# Trials that tune.replicates repeats.
+# How many of the best trials tune.replicates repeats.
 FINALISTS = 3
-# Draws that are tried out where the values themselves come later, one after the other.
+# With Optuna, values come one by one later, so this many random draws are checked in advance.
 REHEARSED = 64
 _SHOWN_PROBLEMS = 12
-# The key of data that leaves text and tokens as they are: it is for batches.
+# The one key of data that does not change text and tokens: it affects batches.
 NOISE = "token_replacement"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial to run: what is set in it, and the config that comes of it."""
+    """A trial to run: its values and the resulting config."""
 
     name: str
     values: Mapping[str, object]
@@ -46,11 +46,11 @@ def entries_of(config: Config) -> list[Entry]:
 def plan_trials(
     config: Config, folder: str, *, drawn: Sequence[int] = (), known: Sequence[Trial] = ()
 ) -> list[Planned]:
-    """The trials that the seed decides: with Optuna only the baseline. `folder` is the sweep's.
+    """The trials that the seed determines: with Optuna, only the baseline. `folder` is the sweep's.
 
     drawn: how many samples there were after each earlier round; tune.num_samples is the last.
-    known: trials of the record, whose names stay theirs.
-    Raises UserError if there is no space, or saying which of its values don't go together.
+    known: recorded trials, which keep their names.
+    Raises UserError if there is no space or if some of its values contradict each other.
     """
     entries = entries_of(config)
     if not entries:
@@ -73,33 +73,33 @@ def plan_trials(
 
 
 def _names(known: Sequence[Trial]) -> Iterator[str]:
-    """Names for trials without repetitions: those of the record, then numbers that are free."""
+    """Names for trials, without repetitions: the recorded ones, then unused numbers."""
     yield from (trial.name for trial in known if trial.replicate_of is None)
     yield from map(trial_name, itertools.count(len(known)))
 
 
 def text_key(config: Config) -> str:
-    """Equal for configs of a sweep whose text, split and tokens are the same."""
+    """A key that is equal for configs whose text, split and tokens are the same."""
     return config.data.model_dump_json(exclude={NOISE})
 
 
 def all_texts(config: Config, folder: str, trials: Sequence[Planned]) -> list[Config]:
-    """A config for every text that a trial may need, prepared in the sweep's storage."""
+    """A config to prepare each text that a trial may need, in the sweep's storage."""
     found = [trial.config for trial in trials]
     if config.tune.search_alg != "random":
-        entries = [entry for entry in entries_of(config) if any(map(_is_of_text, entry.paths))]
+        entries = [entry for entry in entries_of(config) if any(map(_changes_text, entry.paths))]
         points = _combinations(entries)
         found += [plan_trial(config, folder, "text", values).config for values in points]
     own = {"name": config.name, "storage_path": config.storage_path}
     return [override(one, own) for one in {text_key(one): one for one in found}.values()]
 
 
-def _is_of_text(path: str) -> bool:
+def _changes_text(path: str) -> bool:
     return path.startswith("data.") and path != f"data.{NOISE}"
 
 
 def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:
-    """Every combination of options, with and without the entries that have a condition."""
+    """Every combination of options, with and without entries that have a condition."""
     points: list[dict[str, object]] = [{}]
     for entry in entries:
         options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]
@@ -109,22 +109,22 @@ def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:
 
 
 def _refuse_endless_texts(entries: Sequence[Entry]) -> None:
-    """What Optuna may suggest has to be prepared before. Raises ConfigError."""
+    """Raise ConfigError if Optuna could suggest texts that cannot all be prepared in advance."""
     problems = [
         f"tune.space: {path}: with tune.search_alg=optuna write choice, because every text is "
         "prepared before the first trial"
         for entry in entries
         for path in entry.paths
-        if _is_of_text(path) and not entry.options
+        if _changes_text(path) and not entry.options
     ]
     if problems:
         raise ConfigError(problems)
 
 
 def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, object]) -> Planned:
-    """A trial of a sweep, by its values: a run in the sweep's folder, over the sweep's own split.
+    """The trial with these values: a run in the sweep's folder, over the sweep's own split.
 
-    Raises ConfigError where they don't go together.
+    Raises ConfigError if the values contradict each other.
     """
     tune = {f"tune.{key}": value for key, value in TuneConfig().model_dump().items()}
     seed = config.seed if config.data.seed is None else config.data.seed
@@ -133,7 +133,7 @@ def plan_trial(config: Config, folder: str, name: str, values: Mapping[str, obje
         "storage_path": f"{folder}/trials",
         "data.seed": seed,
         "train.resume": "auto",
-        # At a rung, the score of this very step decides.
+        # A rung decides by the score of that very step.
         "train.async_validation": False,
     }
     changed = {**tune, **own, **_rates(config, values), **values}
@@ -146,9 +146,9 @@ def trial_name(number: int) -> str:
 
 
 def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Planned]:
-    """The best trials, each with tune.replicates other seeds, to be run to the end.
+    """Repetitions of the best trials, each with tune.replicates other seeds, to run to the end.
 
-    Only those that are not among `trials` already.
+    Only those that are not among `trials` yet.
     """
     primary = [trial for trial in trials if trial.replicate_of is None]
     there = {(trial.replicate_of, trial.values.get("seed")) for trial in trials}
@@ -167,9 +167,9 @@ def replicates(config: Config, folder: str, trials: Sequence[Trial]) -> list[Pla
 
 
 def ranked(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials that may win, the lowest validation loss first: bits per byte, at their best.
+    """The trials that may win, ordered by their lowest validation loss in bits per byte.
 
-    A trial that went wrong is none of them, however good it was before.
+    A trial that went wrong is left out, however good it was before.
     """
     sound = [trial for trial in trials if trial.outcome not in ("diverged", "failed")]
     return sorted(
@@ -178,7 +178,7 @@ def ranked(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def lossy_ahead(trials: Iterable[Trial], winner: Trial | None) -> list[Trial]:
-    """The trials that win, lead or rank above a lossless one with a tokenizer that loses text."""
+    """Trials whose tokenizer loses text and that win, lead or rank above a lossless trial."""
     order = [trial for trial in ranked(trials) if not trial.replicate_of]
     last = max((place for place, trial in enumerate(order) if not trial.lost), default=0)
     return [
@@ -189,19 +189,19 @@ def lossy_ahead(trials: Iterable[Trial], winner: Trial | None) -> list[Trial]:
 
 
 def loses_text(trial: Trial) -> str:
-    """What to say of a trial whose tokenizer loses text."""
+    """A note on a trial whose tokenizer loses text."""
     return f"trial {trial.name}'s tokenizer loses {percent(trial.lost)} of the text"
 
 
 def score(trial: Trial) -> float:
-    """Validation loss in bits per byte at its lowest; infinite without an evaluation."""
+    """The lowest validation loss in bits per byte; infinite without an evaluation."""
     return float(trial.best["val_bpb"]) if trial.best else math.inf
 
 
 def choose_winner(trials: Sequence[Trial]) -> Trial | None:
-    """The best trial; where some were repeated, the one of these with the lowest mean.
+    """The best trial or, if some were repeated, the repeated one with the lowest mean score.
 
-    A repetition that diverged counts as infinitely bad, one that failed not at all. None if no
+    A repetition that diverged counts as infinitely bad; one that failed does not count. None if no
     trial may win.
     """
     best = ranked(trial for trial in trials if trial.replicate_of is None)
@@ -220,7 +220,7 @@ def mean_score(trial: Trial, trials: Sequence[Trial]) -> float:
 def _checked(
     drawn: Sequence[Mapping[str, object]], config: Config, folder: str, names: Iterator[str]
 ) -> list[Planned]:
-    """The trials of these values, each config once. Raises ConfigError with all that is wrong."""
+    """The trials with these values, each config once. Raises ConfigError with all problems."""
     found: dict[str, Planned] = {}
     problems: dict[str, str] = {}
     name = next(names)
@@ -255,7 +255,7 @@ def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
             f"are {', '.join(sorted(sources))}"
         ]
     if sources != {str(None)}:
-        return []  # data.split does not cut it
+        return []  # validation text has its own source, whatever data.split says
     parts = sorted({trial.config.data.split[1] for trial in trials})
     if not parts or parts[-1] - parts[0] < 1e-9:
         return []
@@ -266,8 +266,10 @@ def _unequal_validation(trials: Sequence[Planned]) -> list[str]:
 
 
 def _rates(config: Config, values: Mapping[str, object]) -> dict[str, object]:
-    """The learning rates of a trial that trains an adapter where the config does not, or the other
-    way round, unless the space has them."""
+    """Scaled learning rates if a trial trains an adapter but the config does not, or vice versa.
+
+    Empty if the space sets the learning rate.
+    """
     is_adapter = values.get("lora.rank", config.lora.rank) is not None
     if "optim.lr" in values or is_adapter == (config.lora.rank is not None):
         return {}

@@ -21,7 +21,7 @@ from gptray.data.parts import part_name, write_part
 from gptray.data.prompts import scan, staged
 from gptray.data.tokenizer import Tokenizer
 from gptray.doors import run
-from gptray.jobs.adapters import called_with
+from gptray.jobs.adapters import name_with
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
@@ -84,7 +84,7 @@ def test_a_batch_with_another_adapter_is_another_job(model_dir: Path, adapter: P
     ours, others = (job_identity(config, model_dir, []) for config in (with_one, plain))
     differing = {key for key in ours if ours[key] != others[key]}
     assert differing == {"generate.adapter"} and others["generate.adapter"] is None
-    assert called_with("book", str(adapter)) == "book:story" and called_with("x", None) == "x"
+    assert name_with("book", str(adapter)) == "book:story" and name_with("x", None) == "x"
 
 
 def test_an_endpoint_finds_its_adapters_and_their_base(adapter: Path, model_dir: Path) -> None:
@@ -123,7 +123,7 @@ def test_rows_of_a_batch_name_their_adapters(
     found = scan(job.files, generate)
     (part,) = staged(job.files, found, 9, lambda _: RowRequest("", {}, None))
     write_part(part, tmp_path / "staged")
-    task = GenerateTask(job.config, 1, job.model, job.called, str(tmp_path), {})
+    task = GenerateTask(job.config, 1, job.model, job.full_name, str(tmp_path), {})
     worker = EngineWorker(task)
     fed = worker.feed(0, str(tmp_path / "staged"))
     assert fed == [] and worker.finish() == [0], fed
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_name_their_adapters(
     alone = texts(f"generate.adapter={adapter}", "sample.max_new_tokens=9")[0]
     plain = texts(f"generate.model={model_dir}", "sample.max_new_tokens=9")[0]
     assert [row["output"] for row in made] == [plain, alone, plain, plain, None]
-    name = job.called
+    name = job.full_name
     assert [row["model"] for row in made] == [name, f"{name}:tales", name, name, f"{name}:news"]
     assert made[4]["error"] == "the adapter 'news' is not in generate.adapters (tales)"
     assert [row["style"] for row in made] == [None, "tales", "", None, "news"]

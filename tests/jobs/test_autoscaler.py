@@ -85,7 +85,7 @@ def test_what_may_come_is_counted_on_and_what_never_can_is_refused(
     assert four[1] == [16, {"CPU": 1.0}]  # the head's core counts
     for refused in (large, gpu):
         assert "no node of the cluster has" in refused and "has 1 core." in refused
-        assert "Its autoscaler may bring up to 3 nodes of 2 cores." in refused
+        assert "Its autoscaler may add up to 3 nodes of 2 cores." in refused
 
 
 @pytest.mark.ray

@@ -17,7 +17,7 @@ from gptray.config import RunFailed, UserError
 from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
 from gptray.jobs.run_folder import run_dir
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from tests.damage import (
     DEEP,
     NO_JSON,
@@ -292,7 +292,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     run: Path, damage: Damage
 ) -> None:
     damage(run)
-    folder, problems = newest_whole(run)
+    folder, problems = newest_intact(run)
     assert folder == run / OLD
     assert len(problems) == 1 and problems[0].startswith(f"{NEW} is damaged: ")
     assert "\n" not in problems[0] and len(problems[0]) < 300

@@ -21,7 +21,7 @@ from gptray.jobs.driver_lock import held
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.publisher import RunPublisher, Sent
-from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.remote_data import download_data, publish_data
 from gptray.jobs.remote_run import publishing
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import outcome
@@ -54,7 +54,7 @@ def job(config: Config, *, die_at: int | None = None) -> dict[str, object]:
     """Train or resume, as the job does; or have the process die once a checkpoint is published."""
     checked = check(config)
     folder, data_dir = checked.folder, checked.text.request.data_dir
-    bring_data(config, data_dir)
+    download_data(config, data_dir)
     publish_data(config, data_dir)
     with held(folder), publishing(checked.config, folder) as publish:
         save_config(checked.config, folder)

@@ -18,7 +18,7 @@ from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.driver_lock import held
 from gptray.jobs.publisher import Sent, SweepPublisher
-from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.remote_data import download_data, publish_data
 from gptray.jobs.remote_run import publishing
 from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import seen_at
@@ -52,7 +52,7 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
     config, folder = checked.config, checked.folder
     (text,) = checked.texts.values()
     data_dir = text.request.data_dir
-    bring_data(config, data_dir)
+    download_data(config, data_dir)
     publish_data(config, data_dir)
     with held(folder), publishing(config, folder, sweep=True) as publish:
         record = opened(checked)

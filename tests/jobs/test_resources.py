@@ -60,7 +60,7 @@ def test_a_worker_takes_the_cores_that_go_with_its_gpu(
             {"cpus_per_worker": 32}, 1, 32, [NodeType(HEAD, 3), NodeType(SMALL, None)],
             "a worker needs 32 cores on one node, which no node of the cluster has: 10.0.0.1 has "
             "16 cores; 10.0.0.2, 10.0.0.3, 10.0.0.4 and 1 more have 1 GPU and 4 cores each. Its "
-            "autoscaler may bring up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores. Change "
+            "autoscaler may add up to 3 nodes of 16 cores; nodes of 1 GPU and 4 cores. Change "
             "compute.cpus_per_worker, or add nodes.",
         ),
     ],

@@ -28,7 +28,7 @@ from gptray.record import METRICS, write_event
 from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.more_trials import StoppedEarly
-from gptray.tuning.sweep_record import Record, crowned_dir, load_sweep, load_trials, trial_dir
+from gptray.tuning.sweep_record import Record, load_sweep, load_trials, published_dir, trial_dir
 from gptray.tuning.trial_plan import text_key
 from tests.data.prepared import prepared_here
 from tests.tiny import tiny_config, tiny_text
@@ -209,7 +209,7 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     record.reopened(before=4, num_samples=7)
     save_config(more.config, more.folder)
     assert load_sweep(more.folder).winner is None and len(load_trials(more.folder)) == 6
-    assert crowned_dir(more.folder) == trial_dir(more.folder, "0001")
+    assert published_dir(more.folder) == trial_dir(more.folder, "0001")
     again = sweep_of(tmp_path, "tune.num_samples=7")
     assert (again.trials, again.changes) == (more.trials, [])
     # Another three are not those that would be drawn at once.

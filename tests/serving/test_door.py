@@ -128,12 +128,12 @@ def test_an_allowed_origin_is_what_a_browser_sends(origin: str) -> None:
 @pytest.fixture
 def quick_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not have the test wait a second for every change of a key file."""
-    monkeypatch.setattr(api_keys, "LOOK_S", 0.05)
+    monkeypatch.setattr(api_keys, "CHECK_S", 0.05)
 
 
-def until_let_in(keys: Keys, key: str, wanted: bool) -> None:
+def until_accepted(keys: Keys, key: str, wanted: bool) -> None:
     deadline = time.monotonic() + DEADLINE_S
-    while keys.let_in(f"Bearer {key}") is not wanted:
+    while keys.accept(f"Bearer {key}") is not wanted:
         assert time.monotonic() < deadline
 
 
@@ -145,12 +145,12 @@ def test_changed_keys_count_without_a_restart(
         file.write_text(text)
         file.chmod(0o600)
     keys = Keys(str(path), read_keys(str(path)))
-    assert keys.let_in("Bearer first") and not keys.let_in("Bearer second")
+    assert keys.accept("Bearer first") and not keys.accept("Bearer second")
     path.write_text("second\n")
-    until_let_in(keys, "second", True)
-    assert not keys.let_in("Bearer first")
+    until_accepted(keys, "second", True)
+    assert not keys.accept("Bearer first")
     (tmp_path / "new").replace(path)
-    until_let_in(keys, "third", True)
+    until_accepted(keys, "third", True)
     assert not caplog.records
 
 
@@ -165,7 +165,7 @@ def test_a_key_file_that_is_gone_or_wrong_leaves_the_keys_in_use_and_is_told_onc
     data.symlink_to("one")  # as Kubernetes mounts a secret: a link to a folder, swapped whole
     path.symlink_to("..data/keys")
     keys = Keys(str(path), read_keys(str(path)))
-    assert keys.let_in("Bearer first")
+    assert keys.accept("Bearer first")
 
     def swapped(target: str) -> None:
         (tmp_path / "..tmp").symlink_to(target)
@@ -174,16 +174,16 @@ def test_a_key_file_that_is_gone_or_wrong_leaves_the_keys_in_use_and_is_told_onc
     swapped("two")
     deadline = time.monotonic() + DEADLINE_S
     while not caplog.records:
-        assert keys.let_in("Bearer first") and time.monotonic() < deadline
+        assert keys.accept("Bearer first") and time.monotonic() < deadline
     assert "line 1: a key must be printable ASCII" in caplog.text
     assert "the previous keys stay in use" in caplog.text
     (tmp_path / "two" / "keys").unlink()
     while len(caplog.records) < 2:
-        assert keys.let_in("Bearer first") and time.monotonic() < deadline
+        assert keys.accept("Bearer first") and time.monotonic() < deadline
     assert "No such file" in caplog.records[1].getMessage()
     swapped("three")
-    until_let_in(keys, "third", True)
-    assert not keys.let_in("Bearer first") and len(caplog.records) == 2
+    until_accepted(keys, "third", True)
+    assert not keys.accept("Bearer first") and len(caplog.records) == 2
 
 
 def test_keys_that_change_open_a_running_server(tmp_path: Path) -> None:

@@ -31,13 +31,13 @@ def run(
     kill_at: int | None = None,
     device: torch.device = CPU,
     sample: Callable[[GPT], Samples] = lambda model: [],
-    bring: Callable[[Path], None] = lambda checkpoint: None,
+    fetch: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Any:
     def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
         if metrics["step"] == kill_at:
             raise Killed
 
-    return fit(config, data, run_dir, report=report, sample=sample, device=device, bring=bring)
+    return fit(config, data, run_dir, report=report, sample=sample, device=device, fetch=fetch)
 
 
 def killed_run(config: Config, data: TokenData, run_dir: Path, *, at: Sequence[int]) -> Any:

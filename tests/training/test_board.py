@@ -30,8 +30,8 @@ def records(folder: Path) -> list[Event]:
 
 def test_curves_and_texts_are_events_of_their_steps(tmp_path: Path) -> None:
     board = Board(tmp_path, step=20)
-    board.show(21, {"train_loss": 2.5, "lr": 0.125})
-    board.show_text(21, "samples", "once upon")
+    board.add_scalars(21, {"train_loss": 2.5, "lr": 0.125})
+    board.add_text(21, "samples", "once upon")
     board.flush()
     version, start, *shown = records(tmp_path)
     assert version.file_version == "brain.Event:2" and "tfevents" in next(tmp_path.iterdir()).name
@@ -44,8 +44,10 @@ def test_curves_and_texts_are_events_of_their_steps(tmp_path: Path) -> None:
 
 def test_both_losses_have_one_tag_in_two_folders_named_after_the_run(tmp_path: Path) -> None:
     boards = Boards(tmp_path, "book", step=0)
-    boards.show(5, {"train_loss": 2.0, "lr": 0.1, "val_loss": 3.0, "val_bpb": 1.5, "gap": 1.0})
-    boards.show_text(5, "samples", "once upon")
+    boards.add_scalars(
+        5, {"train_loss": 2.0, "lr": 0.1, "val_loss": 3.0, "val_bpb": 1.5, "gap": 1.0}
+    )
+    boards.add_text(5, "samples", "once upon")
     boards.flush()
     shown = {
         name: {
@@ -61,7 +63,7 @@ def test_both_losses_have_one_tag_in_two_folders_named_after_the_run(tmp_path: P
 def test_tensorboard_reads_both(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_multiplexer")
     boards = Boards(tmp_path / "tensorboard", "book", step=0)
-    boards.show(5, {"train_loss": 2.0, "val_loss": 3.0})
+    boards.add_scalars(5, {"train_loss": 2.0, "val_loss": 3.0})
     boards.flush()
     found = reader.EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
     losses = {run: found.Scalars(run, "loss")[0].value for run in found.Runs()}
@@ -82,11 +84,11 @@ def test_records_are_those_of_the_library(tmp_path: Path) -> None:
 def test_points_wait_for_room(tmp_path: Path) -> None:
     board = Board(tmp_path, step=0)
     board.flush()
-    board.show(1, {"train_loss": 2.0})
+    board.add_scalars(1, {"train_loss": 2.0})
     size = next(tmp_path.iterdir()).stat().st_size
     with files_up_to(size + 10), pytest.raises(RunFailed, match="cannot write .*tfevents"):
         board.flush()
     assert len(records(tmp_path)) == 2
-    board.show(2, {"train_loss": 1.0})
+    board.add_scalars(2, {"train_loss": 1.0})
     board.flush()
     assert [one.step for one in records(tmp_path)[2:]] == [1, 2]

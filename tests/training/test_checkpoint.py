@@ -14,7 +14,7 @@ from gptray.training.checkpoint import (
     damage,
     exchange_model,
     find_checkpoints,
-    newest_whole,
+    newest_intact,
     prune,
     publish_folder,
     save_checkpoint,
@@ -47,7 +47,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_saved_checkpoint_is_whole_and_tells_its_state(run_dir: Path) -> None:
-    folder, problems = newest_whole(run_dir)
+    folder, problems = newest_intact(run_dir)
     assert folder == run_dir / "checkpoint_000020" and problems == []
     assert TrainerState.load(folder).step == 20
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -64,8 +64,8 @@ def test_a_checkpoint_without_a_mark_of_its_evaluation_was_made_at_one(run_dir: 
 
 
 def test_run_without_checkpoints_starts_anew(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) == (None, [])
-    assert newest_whole(tmp_path / "nothing") == (None, [])
+    assert newest_intact(tmp_path) == (None, [])
+    assert newest_intact(tmp_path / "nothing") == (None, [])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_damaged_file_is_named_and_the_one_before_is_used(
         path.unlink()
     else:
         path.write_bytes({"truncate": content[:-1], "empty": b"", "grow": content + b"x"}[fault])
-    folder, problems = newest_whole(run_dir)
+    folder, problems = newest_intact(run_dir)
     assert folder == run_dir / "checkpoint_000010"
     assert len(problems) == 1 and "checkpoint_000020" in problems[0] and file in problems[0]
 
@@ -110,7 +110,7 @@ def test_damaged_manifest_is_damage(run_dir: Path, text: str | None) -> None:
         manifest.unlink()
     else:
         manifest.write_text(text)
-    folder, problems = newest_whole(run_dir)
+    folder, problems = newest_intact(run_dir)
     assert folder == run_dir / "checkpoint_000010"
     assert "manifest.json" in problems[0]
 
@@ -119,7 +119,7 @@ def test_no_whole_checkpoint_stops_and_says_what_was_tried(run_dir: Path) -> Non
     (run_dir / "checkpoint_000010" / "trainer.json").unlink()
     shutil.rmtree(run_dir / "checkpoint_000020" / "model")
     with pytest.raises(RunFailed) as caught:
-        newest_whole(run_dir)
+        newest_intact(run_dir)
     message = str(caught.value)
     assert "checkpoint_000010" in message and "trainer.json is missing" in message
     assert "checkpoint_000020" in message and "model/config.json is missing" in message
@@ -169,7 +169,7 @@ def test_full_disk_names_the_path_and_keeps_what_is_there(run_dir: Path) -> None
             config_yaml="",
             write_tensors=full,
         )
-    assert newest_whole(run_dir)[0] == run_dir / "checkpoint_000020"
+    assert newest_intact(run_dir)[0] == run_dir / "checkpoint_000020"
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:

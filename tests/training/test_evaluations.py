@@ -15,7 +15,7 @@ import torch
 from gptray.config import Config
 from gptray.data.scoring import Score
 from gptray.data.tokens import TokenData
-from gptray.training.checkpoint import checkpoint_folder, find_checkpoints, newest_whole
+from gptray.training.checkpoint import checkpoint_folder, find_checkpoints, newest_intact
 from gptray.training.evaluations import Validation
 from gptray.training.loop import fit
 from gptray.training.validation import Scores, score_checkpoint
@@ -178,7 +178,7 @@ def test_non_finite_score_withdraws_its_checkpoint(
         result = validate_by(validated, scorer, config, tiny_data, tmp_path)
         assert result["stopped"] == "non_finite"
         assert result["message"] == "step 10: validation loss nan"
-        assert newest_whole(tmp_path)[0] == checkpoint_folder(tmp_path, 5)
+        assert newest_intact(tmp_path)[0] == checkpoint_folder(tmp_path, 5)
         model = checkpoint_folder(tmp_path, 5) / "model" / "model.safetensors"
         assert weights(tmp_path) == digest(model)
 
@@ -196,5 +196,5 @@ def test_divergence_while_a_score_is_pending_keeps_the_row_and_no_bad_checkpoint
     )
     result = beside(config, tiny_data, tmp_path)
     assert result["stopped"] == "non_finite" and "validation loss" in result["message"]
-    assert newest_whole(tmp_path) == (None, [])
+    assert newest_intact(tmp_path) == (None, [])
     assert not (tmp_path / "model").exists()

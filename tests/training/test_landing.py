@@ -177,11 +177,11 @@ def _worker(rank: int, config: Config, data_dir: Path, run_dir: Path) -> None:
     sharded = override(config, {"compute.strategy": "fsdp", "train.ema": None})
     run(sharded, data, run_dir / "sharded")
 
-    def bring(checkpoint: Path) -> None:
+    def fetch(checkpoint: Path) -> None:
         if rank == 1:
             shutil.copytree(run_dir / "apart 0" / checkpoint.name, checkpoint)
 
-    run(config, data, run_dir / f"apart {rank}", bring=bring)
+    run(config, data, run_dir / f"apart {rank}", fetch=fetch)
 
 
 @pytest.mark.slow

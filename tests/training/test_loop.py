@@ -17,7 +17,7 @@ from gptray.model.example import load_example
 from gptray.model.gpt import GPT
 from gptray.native.abi import load_library
 from gptray.record import EVENTS, read_rows
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.evaluations import Samples
 from tests.generation.models import needs_native
 from tests.tiny import tiny_config
@@ -263,7 +263,7 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_last_good_checkpoint(
     result = run(diverging, tiny_data, tmp_path)
     assert result["stopped"] == "non_finite"
     assert "loss" in result["message"] and "nan" in result["message"].lower()
-    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint_000010"
+    assert newest_intact(tmp_path)[0] == tmp_path / "checkpoint_000010"
     assert digest(tmp_path / "model" / "model.safetensors") == good
     assert all(math.isfinite(row["train_loss"]) for row in rows(tmp_path))
 

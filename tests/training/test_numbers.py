@@ -17,7 +17,7 @@ from gptray.training.evaluations import BlockingEvaluation
 from gptray.training.journal import Journal
 from gptray.training.loop import train
 from gptray.training.mfu import flops_per_token, peak_flops, tokens_per_sec_at_peak
-from gptray.training.numbers import Wish
+from gptray.training.numbers import Request
 from gptray.training.run import Run, start
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
@@ -47,7 +47,7 @@ def trained(run: Run) -> Any:
             run,
             journal,
             BlockingEvaluation(run, journal, lambda *_: None, lambda model: []),
-            lambda: Wish.NONE,
+            lambda: Request.NONE,
         )
 
 

@@ -59,7 +59,7 @@ def claims(found: Effects) -> set[tuple[str, str]]:
         for effect in found.of
         if effect.last
         for outcome in ("loss", "gap")
-        if getattr(effect.last, outcome).is_told
+        if getattr(effect.last, outcome).excludes_zero
     }
 
 

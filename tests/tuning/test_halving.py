@@ -28,12 +28,12 @@ def past(
 
 def come(halving: Halving, name: str, score: float, *, step: int = 10) -> bool:
     """Whether a trial that comes to a step goes on."""
-    return halving.goes_on(name, row(step, score), max_steps=60)
+    return halving.continues(name, row(step, score), max_steps=60)
 
 
 def test_a_trial_waits_until_it_is_among_the_best_third() -> None:
     halving = Halving(CONFIG)
-    assert halving.goes_on("0000", row(5, 9.0), max_steps=60)  # no rung yet
+    assert halving.continues("0000", row(5, 9.0), max_steps=60)  # no rung yet
     assert not come(halving, "0000", 2.0) and not come(halving, "0001", 3.0)
     assert halving.promote({"0000", "0001"}) is None
     assert not come(halving, "0002", 4.0)
@@ -92,8 +92,8 @@ def test_a_landing_the_end_and_repetitions_are_not_compared() -> None:
     repeated = past("0004", 0.1, 0.1, of="0000")
     halving = Halving(CONFIG, [past("0000", 3.0, 3.0), past("0001", 4.0, 4.0), repeated])
     landing: MetricsRow = {"step": 10, "val_bpb": 0.1, "phase": "landing"}
-    assert halving.goes_on("0002", landing, max_steps=60)
-    assert halving.goes_on("0003", row(10, 9.0), max_steps=10)
+    assert halving.continues("0002", landing, max_steps=60)
+    assert halving.continues("0003", row(10, 9.0), max_steps=10)
     assert halving.promote({"0000", "0001"}) == "0000"
 
 

@@ -1,4 +1,4 @@
-"""What is known of a cluster before it is judged."""
+"""The facts about a cluster that the doctor gathers before judging it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from gptray.jobs.cluster_nodes import NoAnswer, Node
 
-DASHBOARD = "dashboard"  # what people know that process of Ray's by
+DASHBOARD = "dashboard"  # the process's common name
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A file system. what: is kept there, in words. free, total: bytes."""
+    """A file system. what: its contents, in words. free, total: bytes."""
 
     what: str
     path: str
@@ -22,7 +22,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class OpenPort:
-    """A TCP port that other machines may reach, and the process of Ray's that listens on it."""
+    """A TCP port that other machines may reach, and the Ray process that listens on it."""
 
     process: str
     address: str
@@ -31,11 +31,11 @@ class OpenPort:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node says of itself.
+    """What a node reports about itself.
 
-    versions: of python, ray, torch and gptray; None: not installed. missing: what gptray requires
-    and is not installed. torch_cuda: the CUDA that PyTorch is built for; None: it is for CPUs.
-    gpus: names. driver: NVIDIA's. needs_token: whether Ray there asks for a token.
+    versions: of python, ray, torch and gptray; None: not installed. missing: required packages that
+    are not installed. torch_cuda: the CUDA version of the PyTorch build; None: a CPU build. gpus:
+    names. driver: NVIDIA's version. needs_token: whether Ray requires a token there.
     """
 
     hostname: str
@@ -52,7 +52,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class Examined:
-    """A node with its facts; clock_s: seconds that its clock is certainly ahead of the driver's."""
+    """A node with its facts. clock_s: how far its clock is ahead of the driver's, at least."""
 
     node: Node
     facts: NodeFacts
@@ -61,10 +61,10 @@ class Examined:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """All that the doctor has seen.
+    """All that the doctor has found out.
 
-    silent: nodes that did not answer. blind: what nodes do not see of storage_path, in words.
-    nccl: why two GPUs could not add a number up; "": they could; None: there are not two.
+    silent: nodes that did not answer. blind: which nodes cannot use storage_path, in words. nccl:
+    why an all-reduce over two GPUs failed; "": it worked; None: there are not two GPUs.
     """
 
     storage_path: str

@@ -1,4 +1,4 @@
-"""What the facts of a cluster mean: for each check whether all is well, and what to do if not."""
+"""Judges the facts about a cluster: for each check, whether all is well or what to do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined, OpenPort
 from gptray.wording import count, time_words
 
-# Free space below which Ray's processes and checkpoints soon fail; and the share of a disk, above
-# which Ray takes it for full and keeps no more objects there.
+# With less free space than this, Ray's processes and checkpoints soon fail. Above this used share
+# of a disk, Ray stores no more objects there.
 LEAST_FREE = 1 << 30
 FULL = 0.95
-# What Docker gives a container unless it is told otherwise.
+# Docker's default for containers.
 SMALL_SHARED_MEMORY = 64 << 20
 CLOCK_S = 2.0
-# The oldest driver for each CUDA (Linux), by NVIDIA's CUDA release notes.
+# The oldest Linux driver for each CUDA version, according to NVIDIA's CUDA release notes.
 OLDEST_DRIVER = {12: 525, 13: 580}
 
 
@@ -30,7 +30,7 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """The finding for people."""
+        """The finding as a line of text."""
         return f"{self.level:4}  {self.check}: {self.message}"
 
 
@@ -95,7 +95,7 @@ def packages(facts: ClusterFacts) -> Finding:
 
 
 def gpus(facts: ClusterFacts) -> Finding:
-    """Whether GPUs, driver, CUDA build and what Ray offers fit together."""
+    """Whether GPUs, driver, CUDA build and the GPUs offered to Ray fit together."""
     problems = [problem for one in facts.nodes for problem in _gpu_problems(one)]
     if problems:
         level: Literal["warn", "fail"] = "fail" if any(bad for bad, _ in problems) else "warn"
@@ -110,7 +110,7 @@ def gpus(facts: ClusterFacts) -> Finding:
 
 
 def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
-    """Whether it is a failure, and what is wrong, for each problem of a node."""
+    """A node's problems: whether each is a failure, and what is wrong."""
     facts, address = one.facts, one.node.address
     offered, found = round(one.node.gpus), len(facts.gpus)
     problems = []
@@ -156,7 +156,7 @@ def storage(facts: ClusterFacts) -> Finding:
 
 
 def disks(facts: ClusterFacts) -> Finding:
-    """Whether there is room for Ray's files and for runs."""
+    """Whether there is space for Ray's files and for runs."""
     full, filling = [], []
     for one in facts.nodes:
         for disk in one.facts.disks:
@@ -208,7 +208,7 @@ def authentication(facts: ClusterFacts) -> Finding:
 
 
 def ports(facts: ClusterFacts) -> Finding:
-    """Which ports others can reach, above all the dashboard's, which runs anyone's code."""
+    """Which ports others can reach, above all the dashboard's, which lets anyone run code."""
     by_node = [
         f"{one.node.address} {_ports(one.facts.open_ports)}"
         for one in facts.nodes

@@ -25,7 +25,7 @@ log = logging.getLogger("gptray")
 
 
 def check(config: Config) -> Path:
-    """Find storage_path. Raises UserError for one in an object store or of an unknown user."""
+    """Resolve storage_path. Raises UserError for an object store or an unknown user's home."""
     if is_uri(config.storage_path):
         raise UserError(
             f"storage_path={config.storage_path}: the doctor checks only folders that the nodes "
@@ -40,7 +40,7 @@ def plan(storage_path: Path) -> Plan:
 
 
 def run(storage_path: Path) -> None:
-    """Print a line for each check, and the JSON line. Raises RunFailed unless all is well."""
+    """Log a line for each check and print the JSON line. Raises RunFailed if a check fails."""
     print_line = line_printer()
     with ray_cluster():
         facts = look(storage_path)
@@ -75,9 +75,9 @@ def look(storage_path: Path) -> ClusterFacts:
 
 
 def _seconds_ahead(nodes: Sequence[Node]) -> list[float]:
-    """How many seconds each node's clock is certainly ahead of this one's; below 0: behind.
+    """How many seconds each node's clock is ahead of this one, at least; negative: behind.
 
-    Each is asked by itself: its answer falls between two looks at this clock.
+    Nodes are asked one by one, so that each answer lies between two readings of this clock.
     """
     found = []
     for node in nodes:

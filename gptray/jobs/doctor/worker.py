@@ -1,6 +1,6 @@
-"""What nodes are asked: versions, GPUs, disks, open ports; and whether two GPUs can add up.
+"""Gathers a node's versions, GPUs, disks and open ports, and tests NCCL between two GPUs.
 
-Loads neither torch nor Ray until GPUs are to add up.
+Imports torch and Ray only for the NCCL test.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
 
 NAMED = ("ray", "torch", "gptray")
 _SHARED_MEMORY = Path("/dev/shm")
-# What a command line of Ray's has, and the name that people know the process by.
+# A part of a Ray process's command line, and the process's common name.
 _NAMES = (
     ("dashboard/dashboard.py", DASHBOARD),
     ("gcs_server", "gcs_server"),
-    ("ray::", ""),  # its title says what it is
+    ("ray::", ""),  # named by its title
     ("dashboard/agent.py", "dashboard agent"),
     ("runtime_env/agent", "runtime environment agent"),
     ("raylet/raylet", "raylet"),
     ("ray.util.client.server", "client server"),
 )
 _LISTENS = "0A"
-# Where its port is taken, the dashboard tries the next ones.
+# If its port is taken, the dashboard tries the next ones.
 _PORT_TRIES = 50
-# Seconds to get two GPUs, which other jobs may hold, and for them to find each other.
+# Deadlines for getting two GPUs, which other jobs may hold, and for connecting them.
 DEADLINE_S = 120.0
 MEET_S = 60.0
 
 
 def node_facts(storage_path: str) -> NodeFacts:
-    """Look at the machine of this process."""
+    """Gather the facts of this machine."""
     gpus, driver = _gpus()
     places = (
         ("storage_path", Path(storage_path)),
@@ -64,13 +64,13 @@ def node_facts(storage_path: str) -> NodeFacts:
         disks=tuple(_disk(what, path) for what, path in places),
         shared_memory=_disk("shared memory", _SHARED_MEMORY) if _SHARED_MEMORY.exists() else None,
         open_ports=open_ports(),
-        # Where it is on, Ray sets this for all that it starts.
+        # If authentication is on, Ray sets this for all processes that it starts.
         needs_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
     )
 
 
 def clock() -> float:
-    """Seconds since 1970 on the clock of this process's machine."""
+    """Seconds since the epoch on this machine's clock."""
     return time.time()
 
 
@@ -82,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def _required() -> list[str]:
-    """The packages that gptray cannot do without, where it says so itself."""
+    """The packages that gptray's metadata requires; empty if it is not installed."""
     try:
         lines = metadata.requires("gptray") or []
     except metadata.PackageNotFoundError:
@@ -91,14 +91,14 @@ def _required() -> list[str]:
 
 
 def _disk(what: str, path: Path) -> Disk:
-    """The file system of a path, which need not be there yet."""
+    """The file system of a path, which need not exist yet."""
     there = next(one for one in (path, *path.parents) if one.exists())
     usage = shutil.disk_usage(there)
     return Disk(what, str(path), usage.free, usage.total)
 
 
 def _gpus() -> tuple[tuple[str, ...], str | None]:
-    """Names of the machine's NVIDIA GPUs, whoever may use them, and their driver's version."""
+    """Names of all NVIDIA GPUs in the machine, and the driver's version."""
     lines = nvidia_smi("--query-gpu=name,driver_version", "--format=csv,noheader")
     if rows := [line.rsplit(", ", 1) for line in lines if ", " in line]:
         return tuple(name for name, _ in rows), rows[0][1]
@@ -106,7 +106,7 @@ def _gpus() -> tuple[tuple[str, ...], str | None]:
 
 
 def open_ports() -> tuple[OpenPort, ...]:
-    """Every TCP port beyond loopback on which a process of Ray's listens that we may look into."""
+    """TCP ports beyond loopback on which Ray processes listen, as far as we may inspect them."""
     sockets = dict(_sockets())
     return tuple(
         sorted(
@@ -121,7 +121,7 @@ def open_ports() -> tuple[OpenPort, ...]:
 
 
 def _sockets() -> Iterator[tuple[str, tuple[str, int]]]:
-    """Number, address and port of the sockets that listen to more than this machine."""
+    """Inode number, address and port of the sockets that listen beyond loopback."""
     for table in ("tcp", "tcp6"):
         with suppress(OSError):
             for line in Path(f"/proc/net/{table}").read_text("utf-8").splitlines()[1:]:
@@ -133,7 +133,7 @@ def _sockets() -> Iterator[tuple[str, tuple[str, int]]]:
 
 
 def address_of(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address of the kernel's hexadecimal words, each in the machine's byte order."""
+    """Parse an address from /proc/net: hexadecimal words, each in the machine's byte order."""
     numbers = [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
     address = ipaddress.ip_address(struct.pack(f"={len(numbers)}I", *numbers))
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
@@ -141,11 +141,11 @@ def address_of(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _held_by_ray() -> Iterator[tuple[str, str]]:
-    """Command line of the process and number of the socket, for each socket of Ray's processes."""
+    """Command line and socket inode number of each socket held by a Ray process."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or is another user's
             command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
             for descriptor in (entry / "fd").iterdir() if process_name(command) else ():
                 with suppress(OSError):
@@ -154,7 +154,7 @@ def _held_by_ray() -> Iterator[tuple[str, str]]:
 
 
 def process_name(command: str, port: int | None = None) -> str:
-    """What a process of Ray's is called, at this port of it; "" for any other process."""
+    """A Ray process's name, given one of its ports; "" for any other process."""
     asked = re.search(r"dashboard/dashboard\.py.* --port=(\d+)", command)
     if asked and port is not None and not 0 <= port - int(asked[1]) <= _PORT_TRIES:
         return "metrics of the dashboard"
@@ -165,9 +165,9 @@ def process_name(command: str, port: int | None = None) -> str:
 
 
 def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
-    """Add up a number over two processes, on two nodes where there are two; "" or what failed.
+    """All-reduce a number over two processes, on two nodes if possible; "" or what failed.
 
-    on_gpus: each has a GPU. Needs Ray.
+    on_gpus: whether each gets a GPU. Needs Ray.
     """
     import ray
 
@@ -190,10 +190,10 @@ def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
 
 
 class Member:
-    """One of the two processes."""
+    """An actor of the all-reduce test."""
 
     def meeting_point(self) -> str:
-        """An address of this node at which nothing listens."""
+        """A free address on this node."""
         import ray
 
         address = ray.util.get_node_ip_address()
@@ -202,7 +202,7 @@ class Member:
             return f"tcp://{address}:{probe.getsockname()[1]}"
 
     def add_up(self, backend: str, meeting: str, rank: int) -> str:
-        """Add 1 to the other's 1; "" or what failed."""
+        """All-reduce a 1 with the other process; "" or what failed."""
         import torch
         from torch import distributed
 
@@ -213,6 +213,6 @@ class Member:
             number = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
             distributed.all_reduce(number)
             distributed.destroy_process_group()
-        except Exception as error:  # whatever CUDA, NCCL or the network have to say
+        except Exception as error:  # whatever CUDA, NCCL or the network raise
             return first_line(error)
         return "" if number.item() == 2 else f"1 + 1 = {number.item()}"

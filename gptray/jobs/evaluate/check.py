@@ -1,4 +1,4 @@
-"""An evaluation checked before it starts: which model, on which text, in which windows.
+"""Checks an evaluation before it starts: which model, on which text, in which windows.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -34,24 +34,24 @@ from gptray.jobs.evaluate.evaluated_model import (
 )
 from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.places import check_storage, with_whole_paths
+from gptray.jobs.places import check_storage, with_absolute_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 
-# Tokens of a window where nobody says; Llama's or Qwen's contexts are no lengths to score in.
+# The longest default window; the full contexts of Llama or Qwen are too long to score in.
 LONGEST_WINDOW = 2048
 
 
 @dataclass(frozen=True)
 class CheckedEvaluation:
-    """An evaluation that can start: its model exists, and so do the files of its text.
+    """An evaluation that can start: its model and the files of its text exist.
 
-    others: models whose probabilities are averaged with those of the first, `found`.
+    others: models whose probabilities are averaged with the first one's, `found`.
     also: the texts of evaluate.also. is_own_text: whether the run was trained on this text.
-    folder: where the results go. home: where they are published, if that is an object store.
+    folder: where the results go. home: where they are published if storage is an object store.
     """
 
     config: Config
@@ -67,33 +67,33 @@ class CheckedEvaluation:
 
     @property
     def models(self) -> list[str]:
-        """What names each model on every node: its folder, or the URI that it is fetched from."""
+        """Each model's name on every node: its folder, or the URI that it is fetched from."""
         return [for_workers(one.folder, one.place) for one in (self.found, *self.others)]
 
     @property
     def model(self) -> str:
-        """What names the model, or all of them, in results and messages."""
+        """The name of the model, or of all models, in results and messages."""
         return ", ".join(self.models)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's own."""
+        """The model's own tokenizer."""
         return Tokenizer.load(self.found.folder)
 
     @cached_property
     def model_sha256(self) -> str:
-        """Of the weights of all models; with an adapter, of its weights."""
+        """The sha256 of the weights of the adapter, if there is one, or of all models."""
         adapter = adapter_sha256(self.config.evaluate.adapter)
         return adapter or sha256_of_models([self.found, *self.others])
 
     @cached_property
     def trained_on(self) -> str | None:
-        """The data that the run's newest whole checkpoint says it has seen; None without one."""
+        """The fingerprint of the run's data in its newest intact checkpoint; None without one."""
         assert self.found.run
         try:
-            checkpoint, _ = newest_whole(self.found.run)
+            checkpoint, _ = newest_intact(self.found.run)
         except RunFailed:
-            return None  # there is none to ask
+            return None  # no checkpoint is intact
         return TrainerState.load(checkpoint).data if checkpoint else None
 
     @property
@@ -102,7 +102,7 @@ class CheckedEvaluation:
         return [source] if isinstance(source, str) else list(source)
 
     def windows(self, data: TokenData) -> dict[str, tuple[Windows, list[int]]]:
-        """The windows of each text to score, and which of them to score."""
+        """The windows of each text, and the numbers of those to score."""
         found = {}
         for name, split in data.scored.items():
             windows = Windows(len(split), self.block_size, self.stride)
@@ -115,7 +115,7 @@ def check(config: Config) -> CheckedEvaluation:
     """Find the model and the text. Raises UserError naming the key or the file."""
     check_resources(config.compute)
     check_bleu(config.evaluate.bleu_tokenize)
-    config = with_adapter(with_whole_paths(with_tokenizer(config)), "evaluate")
+    config = with_adapter(with_absolute_paths(with_tokenizer(config)), "evaluate")
     found, *others = models_to_evaluate(config)
     model_dir, run = found.folder, found.run
     check_adapter(config.evaluate.adapter, model_dir, key="evaluate.adapter")
@@ -125,7 +125,7 @@ def check(config: Config) -> CheckedEvaluation:
                 f"evaluate.{key} works with one model, but evaluate.model names several"
             )
     check_engine_backend(config)
-    trained = with_whole_paths(load_config(str(run / "config.yaml"), [])) if run else None
+    trained = with_absolute_paths(load_config(str(run / "config.yaml"), [])) if run else None
     block_size, stride = _window(config, trained, found)
     text = _text(config, trained, found)
     folder, home = results_folder(config, [found, *others])
@@ -183,8 +183,11 @@ def _request(source: str | Sequence[str] | None, text: Config) -> Request:
 
 
 def _window(config: Config, trained: Config | None, found: FoundModel) -> tuple[int, int]:
-    """Tokens of a window and between two: as set, else the run's, else all that the model takes,
-    at most LONGEST_WINDOW."""
+    """The window's length and stride in tokens.
+
+    The length is train.block_size if set, else the run's, else the model's context, at most
+    LONGEST_WINDOW.
+    """
     n_positions = read_shape(found.folder).n_positions
     block_size = min(n_positions, LONGEST_WINDOW)
     if "block_size" in config.train.model_fields_set:
@@ -206,16 +209,16 @@ def _window(config: Config, trained: Config | None, found: FoundModel) -> tuple[
 
 
 def _text(config: Config, trained: Config | None, found: FoundModel) -> Config:
-    """The config of the text: the run's, changed by what is given, with a tokenizer that fits.
+    """The config of the text: the run's with the given keys, and a matching tokenizer.
 
-    Any text but the run's own is read with the model's own tokenizer, unless one is given.
+    Text other than the run's own is read with the model's tokenizer, unless one is given.
     """
     given = _data_keys(flatten(config, given=True))
     text = config
     if trained and found.run:
         storage = config.storage_path if found.home else str(found.run.parent)
         if given.get("data.source", trained.data.source) != trained.data.source:
-            # Held-out text belongs to the source that it was named with.
+            # The run's held-out texts belong to its own source.
             given = {"data.val_source": None, "data.test_source": None, **given}
         text = override(trained, {**given, "storage_path": storage, "name": found.run.name})
         if _is_own_text(config, text, trained):
@@ -235,10 +238,7 @@ def _data_keys(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_tokens(checked: CheckedEvaluation, data: TokenData) -> None:
-    """Refuse tokens that are too few, or not this model's.
-
-    Raises UserError naming both hashes where model and text do not belong together.
-    """
+    """Raise UserError for too few tokens, or for another tokenizer's, naming both hashes."""
     for name, split in data.splits.items():
         what = f"the {LONG_NAMES[name]} split of {', '.join(checked.source)}"
         cure = "change data.split or give more text"
@@ -261,9 +261,9 @@ def check_tokens(checked: CheckedEvaluation, data: TokenData) -> None:
 
 
 def _check_tokenizer(checked: CheckedEvaluation) -> None:
-    """Refuse a tokenizer that is not the model's, as far as that is known before the text is read.
+    """Refuse a tokenizer that is not the model's, as far as it is known before reading the text.
 
-    More rows than tokens are no mistake: many models pad their vocabulary.
+    More rows than tokens are fine: many models pad their vocabulary.
     """
     folder, own = checked.found.folder, checked.tokenizer
     rows = read_shape(folder).rows

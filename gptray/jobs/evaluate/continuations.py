@@ -1,4 +1,4 @@
-"""What the model writes, measured: actors continue passages; sacrebleu and n-grams score them."""
+"""Measures the model's text: actors continue passages; sacrebleu and n-gram counts score them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.scorers import Scorers
 from gptray.jobs.evaluate.worker import Call, Continuation
 
-# Prompts of one call.
+# Prompts per call.
 CALL_PROMPTS = 16
-# Tokens of the training split that one call looks through.
+# Tokens of the training split that one call searches.
 CALL_READ_TOKENS = 1 << 23
-# Passages that are kept to be read.
+# How many passages are kept as samples.
 SHOWN = 8
 
 
 def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) -> TextMeasures:
-    """Everything that is measured of generated text; None where there is no passage to continue."""
+    """All measures of generated text; None if there is no passage to continue."""
     held_out = data.test or data.val
     length = min(PASSAGE_TOKENS, checked.block_size)
     passages = _passages(checked, data, held_out, length)
@@ -73,7 +73,7 @@ def _passages(
 def _continued(
     scorers: Scorers, doing: str, passages: list[Passage], lengths: list[int], sampling: Sampling
 ) -> list[Continuation]:
-    """A continuation of each passage's prompt, by so many tokens."""
+    """Continue each passage's prompt by its number of tokens."""
     calls = []
     for first in range(0, len(passages), CALL_PROMPTS):
         part = slice(first, first + CALL_PROMPTS)
@@ -113,7 +113,7 @@ def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) ->
     if not passages:
         return _Recited(nothing, _no_passage(checked, "training"))
     lengths = [RECITED_TOKENS] * len(passages)
-    # What the network itself would say next, broken characters and all.
+    # The network's own next tokens, even if they make broken characters.
     likeliest = Sampling(temperature=0.0, utf8=False)
     written = _continued(scorers, "reciting", passages, lengths, likeliest)
     grams = [
@@ -142,7 +142,7 @@ def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) ->
 
 
 def _short(checked: CheckedEvaluation, n: int) -> str:
-    """A caveat for a context shorter than the n-grams that are looked for."""
+    """A caveat for a context shorter than the n-grams."""
     size = checked.block_size
     return "" if size >= n else f"; the context is only {size} tokens: a low share says little"
 
@@ -150,7 +150,7 @@ def _short(checked: CheckedEvaluation, n: int) -> str:
 def _not_measured(
     checked: CheckedEvaluation, passages: list[Passage], memorised: _Recited
 ) -> dict[str, str]:
-    """The reasons for missing numbers, by name."""
+    """The reason for each missing measure, by name."""
     reasons = {
         f"memorised_{n}": memorised.why
         for n, share in zip(LENGTHS, memorised.shares, strict=True)
@@ -190,7 +190,7 @@ def _samples(
 def _how(
     checked: CheckedEvaluation, passages: list[Passage], sampling: Sampling, tokenize: str
 ) -> dict[str, str]:
-    """In words, how each number about texts was computed."""
+    """How each measure of generated text was computed, in words."""
     of_real = (
         f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
         "the prompt, the continuation is compared with the real second half"

@@ -1,4 +1,4 @@
-"""The models to evaluate: where they lie, which may be averaged, where the results go.
+"""The models to evaluate: where they are, which may be averaged, and where the results go.
 
 Imports neither torch nor Ray.
 """
@@ -16,27 +16,27 @@ from gptray.config.names import slug
 from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
-from gptray.jobs.adapters import adapter_sha256, called_with
+from gptray.jobs.adapters import adapter_sha256, name_with
 from gptray.jobs.fetching import fetch_records, records_folder
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
-from gptray.jobs.places import with_whole_paths
+from gptray.jobs.places import with_absolute_paths
 from gptray.jobs.run_folder import resolve, seen_at
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
-from gptray.tuning.sweep_record import crowned_dir
+from gptray.tuning.sweep_record import published_dir
 
-# Keys that decide which text is held out; so does the seed of the split.
+# Keys that decide which text is held out, besides the seed of the split.
 _HOLD_OUT = ("source", "val_source", "test_source", "text_column", "separator", "encoding", "split")
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model to evaluate, in a folder here; place: how the user, or a URI, names it.
+    """A model to evaluate, in a local folder. place: its name as given, or its URI.
 
-    run: the run whose best model or checkpoint it is; None for any other. home: of a run that is at
-    home in an object store; then `run` has only its records.
+    run: the run whose best model or checkpoint it is; None for other models. home: of a run whose
+    storage is an object store; then `run` has only its records.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ def _found(config: Config, named: str | None) -> FoundModel:
 
 
 def _default(config: Config) -> str | None:
-    """What is evaluated where no model is named: the run called name (None) or of this config."""
+    """The model if none is given: None if a run is named, else the run with this config."""
     if config.name is not None:
         return None
     resolved = resolve(config)
@@ -77,22 +77,22 @@ def _default(config: Config) -> str | None:
 
 
 def _in_store(folder: Path, home: RemoteFolder) -> FoundModel:
-    """The model of a folder in a store that is storage_path; a sweep's is its winner's."""
+    """The model of a folder in the object store at storage_path; for a sweep, its winner's."""
     names = home.files(deep=True)
     if CONFIG not in names:
         return FoundModel(folder, str(home), None)
     records = records_folder(home)
     hold(records.parent)
     fetch_records(home, names, records)
-    if winner := crowned_dir(records):
+    if winner := published_dir(records):
         trial = home / "trials" / winner.name
         return _in_store(model_folder(str(trial)), trial)
     return FoundModel(folder, str(home), records, home)
 
 
 def _trained(model_dir: Path) -> Path:
-    """The model in the run that trained it: a sweep's is the copy of its winner's."""
-    winner = crowned_dir(model_dir.parent)
+    """The model in the run that trained it: a sweep's model is a copy of its winner's."""
+    winner = published_dir(model_dir.parent)
     return winner / "model" if winner and model_dir.name == "model" else model_dir
 
 
@@ -106,18 +106,17 @@ def run_of(model_dir: Path) -> Path | None:
 def results_folder(
     config: Config, models: Sequence[FoundModel]
 ) -> tuple[Path, RemoteFolder | None]:
-    """Where to keep the results: with the run whose best model it is, else in a new folder.
+    """Where the results go: to the run if it is its best model, otherwise to a new folder.
 
-    And where that is published, if storage_path is an object store.
-
-    Raises UserError where that folder is something else's.
+    Also where that is published, if storage_path is an object store.
+    Raises UserError if the folder belongs to something else.
     """
     found = models[0]
     kind = config.quantize.weights
     is_own = len(models) == 1 and config.evaluate.adapter is None and kind == "none"
     if is_own and found.run and (found.home or found.run / "model" == found.folder):
         return found.run, found.home
-    # Where no model is named, the name is that of the run to evaluate.
+    # If no model is given, `name` is the run to evaluate.
     name = (config.evaluate.model and config.name) or _name(config, models)
     if is_uri(config.storage_path):
         home = RemoteFolder(config.storage_path) / name
@@ -130,19 +129,19 @@ def results_folder(
 
 
 def _check_own(folder: str, models: Sequence[FoundModel], names: Collection[str]) -> None:
-    """Refuse a folder with such files unless it is an evaluation's own. Raises UserError."""
+    """Raise UserError for a folder with files other than those of an evaluation."""
     if names and (CONFIG in names or EVALUATION not in names):
         what = " and ".join(str(found.folder) for found in models)
         raise UserError(f"{folder} exists and is not an evaluation of {what}; choose another name")
 
 
 def _name(config: Config, models: Sequence[FoundModel]) -> str:
-    """A name that these models always get."""
+    """A name for the results that is always the same for the same models."""
     found, *others = models
     source = Path(found.place)
     label = source.parent.name if source.name == "model" else source.name
     label = f"{found.run.name}-{label}" if found.run else label
-    label = called_with(label, config.evaluate.adapter).replace(":", "-")
+    label = name_with(label, config.evaluate.adapter).replace(":", "-")
     if others:
         label = f"ensemble-of-{len(models)}"
     if config.quantize.weights != "none":
@@ -152,7 +151,7 @@ def _name(config: Config, models: Sequence[FoundModel]) -> str:
 
 
 def sha256_of_models(models: Sequence[FoundModel]) -> str:
-    """The weights' sha256; of several models, that of all of theirs in a row."""
+    """The sha256 of the weights or, for several models, of all their sha256s."""
     every = [weights_sha256(found.folder) for found in models]
     return every[0] if len(every) == 1 else sha256("".join(every).encode()).hexdigest()
 
@@ -160,10 +159,10 @@ def sha256_of_models(models: Sequence[FoundModel]) -> str:
 def check_goes_with(
     first: FoundModel, other: FoundModel, block_size: int, *, own_text: Config | None
 ) -> None:
-    """Refuse a model whose probabilities cannot be averaged with the first one's.
+    """Raise UserError for a model whose probabilities cannot be averaged with the first one's.
 
-    block_size: tokens of a window. own_text: of the text that the first one was trained on, if it
-    is scored on that. Raises UserError.
+    block_size: tokens of a window. own_text: the config of the first one's training text, if that
+    is scored.
     """
     if Tokenizer.load(other.folder).sha256 != Tokenizer.load(first.folder).sha256:
         raise UserError(
@@ -178,7 +177,7 @@ def check_goes_with(
         )
     if own_text is None or other.run is None:
         return
-    trained = with_whole_paths(load_config(str(other.run / CONFIG), []))
+    trained = with_absolute_paths(load_config(str(other.run / CONFIG), []))
     if held_out(trained) != held_out(own_text):
         raise UserError(
             f"evaluate.model: {other.run} was trained on another text or split than {first.run}, "
@@ -189,7 +188,7 @@ def check_goes_with(
 
 
 def held_out(config: Config) -> dict[str, Any]:
-    """What decides which text a run does not train on, by key; its paths from the root on."""
+    """The values, by key, that decide which text a run holds out; its paths must be absolute."""
     flat = flatten(config)
     seed = config.seed if config.data.seed is None else config.data.seed
     return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}

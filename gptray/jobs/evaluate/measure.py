@@ -1,4 +1,4 @@
-"""Measure a model on a text: windows and passages are shared out to actors, the answers joined."""
+"""Measures a model on a text: divides windows and passages among actors and joins the answers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gptray.model.weight_bytes import linear_bytes
 from gptray.wording import perplexity
 
 log = logging.getLogger("gptray")
-# Of one call: enough that sending it costs nothing, few enough that all workers end together.
+# Tokens of one call: enough to make sending it negligible, few enough to balance the workers.
 CALL_TOKENS = 16_384
-# A GPU reads so many in a hundredth of a second, in which a call is just sent.
+# A GPU would read CALL_TOKENS about as fast as a call is sent, in a hundredth of a second.
 GPU_CALL_TOKENS = 262_144
 COMPARED = (
     "every token of the {} text, read as an engine reads a prompt, with the full weights and with "
@@ -32,9 +32,9 @@ COMPARED = (
 
 
 def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
-    """Everything that is measured of a model on a text. Needs Ray.
+    """All measures of a model on a text. Needs Ray.
 
-    Raises UserError or RunFailed as `Scorers.run` does, RunFailed for a loss that is not finite.
+    Raises UserError or RunFailed like `Scorers.run`, and RunFailed for a loss that is not finite.
     """
     with Scorers(checked, data) as scorers:
         scores = score_splits(checked, data, scorers)
@@ -69,7 +69,7 @@ def measure(checked: CheckedEvaluation, data: TokenData) -> Evaluation:
 def score_splits(
     checked: CheckedEvaluation, data: TokenData, scorers: Scorers
 ) -> dict[str, SplitResult]:
-    """The losses of every split of the text, of the training split of a sample, and of others."""
+    """The losses on every split (a sample of the training split), and on evaluate.also's texts."""
     results = {}
     for name, (windows, numbers) in checked.windows(data).items():
         calls = _calls("score", name, windows, numbers, checked)
@@ -85,7 +85,7 @@ def score_splits(
 def compare_weights(
     checked: CheckedEvaluation, data: TokenData, scorers: Scorers
 ) -> list[QuantizedResult]:
-    """What each kind of evaluate.quantized costs on the test split, or the validation split."""
+    """The cost of each kind in evaluate.quantized on the test or else the validation split."""
     others = checked.config.evaluate.quantized
     if not others:
         return []
@@ -110,7 +110,7 @@ def _held_out(data: TokenData) -> str:
 def _calls(
     method: str, name: str, windows: Windows, numbers: list[int], checked: CheckedEvaluation
 ) -> list[Call]:
-    """Calls of a method that takes windows of a split, for all of these numbers."""
+    """Calls of a method that takes windows of a split, covering these window numbers."""
     tokens = GPU_CALL_TOKENS if checked.config.compute.use_gpu else CALL_TOKENS
     size = max(1, tokens // windows.block_size)
     ranges = [numbers[first : first + size] for first in range(0, len(numbers), size)]

@@ -1,7 +1,7 @@
-"""Evaluate: losses over whole splits, and what the model writes, by Ray actors.
+"""The evaluate job: measures losses over whole splits and generated text with Ray actors.
 
-The driver has the text prepared and the model measured (`gptray.jobs.evaluate.measure`), and saves
-the result. What the numbers mean is `gptray.evaluation`'s.
+The driver has the text prepared and the model measured (`gptray.jobs.evaluate.measure`) and saves
+the result. `gptray.evaluation` defines the measures.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ log = logging.getLogger("gptray")
 def evaluate(config: Config) -> dict[str, Any]:
     """Evaluate a model as the config says; return the job's JSON line.
 
-    Raises UserError for a mistake in the config, the model or the text; RunFailed where a loss is
-    not finite, workers keep dying, or evaluation.json cannot be written.
+    Raises UserError for a mistake in the config, the model or the text; RunFailed if a loss is not
+    finite, workers keep dying or evaluation.json cannot be written.
     """
     return run(check(config))
 
 
 def run(checked: CheckedEvaluation) -> dict[str, Any]:
-    """Evaluate, save the result and its report. Raises as `evaluate` does."""
+    """Evaluate, and save the result and its report. Raises like `evaluate`."""
     config = checked.config
     log.info("evaluating %s", checked.model)
     with ray_cluster(wait_s=config.compute.wait_s):
@@ -73,14 +73,14 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
 
 
 def _publish(folder: Path, home: RemoteFolder) -> None:
-    """Copy the results to where they belong in an object store. Raises RunFailed."""
+    """Copy the results to the object store. Raises RunFailed."""
     for path in (*sorted(folder.glob("*.png")), folder / "report.html", folder / EVALUATION):
         if path.is_file():
             home.write(path.name, path.read_bytes())
 
 
 def _say(evaluation: Evaluation) -> None:
-    """Log the scores of texts, each with what it is based on."""
+    """Log the scores of generated text, each with its basis."""
     for name, scores in (("chrf", evaluation["chrf"]), ("bleu", evaluation["bleu"])):
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]

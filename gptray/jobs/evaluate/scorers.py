@@ -1,4 +1,4 @@
-"""The actors of an evaluate job as its driver uses them."""
+"""The driver's side of an evaluate job's actors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from gptray.jobs.tasks import result_of
 from gptray.jobs.train.watch import duration
 
 POLL_S = 0.25
-# Calls at one actor: another, which is free, is not to wait for what this one holds.
-IN_LINE = 1
+# Calls queued at one actor: just one, since a second could run on another actor that is free.
+QUEUED_CALLS = 1
 
 
 class Scorers(Crew[Member]):
-    """The actors of a job. They load the model at the first call."""
+    """The actors of a job. Each loads the model at its first call."""
 
     def __init__(self, checked: CheckedEvaluation, data: TokenData) -> None:
         compute = checked.config.compute
@@ -54,14 +54,14 @@ class Scorers(Crew[Member]):
 
     @property
     def precision(self) -> str:
-        """What the networks of all actors compute in: fp32 or bf16."""
+        """The precision in which all actors compute: fp32 or bf16."""
         ((_, precision),) = self._answered([Call("precision", (), 0)])
         return str(precision)
 
     def run(self, doing: str, calls: Sequence[Call]) -> list[Any]:
-        """Have all calls answered; the answers in the calls' order.
+        """Run all calls and return their answers in the same order.
 
-        Raises the UserError or RunFailed of a call, or RunFailed when workers keep dying.
+        Raises a call's UserError or RunFailed, or RunFailed if workers keep dying.
         """
         answers = {}
         total = sum(call.tokens for call in calls)
@@ -72,11 +72,11 @@ class Scorers(Crew[Member]):
         return [answers[number] for number in range(len(calls))]
 
     def _answered(self, calls: Sequence[Call]) -> Iterator[tuple[int, Any]]:
-        """The number and the answer of each call, in the order in which they come."""
+        """Yield each call's number and answer, in order of arrival."""
         queue = collections.deque(range(len(calls)))
 
         def feed(member: Member) -> None:
-            while queue and len(member.calls) < IN_LINE:
+            while queue and len(member.calls) < QUEUED_CALLS:
                 number = queue.popleft()
                 member.call(member.actor.answer.remote(calls[number]), number)
 
@@ -90,7 +90,7 @@ class Scorers(Crew[Member]):
 
 
 class _Progress:
-    """Tokens done, tokens per second, time to go."""
+    """Shows tokens done, tokens per second and the time left."""
 
     def __init__(self, doing: str, total: int, exporter: Exporter) -> None:
         self._doing, self._total, self._done = doing, total, 0

@@ -1,6 +1,6 @@
-"""An actor of an evaluate job: it has the model, and takes calls as they come.
+"""An actor of an evaluate job: it holds the model and answers calls as they come.
 
-What a call returns depends neither on the actor nor on how many there are.
+A call's result depends neither on the actor nor on the number of actors.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from gptray.native.core_sharing import share_cores
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """The models and the tokens that an actor works on, with so many threads.
+    """The models and tokens that an actor works on, and its number of threads.
 
     models: folders that every node sees, or URIs. also: tokens of evaluate.also's texts, by name.
     """
@@ -61,7 +61,7 @@ class EvaluationTask:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of one of `Scorer`'s methods, and how many tokens it is about."""
+    """A call of one of `Scorer`'s methods, and its number of tokens."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -70,14 +70,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the model has written."""
+    """The model's continuation of a prompt."""
 
     tokens: list[int]
     text: str
 
 
 class Scorer:
-    """A Ray actor. Models are loaded by the first call, so that their faults are a call's error."""
+    """A Ray actor. Its first call loads the models, so that errors in them are the call's."""
 
     def __init__(self, task: EvaluationTask) -> None:
         self._task, self._config = task, task.config
@@ -91,7 +91,7 @@ class Scorer:
         return os.getpid()
 
     def precision(self) -> str:
-        """What the network computes in: fp32 or bf16."""
+        """The precision in which the network computes: fp32 or bf16."""
         return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self._models[0].compute_dtype]
 
     def score(self, name: str, windows: Windows, numbers: Sequence[int]) -> DocumentSums:
@@ -123,9 +123,9 @@ class Scorer:
     def write(
         self, prompts: list[list[int]], lengths: list[int], sampling: Sampling, first: int
     ) -> list[Continuation]:
-        """Continue each prompt by so many tokens, or until it ends; their rows count from `first`.
+        """Continue each prompt by its length or until its end; rows of the seed count from `first`.
 
-        Where the window is full, the last half of it is the prompt of what follows.
+        When the window is full, its last half becomes the prompt.
         """
         written: list[list[int]] = [[] for _ in prompts]
         left = dict(enumerate(lengths))
@@ -144,7 +144,7 @@ class Scorer:
         return [Continuation(tokens, self._data.tokenizer.decode(tokens)) for tokens in written]
 
     def find(self, start: int, stop: int, wanted: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        """Look for n-grams in a range of the training split."""
+        """Search a range of the training split for n-grams."""
         return list(found_in(self._data.train, start, stop, wanted))
 
     def _memory_told(self) -> AbstractContextManager[None]:
@@ -185,13 +185,13 @@ class Scorer:
 
     @cached_property
     def _scored(self) -> Sequence[Scored]:
-        """What is scored: quantized weights as they generate."""
+        """The models to score; with quantized weights, by the engine's network."""
         kind = self._config.quantize.weights
         return self._models if kind == "none" else [self._reader(m, kind) for m in self._models]
 
     @cached_property
     def _readers(self) -> list[WindowReader]:
-        """Of the model with its full weights, and with those of evaluate.quantized."""
+        """Readers of the model with its full weights and with each kind in evaluate.quantized."""
         kinds = ("none", *self._config.evaluate.quantized)
         return [self._reader(self._models[0], kind) for kind in kinds]
 
@@ -200,7 +200,7 @@ class Scorer:
 
     @property
     def _backend(self) -> str:
-        """The engine's: the same on every node, unless one is named."""
+        """The engine's backend; fixed rather than timed, so that all nodes use the same one."""
         if self._config.compute.use_gpu:
             return "graph"
         return "native" if self._config.generate.backend == "native" else "torch"

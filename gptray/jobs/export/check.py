@@ -1,4 +1,4 @@
-"""The export job, checked without torch or Ray: the model, the place, what the format can say."""
+"""Checks an export without torch or Ray: the model, the output path, what the format supports."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
 
 _SUFFIX = ".gguf"
-# Besides the tokenizer, what says how to use a model.
+# Files, besides the tokenizer's, that say how to use a model.
 _USAGE = (GENERATION, TEMPLATE)
-# Matrices that a sentence names.
+# The most matrices that a sentence names.
 _NAMED = 3
 _TEMPLATE = "tokenizer.chat_template"
 
 
 @dataclass(frozen=True)
 class GgufContent:
-    """What a GGUF file will hold. kept: a sentence on matrices that are not quantized, though the
-    precision is."""
+    """The content of a GGUF file. kept: a sentence on matrices that cannot be quantized."""
 
     architecture: str
     fields: dict[str, object]
@@ -50,7 +49,7 @@ class GgufContent:
 
     @property
     def size(self) -> int:
-        """Bytes, of tensors and of texts."""
+        """Bytes of tensors and texts."""
         texts = (
             len(text.encode()) + 8
             for value in self.fields.values()
@@ -63,8 +62,7 @@ class GgufContent:
 
 @dataclass(frozen=True)
 class HfContent:
-    """What a Hugging Face folder will hold besides weights: files copied as they are; kept as
-    `GgufContent`'s."""
+    """The content of a Hugging Face folder. copied: unchanged files. kept: see `GgufContent`."""
 
     copied: list[Path]
     weight_bytes: int
@@ -72,7 +70,7 @@ class HfContent:
 
     @property
     def size(self) -> int:
-        """Bytes, config.json and headers left out."""
+        """Bytes, without config.json and headers."""
         return self.weight_bytes + sum(path.stat().st_size for path in self.copied)
 
     @property
@@ -82,7 +80,7 @@ class HfContent:
 
 @dataclass(frozen=True)
 class CheckedExport:
-    """An export in which all exists and can be expressed. name: what the model was called."""
+    """An export that can start. name: the model's name as given."""
 
     settings: ExportConfig
     folder: Path
@@ -147,7 +145,7 @@ def _content(
 
 
 def _kept(settings: ExportConfig, names: Collection[str], total: int) -> str | None:
-    """What to say of matrices whose rows are not whole groups. Raises UserError if none's are."""
+    """A sentence on matrices whose rows are not whole groups. Raises UserError if none's are."""
     if not names:
         return None
     rows = f"a multiple of {GROUP} weights, which export.precision={settings.precision} takes"
@@ -159,9 +157,9 @@ def _kept(settings: ExportConfig, names: Collection[str], total: int) -> str | N
 
 
 def _packed_bytes(model: StoredModel, precision: str) -> int | None:
-    """Bytes of a model whose linear layers are packed; None for a precision that packs none.
+    """Bytes of a model with packed linear layers; None for a precision without packing.
 
-    Raises UserError for layers that compressed-tensors does not pack.
+    Raises UserError for layers that compressed-tensors cannot pack.
     """
     packing = PACKINGS.get(precision)
     if packing is None:
@@ -179,12 +177,12 @@ def _packed_bytes(model: StoredModel, precision: str) -> int | None:
 
 
 def _called(name: str) -> str:
-    """A model's own name, from that of its run, folder or file."""
+    """A model's name without the path and suffix."""
     return Path(name).name.removesuffix(_SUFFIX)
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:
-    """Raise UserError for a damaged tokenizer, and for one with more tokens than the embedding."""
+    """Raise UserError for a damaged tokenizer or one with more tokens than the embedding."""
     backend, _ = open_tokenizer(str(folder))
     tokens = max(backend.get_vocab(with_added_tokens=True).values()) + 1
     if tokens > rows:
@@ -195,7 +193,7 @@ def _check_tokenizer(folder: Path, rows: int) -> None:
 
 
 def _output(settings: ExportConfig, name: str) -> Path:
-    """The path to write. Raises UserError for one that is taken or cannot be written."""
+    """The path to write. Raises UserError if it exists or cannot be written."""
     key, given = "export.output_path", settings.output_path
     is_gguf = settings.format == "gguf"
     example = f"{_called(name) or 'model'}-{settings.precision}{_SUFFIX if is_gguf else ''}"

@@ -1,4 +1,4 @@
-"""Writes a model in another program's format, whole or not at all."""
+"""The export job: writes a model atomically in another program's format."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def plan(checked: CheckedExport) -> Plan:
 
 
 def run(checked: CheckedExport) -> dict[str, object]:
-    """Write a model that was checked; return the JSON line's facts.
+    """Write a checked model; return the JSON line.
 
-    Raises UserError for weights that are damaged or do not fit the precision, RunFailed where the
-    disk takes no more.
+    Raises UserError for weights that are damaged or do not fit the precision, RunFailed if the disk
+    is full.
     """
     output, settings = checked.output, checked.settings
     if checked.content.kept:
@@ -93,7 +93,7 @@ def _write(checked: CheckedExport) -> None:
 
 
 def _quantizer(checked: CheckedExport) -> Quantizer:
-    """What quantizes weights. It imports torch, which a plan does not need."""
+    """The quantizer. It imports torch, which a plan does not need."""
     from gptray.model.importance import quantizer
 
     precision = checked.settings.precision
@@ -102,7 +102,7 @@ def _quantizer(checked: CheckedExport) -> Quantizer:
 
 @contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` if all went well."""
+    """A folder to fill, which is renamed to `folder` if all goes well."""
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     draft.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""Checks of what callers pass to `LLM`: keywords, texts and chats; the rest is refused by name."""
+"""Checks the arguments of `LLM`: keywords, texts and chats; anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptray.generation.chat_template import Message
 
 
 def values_of(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """The config's values of a call's keywords. Raises UserError for one that does not exist."""
+    """A call's keywords as config values. Raises UserError for unknown keywords."""
     for name in given:
         if name not in keys:
             keywords = {key: keyword for keyword, key in keys.items()}
@@ -24,7 +24,7 @@ def values_of(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, An
 
 
 def _plain(value: Any) -> Any:
-    """A value as a config holds it."""
+    """A value in the type that a config has."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
@@ -33,7 +33,7 @@ def _plain(value: Any) -> Any:
 
 
 def texts_of(prompts: str | abc.Sequence[str]) -> list[str]:
-    """One text or several as several. Raises UserError for what is no text."""
+    """One text or several, as a list. Raises UserError for anything else."""
     if not isinstance(prompts, abc.Iterable) or isinstance(prompts, Mapping):
         raise UserError(f"prompts must be text or a list of texts, got {type(prompts).__name__}")
     given = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -44,7 +44,7 @@ def texts_of(prompts: str | abc.Sequence[str]) -> list[str]:
 
 
 def chats_of(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:
-    """One chat or several as several."""
+    """One chat or several, as a list."""
     several = isinstance(messages, abc.Sequence) and messages
     if not several or isinstance(messages[0], Mapping):
         return [messages]

@@ -1,4 +1,4 @@
-"""The generate job, checked without torch or Ray: in the terminal, or in bulk."""
+"""Checks the generate job, in the terminal or in bulk, without torch or Ray."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cache_folder, is_uri
 from gptray.jobs.adapters import (
-    called_with,
     check_adapter,
     check_adapters,
+    name_with,
     with_adapter,
     with_adapters,
 )
@@ -29,7 +29,7 @@ from gptray.store_access import why_not_written
 
 @dataclass(frozen=True)
 class CheckedModel:
-    """A model that exists, for a machine that can run it. name: what it was called."""
+    """A model that exists and that this machine can run. name: its name as given."""
 
     config: Config
     folder: Path
@@ -37,7 +37,7 @@ class CheckedModel:
 
 
 def check_model(config: Config) -> CheckedModel:
-    """Find generate.model. Raises UserError if it is not there, or this machine cannot run it."""
+    """Find generate.model. Raises UserError if it does not exist or this machine cannot run it."""
     check_resources(config.compute)
     if config.generate.adapters is not None:
         raise UserError(
@@ -54,7 +54,7 @@ def check_model(config: Config) -> CheckedModel:
 class CheckedBatch:
     """A batch job in which everything exists.
 
-    output: the folder that readers see, or its URI. folder: the same; of a URI, the one here that
+    output: the output folder, or its URI. folder: the same folder; for a URI, the local one that
     has its scratch folder.
     """
 
@@ -67,19 +67,19 @@ class CheckedBatch:
 
     @property
     def model(self) -> str:
-        """What names the model on every node: its folder, or the URI that it is fetched from."""
+        """The model's name on every node: its folder, or the URI that it is fetched from."""
         return for_workers(self.model_dir, self.model_name)
 
     @property
-    def called(self) -> str:
-        """What the output calls the model, its adapter included."""
-        return called_with(self.model_name, self.config.generate.adapter)
+    def full_name(self) -> str:
+        """The model's name in the output, including its adapter's."""
+        return name_with(self.model_name, self.config.generate.adapter)
 
 
 def check_batch(config: Config) -> CheckedBatch:
-    """Check the machine, the model, the input's beginning and the output's place.
+    """Check the machine, the model, the input's beginning and the output path.
 
-    Raises UserError with all that is wrong, one line each.
+    Raises UserError with all mistakes, one line each.
     """
     settings, mistakes = config.generate, Mistakes()
     files: list[SourceFile] = []
@@ -121,7 +121,7 @@ def check_batch(config: Config) -> CheckedBatch:
 def _check_template(
     files: list[SourceFile], prompt_column: str, model_dir: Path, name: str
 ) -> None:
-    """Raise UserError for a file of chats beside a model that has no template for them."""
+    """Raise UserError for a file of chats if the model has no chat template."""
     chats = next((file.name for file in files if begins_with_chat(file, prompt_column)), None)
     if chats and Usage.of(model_dir).chat_template is None:
         raise UserError(
@@ -131,7 +131,7 @@ def _check_template(
 
 
 def _output_of(path: str) -> tuple[str, Path]:
-    """`CheckedBatch`'s output and folder."""
+    """The `output` and `folder` of a `CheckedBatch`."""
     if is_uri(path):
         name = hashlib.sha256(path.encode()).hexdigest()[:24]
         return path.rstrip("/"), cache_folder() / "outputs" / name
@@ -140,11 +140,11 @@ def _output_of(path: str) -> tuple[str, Path]:
 
 
 def check(config: Config) -> CheckedModel | CheckedBatch:
-    """Find every mistake of the job. Raises UserError."""
+    """Check the job. Raises UserError with every mistake."""
     is_for_terminal = config.generate.input_path is None and config.sample.prompt is not None
     return check_model(config) if is_for_terminal else check_batch(config)
 
 
 def engine_compute(config: Config) -> ComputeConfig:
-    """What the engines of a batch job need: `generate.num_workers` workers."""
+    """The resources of a batch job's engines: `generate.num_workers` workers."""
     return config.compute.model_copy(update={"num_workers": config.generate.num_workers})

@@ -1,7 +1,6 @@
 """The engines of a bulk job: Ray actors, each fed with parts of the input.
 
-Not on Ray Data, whose writes wait for the stage before them and whose actors drain between two
-blocks.
+Not Ray Data, whose writes wait for the previous stage and whose actors drain between blocks.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ from gptray.native.measured import Choice
 log = logging.getLogger("gptray")
 
 POLL_S = 0.25
-# Calls at one engine: while it runs a part the next one waits at its door.
-IN_LINE = 2
-# Seconds for the counters of all engines at the end.
+# Calls queued at one engine: while it runs a part, the next one is ready.
+QUEUED_CALLS = 2
+# Deadline for all engines' final counters.
 END_S = 10.0
 
 
 @dataclass(eq=False)
 class Engine(Member):
-    """The driver's side of an engine. progress: its counters, as last seen."""
+    """The driver's side of an engine. progress: its counters when last read."""
 
     written_rows: int = 0
     progress: Progress | None = None
@@ -54,11 +53,11 @@ class Engine(Member):
 
     @property
     def ahead(self) -> int:
-        """Rows that have ended in files that are not written yet."""
+        """Finished rows whose files are not written yet."""
         return max(0, self.progress.rows - self.written_rows) if self.progress else 0
 
     def look(self) -> None:
-        """Keep the counters fresh without waiting for them."""
+        """Refresh the counters without waiting for them."""
         if self._look is not None and ray.wait([self._look], timeout=0)[0]:
             counted, self._look = ray.get(self._look), None
             assert counted is None or isinstance(counted, Progress)
@@ -70,9 +69,9 @@ class Engine(Member):
 
 
 class Engines:
-    """The engines of a job and the parts that are left to do.
+    """A job's engines and the parts that are left to do.
 
-    Parts go to engines that run; those of an engine that dies go to the others.
+    Running engines get the parts; those of an engine that dies go to the others.
     """
 
     def __init__(self, config: Config, output: Output, missing: list[int]) -> None:
@@ -84,7 +83,7 @@ class Engines:
         self._asked = min(config.generate.num_workers, len(missing))
 
     def _with_backend(self, config: Config) -> Config:
-        """The config with the backend that the job began with, or begins with now."""
+        """The config with the job's backend, which is chosen now if it has none yet."""
         output = self._output
         if output.backend == UNDECIDED:
             shape = read_shape(output.job.model_dir)
@@ -92,7 +91,7 @@ class Engines:
         return override(config, {"generate.backend": output.backend})
 
     def run(self) -> dict[str, Any]:
-        """Have every part written; return the speed. Raises RunFailed if engines keep dying."""
+        """Have every part generated; return the speed. Raises RunFailed if engines keep dying."""
         most = self._config.compute.max_failures
         size, exporter = self._config.generate.max_batch_size, Exporter(self._output.folder.name)
         with (
@@ -110,8 +109,8 @@ class Engines:
             return _speed(answers_in(END_S, counts))
 
     def _feed(self, engine: Engine) -> None:
-        """Give an engine what it can take."""
-        while self._queue and len(engine.calls) < IN_LINE:
+        """Give an engine as many parts as it can queue."""
+        while self._queue and len(engine.calls) < QUEUED_CALLS:
             part = self._queue.popleft()
             engine.call(engine.actor.feed.remote(part, self._output.handed(part)), part)
         if engine.held and not engine.calls:
@@ -119,14 +118,14 @@ class Engines:
         engine.look()
 
     def _note(self, engine: Engine, written: list[int]) -> None:
-        """Drop the parts that an engine has written from what it holds."""
+        """Note the parts that an engine has written."""
         rows = sum(map(self._output.rows_of, written))
         engine.held.difference_update(written)
         engine.written_rows += rows
         self._done += rows
 
     def _take_back(self, parts: list[int]) -> None:
-        """Put parts of dead engines in line again, but for those that they wrote before."""
+        """Queue the parts of dead engines again, except those that are already written."""
         missing = set(self._output.missing_parts()) if parts else set()
         self._queue.extendleft(part for part in reversed(parts) if part in missing)
         self._done += sum(self._output.rows_of(part) for part in parts if part not in missing)
@@ -137,7 +136,7 @@ class Engines:
             self._config,
             threads=max(1, int(self._reserved["CPU"])),
             model=output.job.model,
-            model_name=output.job.called,
+            model_name=output.job.full_name,
             output=output.job.output,
             metadata=output.metadata(),
         )
@@ -145,13 +144,13 @@ class Engines:
             num_cpus=self._reserved["CPU"],
             num_gpus=self._reserved.get("GPU", 0),
             label_selector=self._config.compute.selector,
-            max_concurrency=IN_LINE + 1,
+            max_concurrency=QUEUED_CALLS + 1,
         )
         return Engine(actor.remote(task))
 
 
 def _speed(counts: list[Progress | None]) -> dict[str, Any]:
-    """Tokens per second from the first step of an engine to its last; share spent in steps."""
+    """Total tokens per second from engines' first to last steps; share of time in steps."""
     ran = [(c, c.last - c.first) for c in counts if c and c.first is not None and c.last > c.first]
     rate = sum(counted.output_tokens / seconds for counted, seconds in ran)
     share = sum(counted.step_seconds for counted, _ in ran) / (sum(s for _, s in ran) or 1.0)
@@ -159,7 +158,7 @@ def _speed(counts: list[Progress | None]) -> dict[str, Any]:
 
 
 class RowsBar:
-    """A bar over all rows of a job, those done before it started included; the same as metrics.
+    """A bar over all rows of a job, including those of earlier starts; also exports metrics.
 
     batch_size: of one engine.
     """
@@ -174,7 +173,7 @@ class RowsBar:
         self._bar.close()
 
     def show(self, written: int, engines: Sequence[Progress], ahead: int) -> None:
-        """`written` rows are in files; `ahead` more have ended; engines: their counters."""
+        """Show progress: `written` rows are in files, `ahead` more are finished."""
         running = [engine for engine in engines if engine.first is not None]
         if not running:
             self._began = time.monotonic()
@@ -208,11 +207,12 @@ class RowsBar:
 
 
 def chosen_backend(config: Config, shape: ModelConfig, reserved: Resources) -> str:
-    """The backend that generate.backend=auto means on CPUs for a network of a shape; says why.
+    """Resolve generate.backend=auto on CPUs for a network of this shape, and log why.
 
-    reserved: what an engine takes. Where engines may run on other machines than this one, that is
-    waited for, since the other may be of another kind.
-    Raises UserError for a precision that the machine lacks, RunFailed where the actor dies.
+    reserved: an engine's resources. If engines may run on other machines, which may be of another
+    kind, this waits for an actor there.
+
+    Raises UserError for a precision that the machine lacks, RunFailed if the actor dies.
     """
     threads = max(1, int(reserved["CPU"]))
     with doing("choosing between the native kernels and PyTorch"):
@@ -226,7 +226,7 @@ def chosen_backend(config: Config, shape: ModelConfig, reserved: Resources) -> s
 
 
 class Chooser:
-    """Times the backends in its process; an actor, for which a wait for room is told."""
+    """Times the backends in its process. As an actor, a wait for its resources is logged."""
 
     def choose(self, config: Config, shape: ModelConfig, threads: int) -> Choice | Failure:
         before = torch.get_num_threads()
@@ -242,7 +242,7 @@ class Chooser:
 
 
 def _all_run_here(config: Config) -> bool:
-    """Whether this machine is the only one on which engines may run now."""
+    """Whether engines can currently run only on this machine."""
     nodes = [node.id for node in labelled_nodes(config.compute)]
     return nodes == [ray.get_runtime_context().get_node_id()]
 

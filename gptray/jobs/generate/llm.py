@@ -36,12 +36,12 @@ _SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")
 
 
 class Options(TypedDict, total=False):
-    """How a model is opened; `--help` of a job says more of each key named here.
+    """How to open a model; a job's `--help` says more about each key named here.
 
-    storage_path: folder of the runs that a name is looked up in. precision (generate.precision):
+    storage_path: the folder in which names of runs are looked up. precision (generate.precision):
     auto, fp32 or bf16. quantize (quantize.weights): none, int8, int4 or iq4_nl. use_gpu
     (compute.use_gpu). backend (generate.backend): auto, native or torch. max_batch_size
-    (generate.max_batch_size): prompts that run at a time.
+    (generate.max_batch_size): how many prompts run at a time.
     """
 
     storage_path: str
@@ -53,7 +53,7 @@ class Options(TypedDict, total=False):
 
 
 class Settings(TypedDict, total=False):
-    """How a text is sampled: the config's `sample` section, with its names and defaults."""
+    """How to sample: the config's `sample` section, with its names and defaults."""
 
     max_new_tokens: int
     min_new_tokens: int
@@ -70,11 +70,11 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Output:
-    """What came of a prompt.
+    """The output for a prompt.
 
-    text: without the prompt; the batch job's column `output`. tokens: the ids of `text`, without
-    the end-of-text token. seed: draws this text again for this prompt alone. error: why
-    finish_reason is "error", else None; `text` is then what there was until then.
+    text: without the prompt, as in the batch job's column `output`. tokens: the ids of `text`,
+    without the end-of-text token. seed: reproduces this text for this prompt alone. error: why
+    finish_reason is "error", otherwise None; `text` is then incomplete.
     """
 
     prompt: str
@@ -87,7 +87,7 @@ class Output:
 
 
 class LLM:
-    """A trained model, loaded once. Threads may call it at once: their prompts share the batch.
+    """A trained model, loaded once. Threads may call it concurrently; their prompts share a batch.
 
     >>> LLM("book").generate(["Once upon a time"], temperature=0.8)[0].text
     """
@@ -95,10 +95,11 @@ class LLM:
     def __init__(self, model: str | Path | None = None, **options: Unpack[Options]) -> None:
         """Open a model.
 
-        model: as generate.model takes it: the name of a run in storage_path, the folder of a run or
-        of a model, or a hub id; None: the newest run.
-        Raises UserError for a wrong keyword or value, and for a model that is not there or fails to
-        load; RunFailed where backend="native" fails to build.
+        model: as for generate.model: the name of a run in storage_path, the folder of a run or of a
+        model, or a hub id; None: the newest run.
+
+        Raises UserError for a wrong keyword or value, and for a model that does not exist or fails
+        to load; RunFailed if the kernels of backend="native" fail to build.
         """
         values = values_of(options, _OPTIONS)
         if model is not None:
@@ -107,7 +108,7 @@ class LLM:
 
     @classmethod
     def of(cls, model: CheckedModel) -> LLM:
-        """Open a model that was checked; settings that a call leaves out are its config's."""
+        """Open a checked model; its config has the defaults for settings that calls leave out."""
         llm = cls.__new__(cls)
         llm._open(model)
         return llm
@@ -117,17 +118,17 @@ class LLM:
         self._config = model.config
         with doing("opening the model"):
             self._engine, self._tokenizer = open_engine(self.folder, self._config)
-        self._turn = Lock()  # of the engine: whoever has it advances the others' texts too
+        self._turn = Lock()  # for stepping the engine, which also advances other threads' texts
 
     def generate(
         self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]
     ) -> list[Output]:
-        """Continue prompts, as many at a time as fit; one output for each, in their order.
+        """Continue prompts, as many at a time as fit; returns one output each, in order.
 
         settings: keys of the config's `sample` section. Prompts are independent draws: the first
-        has the seed itself, each other one a seed made of it and its place, as on the terminal.
-        A prompt that cannot run, such as one longer than the context, has the reason in `error`;
-        the others run. Raises UserError for a wrong setting, or a prompt that is not text.
+        uses the seed itself, each other one a seed derived from it and its position, as in the
+        terminal. If a prompt cannot run, such as one longer than the context, its `error` says why,
+        and the others run. Raises UserError for a wrong setting or a prompt that is not text.
         """
         sample, given = self._sample(settings), texts_of(prompts)
         rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
@@ -138,11 +139,11 @@ class LLM:
         messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
         **settings: Unpack[Settings],
     ) -> list[Output]:
-        """Answer a chat, or several, in the form that the model's chat template gives them.
+        """Answer a chat, or several, formatted by the model's chat template.
 
-        messages: each with `role` and `content`. settings and outputs: as `generate`; the prompt
-        is what the template has written. Raises UserError also for a model without a chat
-        template, for messages that it refuses and for what is not a message.
+        messages: each with `role` and `content`. settings and outputs: as for `generate`; the
+        prompt is the text that the template renders. Also raises UserError for a model without a
+        chat template, for messages that the template refuses and for anything but messages.
         """
         sample, chats = self._sample(settings), chats_of(messages)
         if self._template is None:
@@ -155,23 +156,23 @@ class LLM:
         return self._run([text for text, _ in prompts], rows, sample)
 
     def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
-        """Continue a prompt; yield pieces of whole characters, together `Output.text`.
+        """Continue a prompt; yield pieces of whole characters, which together are `Output.text`.
 
-        Raises UserError at once for a wrong setting, or a prompt that cannot run; while it runs,
-        RunFailed where the model gives no token.
+        Raises UserError at once for a wrong setting or a prompt that cannot run, and RunFailed
+        later if the model fails to generate a token.
         """
         sample, (text,) = self._sample(settings), texts_of([prompt])
         return self._pieces(self._checked(text, sample, 0))
 
     def start(self, prompts: abc.Sequence[str], sample: SampleConfig) -> list[Sequence]:
-        """Queue prompts as `generate` does. Raises UserError if one of them cannot run."""
+        """Queue prompts like `generate`. Raises UserError if one of them cannot run."""
         sequences = [self._checked(prompt, sample, i) for i, prompt in enumerate(prompts)]
         return [self._engine.submit(sequence) for sequence in sequences]
 
     def pieces(self, sequence: Sequence) -> Iterator[str]:
-        """Yield the text of a queued sequence as it is made; the others advance with it.
+        """Yield the text of a queued sequence as it is generated; the others advance too.
 
-        Raises RunFailed where the model gives no token.
+        Raises RunFailed if the model fails to generate a token.
         """
         shown = 0
         while not sequence.ended or shown < len(sequence.text):
@@ -191,7 +192,7 @@ class LLM:
     def _run(
         self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
     ) -> list[Output]:
-        """Run those that can; the others' outputs have the reason that is their row."""
+        """Run the sequences; a row that is a string is an error, which goes into its output."""
         running = [row for row in rows if isinstance(row, Sequence)]
         with self._queued(running):
             for sequence in running:
@@ -205,13 +206,13 @@ class LLM:
         ]
 
     def _pieces(self, sequence: Sequence) -> Iterator[str]:
-        """Queue a sequence and yield its text; whoever leaves early cancels it."""
+        """Queue a sequence and yield its text; closing the generator cancels the sequence."""
         with self._queued([sequence]):
             yield from self.pieces(sequence)
 
     @contextmanager
     def _queued(self, sequences: abc.Sequence[Sequence]) -> Iterator[None]:
-        """Queue sequences; none is left behind."""
+        """Queue sequences; on exit, cancel those that have not ended."""
         try:
             with self._turn:
                 for sequence in sequences:
@@ -235,7 +236,7 @@ class LLM:
     def _sequence(
         self, prompt: str, sample: SampleConfig, number: int, *, live_text: bool = False
     ) -> Sequence | str:
-        """Draw `number` of several, or why it cannot run."""
+        """The sequence of prompt `number`, or why it cannot run."""
         try:
             ids = self._tokenizer.prompt_ids(prompt, parse_special=sample.parse_special)
         except ValueError as error:
@@ -258,7 +259,7 @@ class LLM:
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:
-    """What came of a sequence that has ended."""
+    """The output of a sequence that has ended."""
     assert sequence.finish_reason is not None
     return Output(
         prompt,

@@ -1,4 +1,4 @@
-"""Rows of OpenAI batch files: a request's body, read as the endpoint reads it, for a batch job."""
+"""Reads rows of OpenAI batch files: requests whose bodies are parsed as by the endpoint."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gptray.serving.api_error import ApiError
 from gptray.serving.chat_request import ChatRequest
 from gptray.serving.protocol import SAMPLED, CompletionRequest, GenerationRequest, parse_request
 
-# The request's keys that set how its row is sampled, and the sampler's names for them. What a
-# request leaves out is the job's, as in every other row.
+# Keys of a request that set how its row is sampled, and the sampler's names for them. The job's
+# settings apply to keys that a request leaves out, as in all other rows.
 SETTINGS = {
     "max_tokens": "max_new_tokens",
     "max_completion_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     **{name: name for name in (*SAMPLED, "top_k", "seed") if name != "logprobs"},
 }
-# What a batch row has no place for.
+# Keys that batch rows do not support.
 _ONLY_HTTP = ("stream", "echo", "logprobs")
 
 
 @dataclass(frozen=True)
 class RequestReader:
-    """Reads rows for a model, whose template writes the prompts of chats."""
+    """Reads rows for a model, whose chat template renders the prompts of chats."""
 
     model_dir: Path
 
@@ -41,7 +41,7 @@ class RequestReader:
         return ChatTemplate(source, Tokenizer.load(self.model_dir)) if source else None
 
     def __call__(self, row: Values) -> RowRequest:
-        """What a line with method, url and body asks for; what it cannot have is its error.
+        """Parse a line with method, url and body; if it is invalid, the result has the error.
 
         Raises UserError for a model whose template or tokenizer cannot be read.
         """
@@ -49,11 +49,11 @@ class RequestReader:
         prompt = body.get("prompt") if isinstance(body, dict) else None
         try:
             return self._read(row)
-        except UserError:  # no row's fault
+        except UserError:  # not the row's fault
             raise
         except (ApiError, ValueError) as error:
             problem = error.message if isinstance(error, ApiError) else str(error)
-            # A value that it shows may hold half a surrogate pair.
+            # The message may quote an unpaired surrogate.
             return RowRequest(prompt, {}, problem.encode("utf-8", "backslashreplace").decode())
 
     def _read(self, row: Values) -> RowRequest:
@@ -83,14 +83,14 @@ class RequestReader:
 
 
 def _settings(request: GenerationRequest) -> dict[str, object]:
-    """What the row sets for itself, as the sampler takes it."""
+    """The row's own settings, under the sampler's names."""
     given = request.model_fields_set
     found = {name: getattr(request, key) for key, name in SETTINGS.items() if key in given}
     return found | ({"top_k": None} if found.get("top_k", 1) < 1 else {})
 
 
 def _check(request: GenerationRequest) -> None:
-    """Raise ValueError for what a batch row cannot have."""
+    """Raise ValueError for keys that batch rows do not support."""
     if request.n > 1:
         raise ValueError(
             f"n={request.n}: a batch row has one output; set generate.num_samples for more"

@@ -1,4 +1,4 @@
-"""The folder of a generate job: what it is to hold, what it holds already, when it is whole."""
+"""A generate job's output folder: what it is to hold, what is there, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ log = logging.getLogger("gptray")
 
 
 class Output:
-    """The opened folder of a job; nobody else writes there meanwhile.
+    """A job's opened output folder, which no other job may write meanwhile.
 
-    `RemoteOutput` has another place for the files that readers see.
+    `RemoteOutput` is the one for object stores.
     """
 
     def __init__(self, job: CheckedBatch, plan: Record) -> None:
@@ -52,22 +52,22 @@ class Output:
         self.rows_per_file: int = plan["rows_per_file"] * self.samples
         self._plan = plan
         self.check_held: Callable[[], None] = lambda: None
-        self._sha256: dict[str, str] = {}  # of the parts that were there at the start
+        self._sha256: dict[str, str] = {}  # of the parts that existed at the start
 
     @classmethod
     @contextmanager
     def opened(cls, job: CheckedBatch) -> Iterator[Output]:
-        """Make the folder, or resume in it.
+        """Create the folder, or resume in it.
 
-        Raises UserError if it belongs to something else, or to a job with other settings, and for
-        input that cannot be read; RunFailed without room.
+        Raises UserError if it belongs to something else or to a job with other settings, and for
+        input that cannot be read; RunFailed if the disk is full.
         """
         plan, identity = cls.plan_there(job)
         found = None
         if plan is None:
-            # All of the input is looked at before anything is made.
+            # Check the whole input before creating anything.
             found = scan_input(job)
-            plan = new_plan(identity, job.called, found.rows)
+            plan = new_plan(identity, job.full_name, found.rows)
         with _scratch(job, is_new=found is not None), cls.held(job) as check_held:
             if found and (there := cls.existing_plan(job)):
                 # Another job has started here since the check above.
@@ -83,7 +83,7 @@ class Output:
 
     @classmethod
     def plan_there(cls, job: CheckedBatch) -> tuple[Record | None, Record]:
-        """The plan in the folder, if there is one of the same job, and the job's identity."""
+        """The same job's plan in the folder, if there is one, and the job's identity."""
         plan = cls.existing_plan(job)
         if not is_uri(job.output):
             check_place(job.folder)
@@ -94,32 +94,32 @@ class Output:
 
     @classmethod
     def existing_plan(cls, job: CheckedBatch) -> Record | None:
-        """The plan of the job that began in the folder. Raises UserError for a folder of others."""
+        """The plan of the folder's job. Raises UserError if something else wrote the folder."""
         return existing_plan(job.folder)
 
     @classmethod
     @contextmanager
     def held(cls, job: CheckedBatch) -> Iterator[Callable[[], None]]:
-        """Keep others out. Here the lock on the scratch folder does.
+        """Keep other jobs out; for a local folder, the lock on the scratch folder does that.
 
-        Yields what raises RunFailed once others are no longer kept out.
+        Yields a function that raises RunFailed if others are no longer kept out.
         """
         yield lambda: None
 
     @property
     def parts(self) -> int:
-        """Files of the output; without a row one, which has the columns."""
+        """The number of output files; at least one, which has the columns."""
         return max(1, -(-self.rows // self.rows_per_file))
 
     def rows_of(self, part: int) -> int:
         return min(self.rows_per_file, self.rows - part * self.rows_per_file)
 
     def staged(self, part: int) -> Path:
-        """The staged input of a part; not .parquet: some readers search hidden folders too."""
+        """A part's staged input; not *.parquet, since some readers also search hidden folders."""
         return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
 
     def handed(self, part: int) -> str | bytes:
-        """A part's staged input for an engine: where it is, or what is in it."""
+        """A part's staged input for an engine: its path or its content."""
         return str(self.staged(part))
 
     def add(self, table: pa.Table) -> None:
@@ -127,11 +127,11 @@ class Output:
         write_part(table, self.folder / part_name(0))
 
     def missing_parts(self) -> list[int]:
-        """Parts without their output file. A file is there only when it is whole."""
+        """Parts without an output file. Files appear only when they are complete."""
         return [n for n in range(self.parts) if not (self.folder / part_name(n)).is_file()]
 
     def begin(self, *, is_whole: bool) -> None:
-        """Remove what a kill left. is_whole: no part is missing.
+        """Remove leftovers of a killed job. is_whole: whether no part is missing.
 
         Raises UserError for a file that is not the job's, RunFailed for a damaged one.
         """
@@ -145,7 +145,7 @@ class Output:
             (self.folder / SUCCESS).unlink(missing_ok=True)
 
     def is_staged(self, part: int) -> bool:
-        """Whether the staged input of a part is there and intact."""
+        """Whether the staged input of a part exists and is intact."""
         try:
             part_sha256(self.staged(part))
         except RunFailed:
@@ -154,7 +154,7 @@ class Output:
 
     @property
     def backend(self) -> str:
-        """What all engines use: native, torch, or auto on GPUs; UNDECIDED before the first."""
+        """The backend of all engines: native, torch, or auto on GPUs; UNDECIDED at first."""
         backend: str = self._plan["identity"][BACKEND]
         return backend
 
@@ -167,12 +167,12 @@ class Output:
         write_json(self.folder / SCRATCH / PLAN, self._plan)
 
     def metadata(self) -> dict[str, str]:
-        """For the files' own metadata: the settings, and a fingerprint of the whole job."""
+        """Metadata of the output files: the settings and a fingerprint of the job."""
         text = json.dumps(self._plan["identity"], ensure_ascii=False)
         return {"gptray.settings": text, "gptray.fingerprint": self._plan["fingerprint"]}
 
     def _stage(self, found: InputScan) -> None:
-        """Write the input in parts that engines can open; plan.json comes last."""
+        """Write the input in parts for the engines, and then plan.json."""
         from gptray.jobs.generate.openai_batch import RequestReader
 
         rows = self._plan["rows_per_file"]
@@ -182,7 +182,7 @@ class Output:
         self.record()
 
     def finish(self) -> Record:
-        """Check the files, write the manifest and _SUCCESS, drop the scratch; return the counts."""
+        """Check the files, write the manifest and _SUCCESS, remove staged input; return counts."""
         reasons: collections.Counter[str] = collections.Counter()
         tokens = rows = 0
         files = {}
@@ -211,18 +211,18 @@ class Output:
         return summary
 
     def _drop_partials(self) -> None:
-        """Remove what engines that were killed have not written to its end."""
+        """Remove incomplete files of killed engines."""
         for partial in self.folder.glob(".part-*.partial"):
             partial.unlink()
 
     @contextmanager
     def opened_part(self, name: str) -> Iterator[tuple[Path, str]]:
-        """A part that is there, as a file, and its sha256. Raises RunFailed if it is damaged."""
+        """An existing part as a local file, and its sha256. Raises RunFailed if it is damaged."""
         path = self.folder / name
         yield path, self._sha256.get(name) or part_sha256(path)
 
     def publish(self, manifest: Record) -> None:
-        """Write the manifest, and last the sign that all is there."""
+        """Write the manifest and, last, _SUCCESS."""
         success = self.folder / SUCCESS
         if not (success.is_file() and (self.folder / MANIFEST).is_file()):
             write_json(self.folder / MANIFEST, manifest)
@@ -232,7 +232,7 @@ class Output:
 
 @contextmanager
 def _scratch(job: CheckedBatch, *, is_new: bool) -> Iterator[None]:
-    """Lock the hidden folder of an output; if a mistake ends a new output, remove the folder."""
+    """Lock an output's hidden folder; if a mistake ends a new output, remove the folder."""
     scratch = job.folder / SCRATCH
     with no_empty_folders(scratch):
         try:
@@ -251,7 +251,7 @@ def _scratch(job: CheckedBatch, *, is_new: bool) -> Iterator[None]:
 
 
 def scan_input(job: CheckedBatch) -> InputScan:
-    """Look at all of the input, and tell what is odd. Raises UserError for what is wrong."""
+    """Scan the whole input and log warnings. Raises UserError for mistakes."""
     found = scan(job.files, job.config.generate)
     for note in found.columns.notes:
         log.warning("generate.input_path: %s", note)
@@ -259,9 +259,9 @@ def scan_input(job: CheckedBatch) -> InputScan:
 
 
 def _counts(path: Path, place: str) -> pa.Table:
-    """The columns of an output file that the summary counts.
+    """The columns of an output file that the summary needs.
 
-    place: where readers see it. Raises RunFailed if it is damaged.
+    place: the file's public path or URI. Raises RunFailed if it is damaged.
     """
     try:
         return parquet.ParquetFile(path).read(columns=["finish_reason", "output_tokens"])

@@ -1,7 +1,7 @@
-"""Which job an output folder belongs to, and whether another one may write there.
+"""Decides which job an output folder belongs to, and whether another one may write there.
 
-Only whole Parquet files are visible. At the end _manifest.json, which repeats the plan, and
-_SUCCESS join them; readers of a Parquet folder skip names that begin with _. The hidden scratch
+Only complete Parquet files are visible. At the end, _manifest.json, which repeats the plan, and
+_SUCCESS are added; readers of a Parquet folder skip names that begin with _. The hidden scratch
 folder holds plan.json and the staged input.
 """
 
@@ -37,18 +37,18 @@ from gptray.jobs.driver_lock import LOCK, is_held
 from gptray.model.usage import Usage
 from gptray.stored import Unreadable, read_object
 
-# What a plan, a manifest or a summary holds.
+# A plan, a manifest or a summary.
 Record = dict[str, Any]
 PLAN, MANIFEST, SUCCESS = "plan.json", "_manifest.json", "_SUCCESS"
 MODEL_FILES = "*.safetensors"
-# In a job's identity: the backend, and what it is on CPUs until an engine's machine has decided.
+# In a job's identity: the backend's key, and its value until an engine's machine has chosen one.
 BACKEND, UNDECIDED = "generate.backend", "auto (CPU)"
 
 
 def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -> Record:
-    """What the output depends on, under the names of the keys that say it.
+    """All that the output depends on, by config key.
 
-    An input is its content, whatever its name.
+    Input counts by its content, whatever its name.
     """
     settings, sample = config.generate, config.sample
     is_undecided = settings.backend == "auto" and not config.compute.use_gpu
@@ -81,21 +81,21 @@ _GENERATE_KEYS = (
 
 
 def resumed(identity: Record, plan: Record) -> Record:
-    """The identity of a job that resumes another: what is left open is as it was decided there."""
+    """The identity of a job that resumes another, with the backend that the other chose."""
     there = plan["identity"].get(BACKEND)
     is_decided = identity[BACKEND] == UNDECIDED and there in ("native", "torch")
     return {**identity, BACKEND: there} if is_decided else identity
 
 
 def decided(plan: Record, backend: str) -> Record:
-    """A plan whose engines use that backend."""
+    """The plan with this backend."""
     identity = {**plan["identity"], BACKEND: backend}
     plan = {**plan, "identity": identity}
     return {**plan, "fingerprint": _fingerprint(plan)}
 
 
 def new_plan(identity: Record, model: str, input_rows: int) -> Record:
-    """The plan of a job; `rows` counts the output's."""
+    """The plan of a job; its `rows` are those of the output."""
     samples = identity["generate.num_samples"]
     plan = {
         "identity": identity,
@@ -108,7 +108,7 @@ def new_plan(identity: Record, model: str, input_rows: int) -> Record:
 
 
 def existing_plan(folder: Path) -> Record | None:
-    """The plan of the job that began in a folder. Raises UserError for a folder of others."""
+    """The plan of a folder's job. Raises UserError if something else wrote the folder."""
     names = (f"{SCRATCH}/{PLAN}", MANIFEST)
     refuse_links(folder, (SCRATCH, f"{SCRATCH}/{LOCK}", SUCCESS, *names), what="the job")
     there = [folder / name for name in names if (folder / name).is_file()]
@@ -128,7 +128,7 @@ def existing_plan(folder: Path) -> Record | None:
 
 
 def refuse_differences(folder: str, before: Record, now: Record) -> None:
-    """Raise UserError, key by key, unless a job of these identities is one and the same."""
+    """Raise UserError, listing the keys that differ, unless the identities are the same."""
     differing = [
         f"  {key}: {before.get(key)!r} there, {now[key]!r} now"
         for key in now
@@ -159,7 +159,7 @@ def write_json(path: Path, content: Record) -> None:
 
 
 def not_of_this_job(path: object) -> UserError:
-    """The error for a part in the output that the job has not written."""
+    """The error for a part in the output that the job did not write."""
     return UserError(
         f"generate.output_path: {path} was not written by this job, but anything that reads the "
         "folder would read it too; remove it, or choose another folder"
@@ -167,9 +167,9 @@ def not_of_this_job(path: object) -> UserError:
 
 
 def check_overlap(output: str, entries: Sequence[str], files: Sequence[SourceFile]) -> None:
-    """Refuse an output folder that holds input, or whose files would become input.
+    """Raise UserError for an output folder that holds input, or whose files would become input.
 
-    output: its path from the root on, or its URI. Raises UserError.
+    output: its absolute path, or its URI.
     """
     place = output if is_uri(output) else os.path.realpath(output)
     for file in files:
@@ -197,14 +197,14 @@ def check_overlap(output: str, entries: Sequence[str], files: Sequence[SourceFil
 
 
 def check_place(folder: Path) -> None:
-    """Raise UserError if a folder cannot be made or written, or another job writes there now."""
+    """Raise UserError if a folder is not writable, or another job is writing there."""
     check_writable(folder, key="generate.output_path")
     if is_held(folder / SCRATCH):
         raise UserError(busy(str(folder)))
 
 
 def busy(folder: str) -> str:
-    """What is said of an output that another job writes."""
+    """The message about an output that another job is writing."""
     return f"another job is writing to {folder} now"
 
 
@@ -217,7 +217,7 @@ _FINGERPRINTED = ("identity", "rows", "rows_per_file", "num_samples")
 
 
 def _read_plan(path: Path) -> Record | None:
-    """A plan as it was written; None if it is damaged."""
+    """Read a plan; None if it is damaged."""
     try:
         return valid_plan(read_object(path))
     except OSError as error:
@@ -227,7 +227,7 @@ def _read_plan(path: Path) -> Record | None:
 
 
 def valid_plan(plan: object) -> Record | None:
-    """A plan as it was written; None if it is damaged."""
+    """The plan if its fingerprint is right; None if it is damaged."""
     if not isinstance(plan, dict):
         return None
     try:
@@ -241,7 +241,7 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 def _matches(path: str, pattern: str) -> bool:
-    """Whether a glob finds a path; `**` is any number of folders."""
+    """Whether a glob pattern matches a path; `**` is any number of folders."""
     if "**" in pattern:
         return fnmatch(path, pattern.replace("**/", "*"))
     parts, wanted = path.split("/"), pattern.split("/")

@@ -1,8 +1,8 @@
-"""An output in an object store. Here is its scratch folder, and one part at a time to be counted.
+"""An output in an object store; its scratch folder is local, as is one part at a time for counting.
 
-A part is one upload, which readers see when it has ended. Two jobs are kept apart by a lease; what
-an engine uploads after its job has lost that is harmless, since a part has the same rows whoever
-makes it.
+A part is one upload, which becomes visible when it is complete. A lease keeps other jobs out; an
+upload by an engine whose job has lost the lease is harmless, since a part has the same rows whoever
+generates it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def output_kind(job: CheckedBatch) -> type[Output]:
 
 
 class RemoteOutput(Output):
-    """The opened output of a job in an object store."""
+    """A job's opened output in an object store."""
 
     @property
     def _place(self) -> RemoteFolder:
@@ -106,7 +106,7 @@ class RemoteOutput(Output):
             path.unlink(missing_ok=True)
 
     def _foreign(self, path: Path) -> str | None:
-        """Why a part is not one of this job's; None if it is."""
+        """Why a part is not this job's; None if it is."""
         try:
             metadata = parquet.read_metadata(path).metadata or {}
         except (pa.ArrowException, OSError) as error:
@@ -123,7 +123,7 @@ class RemoteOutput(Output):
 
 
 def publish_part(folder: Path, number: int, place: RemoteFolder) -> None:
-    """Move a part that was written to a folder here into the store. Raises RunFailed."""
+    """Move a part from a local folder to the object store. Raises RunFailed."""
     path = folder / part_name(number)
     place.upload(path, path.name)
     path.unlink()
@@ -131,7 +131,7 @@ def publish_part(folder: Path, number: int, place: RemoteFolder) -> None:
 
 
 def _plan_in(place: RemoteFolder) -> Record | None:
-    """The plan of the job that began in a folder. Raises UserError for a folder of others."""
+    """The plan of a folder's job. Raises UserError if something else wrote the folder."""
     for folder, name in ((place / SCRATCH, PLAN), (place, MANIFEST)):
         raw = folder.read(name)
         if raw is None:

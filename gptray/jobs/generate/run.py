@@ -1,7 +1,7 @@
-"""Prompts to Parquet in bulk, or to the terminal.
+"""The generate job: prompts to Parquet in bulk, or to the terminal.
 
-A bulk job's input is cut into parts. A part is a run of rows that becomes one output file, by
-rename; which files there are is all that a restarted job needs to know.
+A bulk job's input is cut into parts of consecutive rows. Each part becomes one output file, by
+rename, so a restarted job only needs to know which files exist.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ log = logging.getLogger("gptray")
 def generate(config: Config) -> dict[str, Any]:
     """Continue every prompt of `generate.input_path`, or those of `sample.prompt` in the terminal.
 
-    Returns the JSON line's facts. Raises UserError for what cannot start, RunFailed when engines
-    keep failing or a file cannot be written.
+    Returns the JSON line. Raises UserError if the job cannot start, RunFailed if engines keep
+    failing or a file cannot be written.
     """
     return run(check(config))
 
 
 def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
-    """Run a job that was checked; see `generate`."""
+    """Run a checked job; see `generate`."""
     if isinstance(checked, CheckedModel):
         from gptray.jobs.generate.terminal import generate_here  # loads torch
 
@@ -61,7 +61,7 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
             _write_empty(output)
         elif missing:
             rows = sum(map(output.rows_of, missing))
-            log.info("%s: %s of %s rows to do", job.called, f"{rows:,}", f"{output.rows:,}")
+            log.info("%s: %s of %s rows to do", job.full_name, f"{rows:,}", f"{output.rows:,}")
             with ray_cluster(wait_s=job.config.compute.wait_s):
                 from gptray.jobs.generate.engines import Engines  # loads Ray and torch
 
@@ -86,7 +86,7 @@ def _command() -> str:
 
 
 def plan(checked: CheckedModel | CheckedBatch) -> Plan:
-    """What the job would do. Reads the whole input of a batch job; raises UserError as it would."""
+    """What the job would do. Reads a batch job's whole input; raises UserError as the job would."""
     if isinstance(checked, CheckedModel):
         backend = planned_backend(checked.config)
         memory = planned_memory(checked.config, checked.folder, 1)
@@ -115,7 +115,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
 
 
 def _write_empty(output: Output) -> None:
-    """Write the one file of a job without rows: its columns, which need no engine."""
+    """Write the only file of a job without rows, which has just the columns."""
     staged = read_whole(output.staged(0))
     empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
     output.add(empty)

@@ -1,4 +1,4 @@
-"""Continues prompts in the terminal, as the text is generated, in this process, without Ray."""
+"""Continues prompts in the terminal, streaming the text, in this process and without Ray."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ log = logging.getLogger("gptray")
 def generate_here(model: CheckedModel) -> dict[str, Any]:
     """Print each prompt of `sample.prompt` and its continuations, one after another.
 
-    All run in one batch; text waits until it is its turn to be printed. Returns the JSON line's
-    facts; an output's `seed` reproduces it alone. Raises UserError for a prompt or a setting that
-    cannot run.
+    All run in one batch; text waits for its turn to be printed. Returns the JSON line, in which an
+    output's `seed` reproduces it alone. Raises UserError for a prompt or setting that cannot run.
     """
     config = model.config
     given, samples = config.sample.prompt, range(config.generate.num_samples)
@@ -33,7 +32,7 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
     size = config.generate.max_batch_size
     shape = read_shape(model.folder)
     change = {
-        # As a job of many prompts decides: the same text here as there.
+        # The backend that a bulk job would choose, so that the text is the same.
         "generate.backend": decoder_backend(config, shape, max_batch_size=size),
         "generate.max_batch_size": min(len(prompts), size),
     }

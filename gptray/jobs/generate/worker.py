@@ -1,4 +1,4 @@
-"""What runs in an engine's process: an actor that turns parts of the input into Parquet files."""
+"""An engine's process: an actor that turns parts of the input into Parquet files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from gptray.remote_folder import RemoteFolder
 
 @dataclass(frozen=True)
 class GenerateTask:
-    """Continue the parts of a job's input, with so many threads.
+    """What an engine needs to continue parts of a job's input.
 
     config: checked by the driver. model, output: a folder that every node sees, or a URI.
-    model_name, metadata: for the files, as column and key-values.
+    model_name: for the files' column `model`. metadata: of the files.
     """
 
     config: Config
@@ -40,29 +40,29 @@ class GenerateTask:
 
 
 class EngineWorker:
-    """A Ray actor: one engine. Calls come in several threads; one at a time runs the engine.
+    """A Ray actor with one engine. Calls come in several threads; one at a time runs the engine.
 
-    The model is loaded by the first part, so that what is wrong with it is a call's error.
+    The first part loads the model, so that errors in it are the call's.
     """
 
     def __init__(self, task: GenerateTask) -> None:
         self._task = task
         self._lock = threading.Lock()
         self._writer: PartWriter | None = None
-        # Files for an object store are written to a folder here first.
+        # Files for an object store are written to a local folder first.
         self._place = RemoteFolder(task.output) if is_uri(task.output) else None
         self._folder = _scratch() if self._place else Path(task.output)
 
     def feed(self, number: int, staged: str | bytes) -> list[int] | Failure:
-        """Take on a part; return the numbers of the parts that were written meanwhile.
+        """Start a part; return the numbers of the parts that were written meanwhile.
 
-        staged: its file, or what is in that.
+        staged: its file, or the file's content.
         """
         with self._lock:
             return attempt(lambda: self._feed(number, staged))
 
     def finish(self) -> list[int] | Failure:
-        """Run all parts to their end; return the numbers of those written meanwhile."""
+        """Finish all parts; return the numbers of those written meanwhile."""
         with self._lock:
             writer = self._writer
             return attempt(lambda: self._published(writer.finish())) if writer else []
@@ -83,11 +83,11 @@ class EngineWorker:
         return written
 
     def progress(self) -> Progress | None:
-        """Counters so far; answers while the engine runs."""
+        """The counters so far; works while the engine runs."""
         return self._writer.progress if self._writer else None
 
     def end(self) -> Progress | None:
-        """Remove what is only here; return the counters."""
+        """Remove local files; return the counters."""
         if self._place:
             discard(self._folder)
         return self.progress()
@@ -97,7 +97,7 @@ class EngineWorker:
 
 
 def _scratch() -> Path:
-    """An empty folder in this node's cache, which removes it one day if a kill leaves it."""
+    """An empty folder in this node's cache, whose cleaning removes it if a kill leaves it."""
     folder = cache_folder() / "engines" / uuid.uuid4().hex
     hold(folder)
     folder.mkdir()

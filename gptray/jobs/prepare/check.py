@@ -1,4 +1,4 @@
-"""What is known of a text before it is prepared: its files, its tokenizer, the rows of --dry-run.
+"""Checks a text before it is prepared: its files, its tokenizer, the rows of --dry-run.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -29,34 +29,33 @@ from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
-_SAID_BYTES = 1 << 30  # of tokens: verifying more takes long enough to announce
-_LOOKED_BYTES = 8 << 20  # of CSV that is read to its end before Ray starts
-_CHECKED_FILES = 100  # looked into before Ray starts; the scan looks into all
-
-# How a config's text is found: `make_request`, or one for another text of it.
+_SAID_BYTES = 1 << 30  # verifying more tokens takes long enough to announce
+_LOOKED_BYTES = 8 << 20  # how much CSV to read in full before Ray starts
+_CHECKED_FILES = 100  # how many files to check before Ray starts; the scan checks all
+# Finds a config's text: `make_request`, or a function for another of its texts.
 FindSources = Callable[[Config], Request]
 
 
 @dataclass(frozen=True)
 class CheckedText:
-    """A text whose files, columns and tokenizer have been checked; `config` names it."""
+    """A text whose files, columns and tokenizer have been checked. config: which text it is."""
 
     config: Config
     request: Request
 
     @cached_property
     def data(self) -> TokenData | None:
-        """Its tokens; None where they are still to be prepared, or files have wrong sizes."""
+        """The prepared tokens; None if there are none yet, or files have wrong sizes."""
         return opened(self.request.data_dir)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Its tokenizer, where that is known before the text is prepared."""
+        """The tokenizer, if it is known before the text is prepared."""
         return self.data.tokenizer if self.data else tokenizer_at_once(self.config)
 
 
 def check(config: Config) -> CheckedText:
-    """Check the config of a prepare job. Raises UserError with all that is wrong."""
+    """Check the config of a prepare job. Raises UserError with all mistakes."""
     return check_text(_located(config))
 
 
@@ -77,7 +76,7 @@ def plan(checked: CheckedText) -> Plan:
 
 
 def _located(config: Config) -> Config:
-    """The config with the folder of the run that it takes the tokenizer from. Raises UserError."""
+    """Resolve the run that the config takes the tokenizer from to a folder. Raises UserError."""
     config, init_from = with_tokenizer(config), config.model.init_from
     if init_from is None or config.data.tokenizer:
         return config
@@ -85,9 +84,9 @@ def _located(config: Config) -> Config:
 
 
 def text_rows(data: TokenData) -> Plan:
-    """What a plan says of text that is prepared: its shares, what is odd, what the tokenizer loses.
+    """A plan's rows for prepared text: its splits, warnings and what the tokenizer loses.
 
-    Labels differ, since a plan is also printed as a JSON object.
+    Labels must be unique, since a plan is also printed as a JSON object.
     """
     rows = split_rows(data.manifest)
     if words := token_words(data.manifest):
@@ -98,15 +97,15 @@ def text_rows(data: TokenData) -> Plan:
 
 
 def size_of(files: Sequence[SourceFile]) -> str:
-    """How much text there is: "1 file, 0.3 MB"."""
+    """The amount of text in words: "1 file, 0.3 MB"."""
     megabytes = sum(file.size for file in files) / 1e6
     return f"{count(len(files), 'file')}, {megabytes:.1f} MB" if files else BUILTIN
 
 
 def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
-    """Check what can be seen of a config's text at once: files, columns, tokenizer, storage.
+    """Check quickly what can be checked of a config's text: files, columns, tokenizer, storage.
 
-    Logs what the user should know about the files. Raises UserError with all that is wrong.
+    Logs warnings about the files. Raises UserError with all mistakes.
     """
     mistakes, request = Mistakes(), None
     with mistakes:
@@ -120,14 +119,14 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
         check_storage(config)
     mistakes.tell()
     assert request
-    # Anew, since what identifies a hub's tokenizer is another thing once it is downloaded.
+    # A new request, since downloading a hub's tokenizer changes what identifies it.
     return CheckedText(config, replace(request))
 
 
 def _check_tokenizer(config: Config, request: Request | None) -> None:
-    """Refuse a tokenizer that cannot be opened or downloaded; None: the text is not known.
+    """Raise UserError for a tokenizer that cannot be opened or downloaded.
 
-    Raises UserError.
+    request: None if the text is unknown.
     """
     name = tokenizer_name(config)
     try:
@@ -144,7 +143,7 @@ def _look_at_files(request: Request, mistakes: Mistakes) -> None:
     left = _LOOKED_BYTES
     files = [file for source, _ in request.sources for file in source.files]
     for file in files[:_CHECKED_FILES]:
-        # A row too wide may come anywhere in a CSV file, and a small file is read in a moment.
+        # A CSV row with too many columns may be anywhere, and small files are quick to read.
         whole = file.format == "csv" and file.compression is None and file.size <= left
         left -= file.size if whole else 0
         with mistakes:
@@ -153,12 +152,12 @@ def _look_at_files(request: Request, mistakes: Mistakes) -> None:
 
 @lru_cache
 def _warn(message: str) -> None:
-    """Once a process: a sweep looks at its text for every trial that changes how it is read."""
+    """Log once per process, since a sweep checks its text for each way of reading it."""
     log.warning("%s", message)
 
 
 def tokenizer_at_once(config: Config) -> Tokenizer | None:
-    """The config's tokenizer where it needs no text, no download and no transformers; else None."""
+    """The config's tokenizer if it needs no text, download or transformers; otherwise None."""
     name = tokenizer_name(config)
     path = None if name in KINDS else tokenizer_path(name)
     if path is None or not opens_at_once(path):
@@ -167,7 +166,7 @@ def tokenizer_at_once(config: Config) -> Tokenizer | None:
 
 
 def opened(folder: Path, *, verify: bool = False) -> TokenData | None:
-    """The data in a folder, or None; damage is logged. verify: check every byte."""
+    """The prepared data in a folder; None, logging it, if damaged. verify: check every byte."""
     if not os.path.lexists(folder):
         return None
     try:

@@ -1,8 +1,8 @@
-"""Prepare a corpus on Ray Data: scan, split, train the tokenizer, write token shards.
+"""The prepare job: scans and splits a corpus, trains the tokenizer, writes token shards.
 
 Units of work go through Ray Data two or three times; only counts, and the tokenizer's sample,
-come back. The result does not depend on the number of tasks. Reading, splitting and writing are
-`gptray.data`'s. For an object store it is all done on the driver's node, in that node's cache.
+come back. The result does not depend on the number of tasks. `gptray.data` reads, splits and
+writes. For an object store, everything runs on the driver's node, in its cache.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from gptray.jobs.doing import doing
 from gptray.jobs.next_steps import differing, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
-from gptray.jobs.remote_data import bring_data, publish_data
+from gptray.jobs.remote_data import download_data, publish_data
 from gptray.jobs.shared_storage import check_shared
 from gptray.jobs.tasks import map_items
 
@@ -54,9 +54,9 @@ SAMPLE_BYTES = 32 << 20  # of training text that a tokenizer is trained on
 
 
 def run(checked: CheckedText) -> dict[str, object]:
-    """Prepare a text; return the JSON line: what there is now, and how fast it was made.
+    """Prepare a text; return the JSON line.
 
-    `seconds` and `mb_per_sec` (null when nothing had to be built) count from the end of the check.
+    `seconds` and `mb_per_sec` (null if nothing had to be built) count from the end of the check.
     """
     began = time.monotonic()
     is_ready = checked.data is not None
@@ -84,28 +84,27 @@ def run(checked: CheckedText) -> dict[str, object]:
 
 
 def stored_text(config: Config, request: Request, *, wait_s: float | None = None) -> TokenData:
-    """As `prepare_text`; from the storage_path, if that is an object store, or published there."""
-    bring_data(config, request.data_dir)
+    """Like `prepare_text`; if storage_path is an object store, first download, then publish."""
+    download_data(config, request.data_dir)
     data = prepare_text(request, wait_s=wait_s)
     publish_data(config, request.data_dir)
     return data
 
 
 def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
-    """Return the prepared data of a config, see `prepare_text`."""
+    """The prepared data of a config, see `prepare_text`."""
     return prepare_text(make_request(config), piece_bytes=piece_bytes)
 
 
 def prepare_text(
     request: Request, *, piece_bytes: int = PIECE_BYTES, wait_s: float | None = None
 ) -> TokenData:
-    """Return the prepared data of a text; build it, on Ray, when there is none.
+    """The prepared data of a text; built on Ray if there is none.
 
-    A task reads about `piece_bytes` of text; the size decides where shards end, never what they
-    hold. Data prepared before is verified byte by byte. Raises UserError for a source or tokenizer
-    that cannot be read, naming file and line.
-
-    wait_s: seconds for which to wait for room where Ray is not there yet, see `ray_cluster`.
+    piece_bytes: about how much text a task reads; it decides where shards end, never their content.
+    wait_s: how long to wait for resources if Ray is not running yet, see `ray_cluster`.
+    Existing data is verified byte by byte. Raises UserError for a source or tokenizer that cannot
+    be read, naming file and line.
     """
     with doing(f"verifying {request.data_dir}"):
         data = opened(request.data_dir, verify=True)
@@ -175,7 +174,7 @@ def _build(
 
 def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]) -> Tokenizer:
     if request.tokenizer == "char":
-        # Of the whole text: a character that only validation has must have a token too.
+        # From the whole text: characters that occur only in validation text need a token too.
         return char_tokenizer(c for unit in scans for piece in unit.pieces for c in piece.alphabet)
     share, seed = SAMPLE_BYTES / max(plan.train_bytes, 1), request.seed
     texts = map_items(
@@ -191,7 +190,7 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
 def _provenance(
     request: Request, sources: Sequence[Source], plan: SplitPlan, scans: Sequence[UnitScan]
 ) -> Provenance:
-    """Where the tokens come from: sources, split and counts."""
+    """The manifest's record of where the tokens come from: sources, split and counts."""
     sha256 = {name: digest for unit in scans for name, digest in unit.sha256.items()}
     named = {file for source, _ in request.sources for file in source.files}
     files: dict[str, list[SourceEntry]] = {
@@ -209,7 +208,7 @@ def _provenance(
         "format": FORMAT_VERSION,
         "request": request.identity,
         "sources": files.pop(sources[0].key.removeprefix("data.")),
-        # The keys val_source and test_source, as far as they are there.
+        # val_source and test_source, if given.
         **cast(Provenance, files),
         "split": {
             "fractions": list(request.split),
@@ -226,7 +225,7 @@ def _provenance(
 def _describe(
     request: Request, tokenizer: Tokenizer, units: Sequence[dict[int, Shard]]
 ) -> TokenizerEntry:
-    """The tokenizer, and what it loses of the text."""
+    """The manifest's entry for the tokenizer, with what it loses of the text."""
     lost = Lost.joined(shard.lost for unit in units for shard in unit.values())
     entry: TokenizerEntry = {
         "source": request.tokenizer,
@@ -244,7 +243,7 @@ def _describe(
 def _number_shards(
     folder: Path, names: Sequence[str], plan: SplitPlan, units: Sequence[dict[int, Shard]]
 ) -> dict[str, SplitEntry]:
-    """Give the tasks' files their final names, in corpus order, and list them by split."""
+    """Rename the tasks' files to their final names, in corpus order, and list them by split."""
     splits: dict[str, SplitEntry] = {}
     for label, documents in enumerate(plan.documents):
         entries: list[ShardEntry] = []

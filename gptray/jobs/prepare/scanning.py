@@ -1,4 +1,4 @@
-"""Read all of a corpus once on Ray Data: what it holds, which split gets what, what looks odd."""
+"""Scans a corpus once on Ray Data: counts its content, plans the split and collects warnings."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gptray.files import storing
 from gptray.jobs.tasks import map_items
 
 log = logging.getLogger("gptray")
-_NAMED_FILES = 5  # in messages
+_NAMED_FILES = 5  # how many files messages name
 
 
 def find_pieces(
     request: Request, tokenizer: Tokenizer | None, folder: Path, *, piece_bytes: int
 ) -> list[tuple[Source, ScannedText]]:
-    """The files of every source, and the units of work in them; nothing is scanned yet."""
+    """The files of every source, cut into units of work; scans nothing yet."""
     cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
     texts = []
     for source, shares in request.sources:
@@ -43,7 +43,7 @@ def find_pieces(
 def scan_and_plan(
     request: Request, texts: Sequence[tuple[Source, ScannedText]]
 ) -> tuple[SplitPlan, list[UnitScan]]:
-    """Read everything once, and say where each document goes."""
+    """Read everything once, and plan which split each document goes to."""
     units = [unit for _, text in texts for unit in text.units]
     alphabet = request.tokenizer == "char"
     scans = map_items(
@@ -63,12 +63,12 @@ def scan_and_plan(
 def text_warnings(
     request: Request, plan: SplitPlan, scans: Sequence[UnitScan], splits: Mapping[str, SplitEntry]
 ) -> list[str]:
-    """What is odd about the text and its split; logged, and kept for reports."""
+    """Warnings about the text and its split, which are logged and kept for reports."""
     (source, shares), *_ = request.sources
     names = request.split_names
     others = [entry["bytes"] for label, entry in enumerate(splits.values()) if label not in shares]
     bytes_of = {names[label]: splits[names[label]]["bytes"] for label in shares}
-    # Training text beyond data.fraction belongs to the training split too.
+    # Training text that data.fraction leaves out counts as the training split's.
     rest = sum(size for name, size in bytes_of.items() if name != names[0])
     bytes_of[names[0]] = plan.total_bytes - sum(others) - rest
     files = [file for one, _ in request.sources for file in one.files]
@@ -84,7 +84,7 @@ def text_warnings(
 
 
 def _write_builtin(path: Path) -> SourceFile:
-    """Write the builtin documents where every task can read them like any other source."""
+    """Write the builtin documents to a file that every task can read like any other source."""
     lines = (json.dumps({"text": text}) + "\n" for text in builtin_documents())
     with storing(path):
         path.write_text("".join(lines), "utf-8")

@@ -1,6 +1,6 @@
-"""What lies in a storage path: runs, sweeps and evaluations, with what each has come to.
+"""Lists a storage path's runs, sweeps and evaluations with their results.
 
-Reads the folders' own files, without torch or Ray; of an object store, copies of the records. A
+Reads the folders' own files (for an object store, copies of the records) without torch or Ray. A
 damaged folder, or one that is not a run's, gets a line that says so.
 """
 
@@ -26,11 +26,11 @@ from gptray.tuning.trial_plan import choose_winner, score
 
 @dataclass(frozen=True)
 class Listed:
-    """A folder of a storage path. path: or its URI.
+    """A folder of a storage path. path: its path or URI.
 
-    kind: run, sweep, evaluation or other. val_loss in nats per token, of the best model; val_bpb
-    its bits per byte. bytes: on disk. next: a command; "" where there is none.
-    problem: what is wrong with the folder; then the other facts may be missing.
+    kind: run, sweep, evaluation or other. val_loss: the best model's, in nats per token. val_bpb:
+    in bits per byte. bytes: on disk. next: the command to run next, if any. problem: what is wrong
+    with the folder, if anything; other fields may then be missing.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Listed:
 
 
 def listed(config: Config) -> list[Listed]:
-    """Everything in `storage_path` but prepared text and hidden folders, newest first.
+    """Everything in `storage_path` except prepared text and hidden folders, newest first.
 
     Raises UserError for a storage path that cannot be listed.
     """
@@ -98,7 +98,7 @@ def _run(place: RecordPlace, known: Listed) -> Listed:
     follows = resumes
     if state == "training":
         follows = ""
-    elif diagnosis.ended == "non_finite":  # the same settings end the same
+    elif diagnosis.ended == "non_finite":  # the same settings would fail again
         keys = advise(diagnosis, config)[0].keys
         follows = train_command(folder, config, keys, resumes=False) or ""
     elif diagnosis.ended in ("max_steps", "patience") and has_model(folder):

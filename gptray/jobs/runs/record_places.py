@@ -1,4 +1,4 @@
-"""Where the records of a storage path's runs are read: in their folders, or in copies here."""
+"""Where to read the records of a storage path's runs: in their folders, or in local copies."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from gptray.remote_folder import RemoteFolder, StoredFile
 
 @dataclass(frozen=True)
 class RecordPlace:
-    """A folder of a storage path, or a copy here of the records of one that `path` names by URI.
+    """A folder of a storage path, or a local copy of the records in the one at the URI `path`.
 
-    is_held: whether a job is at work in it. bytes: of its files. changed: when one of its own last
-    did. problem: why the two are not known.
+    is_held: whether a job is at work in it. bytes: of its files. changed: when one of its own files
+    last changed. problem: why these are not known.
     """
 
     folder: Path
@@ -37,22 +37,22 @@ class RecordPlace:
     problem: str = ""
 
     def config(self) -> Config:
-        """The run's own."""
+        """The run's own config."""
         return load_saved(self.folder / CONFIG)
 
     def command(self, job: str, config: Config, *words: str) -> str:
-        """What resumes it, with these keys changed."""
+        """The command that resumes the run, with extra arguments."""
         if not is_uri(self.path):
             return command(job, config, self.folder, *words)
         storage, _, name = self.path.rpartition("/")
-        if (config.storage_path, config.name) != (storage, name):  # it has been copied
+        if (config.storage_path, config.name) != (storage, name):  # the run has been copied
             words = (f"name={name}", f"storage_path={storage}", *words)
         return typed(job, "--config", f"{self.path}/{CONFIG}", *words)
 
 
 @contextmanager
 def record_places(config: Config) -> Iterator[list[RecordPlace]]:
-    """Everything in `storage_path` but prepared text and hidden folders.
+    """Everything in `storage_path` except prepared text and hidden folders.
 
     Raises UserError for a storage path that cannot be listed.
     """
@@ -77,7 +77,7 @@ def _here(folder: Path) -> RecordPlace:
 
 
 def _in_store(storage: RemoteFolder, folder: Path) -> list[RecordPlace]:
-    """The runs in an object store, their records fetched to a folder here."""
+    """The runs in an object store, with their records fetched to a local folder."""
     files: dict[str, dict[str, StoredFile]] = {}
     for path, file in storage.files(deep=True).items():
         top, _, name = path.partition("/")
@@ -95,7 +95,7 @@ def _in_store(storage: RemoteFolder, folder: Path) -> list[RecordPlace]:
 
 
 def _size(folder: Path) -> tuple[int, float]:
-    """Bytes of a folder's files, links not followed, and when one of its own last changed."""
+    """Bytes of a folder's files, not following links, and when one directly in it last changed."""
     size, changed = 0, folder.stat().st_mtime
     for place, _, names in os.walk(folder):
         for name in names:

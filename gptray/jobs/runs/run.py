@@ -1,6 +1,6 @@
-"""The list of runs as JSON, and as people read it.
+"""The runs job: lists runs as JSON and as text.
 
-That is a table or, below `WIDE` columns, a few lines for each run.
+The text is a table or, below `WIDE` columns, a few lines for each run.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gptray.standard_output import write_out
 from gptray.visible import visible
 from gptray.wording import magnitude
 
-# Columns of a terminal from which a run fits into one row of a table.
+# The fewest columns of a terminal in which a run fits into one row of a table.
 WIDE = 100
 
 
 @dataclass(frozen=True)
 class CheckedRuns:
-    """What lies in a storage path."""
+    """The content of a storage path."""
 
     storage_path: str
     runs: Sequence[Listed]
@@ -51,7 +51,7 @@ def run(checked: CheckedRuns) -> dict[str, object]:
 
 
 def table_of(runs: Sequence[Listed]) -> str:
-    """The runs as text, as wide as the terminal is."""
+    """The runs as text, as wide as the terminal."""
     text = io.StringIO()
     console = Console(file=text, width=Console(file=sys.stdout).width, highlight=False)
     if console.width >= WIDE:
@@ -62,7 +62,7 @@ def table_of(runs: Sequence[Listed]) -> str:
             console.print(_text(f"{run.name}  {run.kind}, {run.state}".rstrip(", ")))
             _indented(console, run.verdict, "  ".join(figures), run.problem)
         if run.next:
-            # One line whatever the width: it is to be copied.
+            # On one line whatever the width, to be copied.
             console.print(_text(f"    {run.next}"), soft_wrap=True)
     return text.getvalue()
 
@@ -86,7 +86,7 @@ def _table(runs: Sequence[Listed]) -> Table:
 
 
 def _figures(run: Listed) -> dict[str, str]:
-    """A run's numbers by their names; empty where they are not known."""
+    """A run's numbers by name; empty if unknown."""
     return {
         "val loss": f"{run.val_loss:.3f}" if run.val_loss is not None else "",
         "bits per byte": f"{run.val_bpb:.3f}" if run.val_bpb is not None else "",
@@ -96,7 +96,7 @@ def _figures(run: Listed) -> dict[str, str]:
 
 
 def _text(text: str) -> Text:
-    """One line that cannot command the terminal: anybody may have named the folder."""
+    """One line without control characters, since anybody may have named the folder."""
     return Text(visible(text).replace("\n", "\\n"))
 
 

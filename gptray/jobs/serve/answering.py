@@ -1,4 +1,4 @@
-"""What a replica answers with: an engine behind the routes of `gptray.serving`. No Ray here."""
+"""A replica's engine behind the routes of `gptray.serving`. No Ray here."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.telemetry import Telemetry, side_by_side
 
-# Serve keeps what replicas log here.
+# Serve keeps the replica's lines of this logger.
 log = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
 
 class Answering:
-    """The engine of one replica and its routes; the model in it can be replaced."""
+    """One replica's engine and routes; its model can be replaced."""
 
     def __init__(self, task: ReplicaTask, *, on_first_token: Callable[[float], None]) -> None:
         torch.set_num_threads(task.threads)
@@ -40,7 +40,7 @@ class Answering:
         self._watching: asyncio.Task[None] | None = None
 
     def app(self, metrics: Callable[[], Awaitable[bytes]]) -> ASGIApp:
-        """The routes. metrics: what /metrics answers, that of all replicas."""
+        """The routes. metrics: returns all replicas' metrics, for /metrics."""
         path = self._config.serve.api_key_file
         return make_app(
             self._endpoint,
@@ -51,15 +51,15 @@ class Answering:
         )
 
     async def reconfigure(self, model: Mapping[str, str]) -> None:
-        """Serve this model from now on; requests in flight end on the one before.
+        """Serve this model from now on; requests in flight finish on the previous one.
 
-        If it fails to load, the model before keeps serving: Serve stops a replica that raises, and
-        the model in use with it. Raises UserError or RunFailed where there is none before.
+        If it fails to load, the previous model keeps serving, because raising would make Serve stop
+        the replica. Raises UserError or RunFailed if there is no previous model.
         """
         if model == self._model:
             return
         try:
-            served, watch = await _in_passing_thread(lambda: self._load(model))
+            served, watch = await _in_short_lived_thread(lambda: self._load(model))
         except (UserError, RunFailed) as error:
             if self._model is None:
                 raise
@@ -84,19 +84,19 @@ class Answering:
 
     @property
     def model_name(self) -> str | None:
-        """The name of the model that is served; None before there is one."""
+        """The name of the served model; None before there is one."""
         return self._endpoint.served.name if self._endpoint.served else None
 
     @property
     def backend(self) -> str | None:
-        """What the engine generates by; None before there is a model."""
+        """The engine's backend; None before there is a model."""
         return self._endpoint.served.engine.backend if self._endpoint.served else None
 
     def metrics(self) -> bytes:
         return self._telemetry.text()
 
     def joined(self, metrics: Mapping[str, bytes]) -> bytes:
-        """What all replicas count, from each one's metrics by its name."""
+        """Merge all replicas' metrics, given by name."""
         return side_by_side(metrics)
 
     def check_health(self) -> None:
@@ -108,14 +108,14 @@ class Answering:
             raise RuntimeError("serve.adapters is not watched") from self._watching.exception()
 
     async def drain(self, timeout_s: float) -> int:
-        """Take no more requests and wait for those in flight; how many did not end in time."""
+        """Refuse new requests and wait for those in flight; return how many did not end in time."""
         return await self._endpoint.drain(timeout_s)
 
 
 async def _keep_scanning(watch: AdapterWatch) -> None:
     while True:
         await asyncio.sleep(WATCH_S)
-        _tell(await _in_passing_thread(watch.scan))
+        _tell(await _in_short_lived_thread(watch.scan))
 
 
 def _tell(lines: Iterable[str]) -> None:
@@ -123,18 +123,18 @@ def _tell(lines: Iterable[str]) -> None:
         log.warning("%s", line)
 
 
-async def _in_passing_thread(work: Callable[[], T]) -> T:
-    """What some work gives, in a thread that ends.
+async def _in_short_lived_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, run in a thread that then ends.
 
-    OpenMP counts the threads of one that stays, finds more than there are cores, and from then on
-    the engine's fall asleep wherever they meet.
+    If the thread stayed, OpenMP would count its team too, find more threads than cores, and make
+    the engine's threads sleep at every barrier.
     """
-    with ThreadPoolExecutor(1) as passing:
-        return await asyncio.get_running_loop().run_in_executor(passing, work)
+    with ThreadPoolExecutor(1) as thread:
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 def _check_keys(model: Mapping[str, str]) -> None:
-    """Raise UserError for a user_config that is not what `user_config` makes."""
+    """Raise UserError for a user_config with unknown or missing keys."""
     for key in model.keys() - set(USER_CONFIG):
         near = nearest(key, USER_CONFIG)
         raise UserError(f"user_config: unknown key {key}{did_you_mean(near)}")

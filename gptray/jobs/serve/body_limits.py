@@ -1,4 +1,4 @@
-"""The limits of requests' bodies, from the driver to Serve's proxy through Ray's environment."""
+"""Passes the limits of request bodies from the driver to Serve's proxy in Ray's environment."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ BODY_LIMITS = "GPTRAY_BODY_LIMITS"
 
 
 def environment(limits: ServeConfig) -> Mapping[str, str]:
-    """What Ray must find in its environment when it starts, for its proxy to apply the limits."""
+    """The environment that Ray must start with, so that its proxy applies the limits."""
     return {BODY_LIMITS: f"{limits.max_body_bytes} {limits.body_timeout_s}"}
 
 
 def body_limits() -> tuple[int, float] | None:
-    """Most bytes and seconds of a body; None in another's Ray, where only replicas apply them."""
+    """The most bytes and seconds of a body; None in a Ray that is not the job's own.
+
+    There only the replicas apply the limits.
+    """
     if BODY_LIMITS not in os.environ:
         return None
     max_bytes, timeout_s = os.environ[BODY_LIMITS].split()

@@ -1,4 +1,4 @@
-"""An endpoint checked before it starts: model, address, keys, resources. No torch, no Ray."""
+"""Checks an endpoint before it starts: model, address, keys, resources. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
 from gptray.serving.hosts import WILDCARDS
 
-# A folder of adapters is looked at so often.
+# How often a folder of adapters is scanned.
 WATCH_S = 2.0
 # The keys of a deployment's user_config.
 USER_CONFIG = ("model", "served_model_name")
@@ -30,7 +30,7 @@ USER_CONFIG = ("model", "served_model_name")
 
 @dataclass(frozen=True)
 class CheckedEndpoint:
-    """An endpoint that can start. model: what `user_config` makes of it."""
+    """An endpoint that can start. model: its `user_config`."""
 
     config: Config
     model: Mapping[str, str]
@@ -39,7 +39,7 @@ class CheckedEndpoint:
 def check(config: Config) -> CheckedEndpoint:
     """Check all that can be checked before Ray starts.
 
-    Raises UserError with all that is wrong, one line each.
+    Raises UserError with all mistakes, one line each.
     """
     mistakes, model = Mistakes(), dict[str, str]()
     with mistakes:
@@ -91,7 +91,7 @@ def _hosts(config: Config) -> str:
 
 
 def _check_address(config: Config) -> None:
-    """Refuse an address that cannot be listened on here; nodes of a cluster are not checked."""
+    """Raise UserError for an address that cannot be bound here; a cluster's is not checked."""
     if os.environ.get("RAY_ADDRESS"):
         return
     host, port = config.serve.host, config.serve.port
@@ -107,20 +107,20 @@ def _check_address(config: Config) -> None:
 
 
 def api_keys(config: Config) -> list[str]:
-    """Digests of the accepted keys, as the file has them now. Raises UserError if unreadable."""
+    """Digests of the keys that the file has now. Raises UserError if it is unreadable."""
     return read_keys(config.serve.api_key_file) if config.serve.api_key_file else []
 
 
 def replicas_compute(config: Config) -> ComputeConfig:
-    """What the replicas take of the cluster, at most."""
+    """The resources of the most replicas."""
     most = config.serve.max_replicas or config.serve.num_replicas
     return config.compute.model_copy(update={"num_workers": most})
 
 
 def user_config(config: Config) -> dict[str, str]:
-    """What a replica serves: all that changes when another model takes over the address.
+    """A replica's model: all that changes when another model is served at the same address.
 
-    Raises UserError for a model that is not there, or whose context is too short.
+    Raises UserError for a model that does not exist, or whose context is too short.
     """
     found, source = find_model(config, config.serve.model, key="serve.model")
     check_adapters(config.serve.adapters, found, key="serve.adapters")
@@ -138,13 +138,13 @@ def user_config(config: Config) -> dict[str, str]:
 
 
 def name_of(source: str) -> str:
-    """What a model is called after where it is: its run, its folder, its name on the hub."""
+    """A model's name by its location: its run, its folder or its hub id."""
     path = expanded(source.partition("?")[0] if is_uri(source) else source).absolute()
     return path.parent.name if path.name == "model" else path.name
 
 
 def completion_command(config: Config, url: str, model: str) -> str:
-    """A curl command that asks the endpoint for a completion; it reads the API key from $KEY."""
+    """A curl command that requests a completion; it reads the API key from $KEY."""
     body = {"model": model, "prompt": FALLBACK, "max_tokens": 40}
     text = json.dumps(body, ensure_ascii=False)
     words = ["curl", f"{url}/v1/completions", "-H", "Content-Type: application/json", "-d", text]
@@ -153,16 +153,16 @@ def completion_command(config: Config, url: str, model: str) -> str:
 
 
 def endpoint_url(config: Config) -> str:
-    """The URL by which this machine reaches the endpoint."""
+    """The URL at which this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.serve.host, config.serve.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
 
 
 @dataclass(frozen=True)
 class ReplicaTask:
-    """An endpoint's config. keys: digests of the API keys, as their file had them at the start.
+    """A replica's config. keys: digests of the API keys in their file at the start.
 
-    threads: of PyTorch.
+    threads: PyTorch's.
     """
 
     config: Config

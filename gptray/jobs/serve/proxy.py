@@ -1,10 +1,10 @@
 """Middleware around Ray Serve's HTTP proxy, in the proxy's process.
 
 Serve finds `middlewares` by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, which a job with its own Ray
-sets. It puts Serve's own paths behind the application's key, turns Serve's plain-text answers into
-OpenAI's form, limits the time and size of a request's headers and body, and limits how long a
-client may leave an answer unread. A request reaches Serve with its body whole: each costs the proxy
-and a replica work from its first byte on.
+sets. The middleware puts Serve's own paths behind the application's key, turns Serve's plain-text
+answers into OpenAI's format, limits the time and size of a request's headers and body, and limits
+how long a client may leave an answer unread. It passes a request to Serve only when its body is
+complete, since from then on it costs the proxy and a replica work.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from gptray.jobs.serve.body_limits import body_limits
 from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.arrival import Arrival
 
-# They list the applications, and say whether the proxy is up.
+# Serve's own paths, which list the applications and say whether the proxy is up.
 SERVES_PATHS = ("/-/routes", "/-/healthz")
-# Serve answers these in plain text, in terms of its own.
+# Serve answers these statuses in plain text, in its own terms.
 ANSWERS = {
     404: "no model is served here yet",
     408: "the request took longer than serve.request_timeout_s allows",
@@ -36,8 +36,8 @@ ENDED = "the engine ended before the answer was complete; try again"
 
 
 def middlewares() -> list[Middleware]:
-    """What Serve's proxy wraps around itself. Called in its process, before it listens."""
-    # Each connection takes a file descriptor; many systems allow 1,024 by default.
+    """The middleware of Serve's proxy. Called in its process, before it listens."""
+    # Each connection needs a file descriptor; many systems allow only 1,024 by default.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
@@ -46,7 +46,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Front:
-    """An ASGI application around Serve's proxy. arrival: reads bodies; None leaves them to it."""
+    """An ASGI application around Serve's proxy. arrival: reads bodies; None: Serve does."""
 
     def __init__(self, app: ASGIApp, *, arrival: Arrival | None) -> None:
         self._app, self._arrival = app, arrival
@@ -55,7 +55,7 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] in SERVES_PATHS:  # goes to the application, like any other path
+        if scope["path"] in SERVES_PATHS:  # route it to the application, like any other path
             scope = {**scope, "path": f"{scope['path']}/"}
         answer = _Answer(send)
         try:
@@ -73,7 +73,7 @@ class Front:
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:
-    """What an application receives whose request's body has been read."""
+    """A `receive` that first returns a body that has been read already."""
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def given() -> Message:
@@ -83,7 +83,7 @@ def _with_body(body: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """One answer on its way out: puts Serve's own into OpenAI's form, ends one that breaks off."""
+    """Sends one answer: converts Serve's own to OpenAI's format, completes a broken one."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -110,7 +110,7 @@ class _Answer:
         await self._send(message)
 
     async def complete(self) -> None:
-        """End an answer that Serve left unfinished because its replica is gone."""
+        """Complete an answer that Serve left unfinished because its replica is gone."""
         if self._ended:
             return
         gone = ApiError(503, ENDED)
@@ -137,7 +137,7 @@ class _Answer:
 class TimedConnection(HttpToolsProtocol):
     """A connection that closes if headers are late or too long, or the answer is not read.
 
-    Uvicorn alone would wait for both forever.
+    Uvicorn itself would wait forever.
     """
 
     headers_s, headers_bytes, unread_s = 20.0, 64 << 10, 60.0
@@ -197,7 +197,7 @@ class TimedConnection(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._expect_headers()  # of a request pipelined behind one that is still being answered
+            self._expect_headers()  # of a pipelined request, while the previous one is answered
             return
         self._refuse(ApiError(408, f"the headers did not arrive within {self.headers_s:g} s"))
 
@@ -205,7 +205,7 @@ class TimedConnection(HttpToolsProtocol):
         self._stop_waiting()
         if self.transport.is_closing():
             return
-        if not self._header_bytes:  # a browser's spare connection
+        if not self._header_bytes:  # an unused connection, which browsers keep in reserve
             self.transport.close()
             return
         answer = error.response()

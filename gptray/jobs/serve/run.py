@@ -1,6 +1,6 @@
-"""The HTTP endpoint on Ray Serve for the time of a job: replicas behind Serve's proxy.
+"""The serve job: an HTTP endpoint on Ray Serve, with replicas behind Serve's proxy.
 
-A replica is `gptray.jobs.serve.worker`'s.
+`gptray.jobs.serve.worker` defines the replicas.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gptray.wording import count
 log = logging.getLogger("gptray")
 
 APPLICATION = "gptray"
-# Serve's own limits come this much later than the endpoint's, which answers in the client's form.
+# How much Serve's time limits exceed the endpoint's, which answers in OpenAI's format.
 SPARE_S = 10.0
 START_S, POLL_S = 60.0, 5.0
 OPEN_PORT = (
@@ -43,15 +43,15 @@ OPEN_PORT = (
 def serve(config: Config, *, answers: Callable[[dict[str, object]], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish.
 
-    answers: is given the JSON line's facts as soon as the endpoint generates.
-    Raises UserError for what cannot start, RunFailed when it does not come up or goes away,
+    answers: called with the JSON line as soon as the endpoint generates.
+    Raises UserError if it cannot start, RunFailed if it does not come up or goes away, and
     KeyboardInterrupt after Ctrl-C.
     """
     run(check(config), answers=answers)
 
 
 def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None]) -> None:
-    """Serve as `serve` does."""
+    """Serve a checked endpoint, see `serve`."""
     config, model = checked.config, checked.model
     build_engine_backend(config)
     url = endpoint_url(config)
@@ -81,9 +81,9 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
 
 @contextmanager
 def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Iterator[None]:
-    """Have the application on Ray Serve; afterwards Serve is as it was before.
+    """Run the application on Ray Serve; afterwards restore Serve's previous state.
 
-    is_own: the cluster ends with the job, and all of Serve with it.
+    is_own: whether the cluster ends with the job, and all of Serve with it.
     """
     from ray import serve
 
@@ -96,7 +96,7 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
     before = serve.status()
     if APPLICATION in before.applications:
         raise UserError(f"the cluster already serves an application {APPLICATION!r}")
-    application = bound(config, model)  # refuses what no node can give
+    application = bound(config, model)  # raises if no node has the resources
     serve.start(
         http_options={
             "host": config.serve.host,
@@ -118,7 +118,7 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
 
 
 def _failure_to_start(error: RuntimeError) -> UserError | RunFailed:
-    """Why no replica came up: Serve's error says only that none did, its status has the rest."""
+    """Why no replica came up: Serve's error does not say, but its status does."""
     from ray import serve
 
     found = serve.status().applications.get(APPLICATION)
@@ -145,7 +145,7 @@ def _wait_until_healthy(url: str) -> None:
 
 
 def _tell_backends() -> None:
-    """Say what the replicas generate by, each having chosen on its machine."""
+    """Log the replicas' backends, which each has chosen on its machine."""
     from ray import serve
 
     answers = serve.get_app_handle(APPLICATION).broadcast("backend").results(timeout_s=START_S)
@@ -168,7 +168,7 @@ def _check_running() -> None:
 
 
 def _drain(timeout_s: float) -> None:
-    """Have all replicas finish what they have begun, and refuse what is new."""
+    """Have all replicas finish running requests and refuse new ones."""
     from ray import serve
 
     log.info("draining: running requests have %g s to finish", timeout_s)

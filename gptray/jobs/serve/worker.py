@@ -1,6 +1,6 @@
-"""A replica as a deployment of Ray Serve; what it answers with is `gptray.jobs.serve.answering`.
+"""A replica as a deployment of Ray Serve; `gptray.jobs.serve.answering` answers its requests.
 
-`application` is what a Serve config file names, see configs/serve.yaml.
+Serve config files name `application`, see configs/serve.yaml.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-# Far more requests than fit in the engine's queue: the replica refuses the rest itself, since it
-# knows when there will be room, and a body that is still arriving takes nobody's place. Beyond that
-# Serve's proxy holds some, which it would all send at once.
+# Far more requests than fit in the engine's queue: the replica itself refuses those beyond, since
+# it knows when there will be room, and a body that is still arriving takes no place in the queue.
+# Still more wait in Serve's proxy, which would send them all at once.
 ONGOING_REQUESTS, QUEUED_REQUESTS, QUEUED_RETRY_S = 20_000, 2_000, 10
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S, METRICS_S = 1.0, 30.0, 5.0
-# Ray itself passes metrics on every ten seconds.
+# Ray itself exports metrics every ten seconds.
 EVERY_S = 5.0
 
 
 def application(args: Mapping[str, object]) -> object:
-    """The Serve application of a config file: args are keys of the config, dotted.
+    """The Serve application for a config file. args: config keys, dotted.
 
-    The model and its name come as the deployment's user_config. Raises ConfigError, UserError.
+    The deployment's user_config gives the model and its name. Raises ConfigError, UserError.
     """
     config = override(Config(), args)
     check_engine_backend(config)
@@ -40,7 +40,7 @@ def application(args: Mapping[str, object]) -> object:
 
 
 def bound(config: Config, model: Mapping[str, str] | None) -> object:
-    """The application as a config wants it; model: the user_config of its deployment."""
+    """The application for a config. model: its deployment's user_config."""
     from ray import serve
 
     settings, reserved = config.serve, worker_resources(replicas_compute(config))
@@ -68,7 +68,7 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        # What keeps a replica from starting will do so again; a node that is lost is none of it.
+        # A replica that fails to start would fail again; lost nodes do not count as failures.
         max_constructor_retry_count=1,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
@@ -77,7 +77,7 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
 
 
 class Replica:
-    """What Serve calls, in a process of its own."""
+    """The class that Serve runs, in its own process."""
 
     def __init__(self, task: ReplicaTask) -> None:
         from gptray.jobs.serve.answering import Answering
@@ -93,20 +93,20 @@ class Replica:
         try:
             await self._answering.reconfigure(model)
         except (UserError, RunFailed) as error:
-            # Of a traceback Serve keeps the beginning: without ours there is room for the reason.
+            # Serve keeps only the beginning of a traceback; without ours, it includes the reason.
             raise error.with_traceback(None) from None
 
     def backend(self) -> str | None:
         return self._answering.backend
 
     def own_metrics(self) -> tuple[str, bytes]:
-        """What this replica counts, and its name."""
+        """This replica's name and metrics."""
         from ray import serve
 
         return serve.get_replica_context().replica_tag, self._answering.metrics()
 
     async def _all_metrics(self) -> bytes:
-        """What all replicas count: whoever asks is sent to any of them."""
+        """All replicas' metrics, since a request for them goes to any replica."""
         from ray import serve
 
         here = serve.get_replica_context()
@@ -115,7 +115,7 @@ class Replica:
         return self._answering.joined(dict(await found))
 
     def check_health(self) -> None:
-        """Raise if the engine has stopped: Serve then replaces the replica."""
+        """Raise if the engine has stopped, so that Serve replaces the replica."""
         self._answering.check_health()
 
     async def drain(self, timeout_s: float) -> int:
@@ -123,17 +123,17 @@ class Replica:
 
 
 class Exporting:
-    """Copies the endpoint's own metrics into Ray's, from a thread of the replica."""
+    """Copies the endpoint's metrics to Ray's in a thread of the replica."""
 
     def __init__(self, text: Callable[[], bytes], model: Callable[[], str | None]) -> None:
-        """text: what the replica counts; model: the name of the model that it serves."""
+        """text: returns the replica's metrics. model: returns the served model's name."""
         self._text, self._model = text, model
         self._counted: dict[tuple[str, ...], float] = {}
         self._exporters: dict[str, Exporter] = {}
         threading.Thread(target=self._follow, name="metrics", daemon=True).start()
 
     def first_token(self, seconds: float) -> None:
-        """A request has waited so long for its first token."""
+        """Record how long a request waited for its first token."""
         if exporter := self._exporter():
             exporter.observe("gptray_first_token_seconds", seconds)
 

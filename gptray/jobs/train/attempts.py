@@ -1,9 +1,9 @@
-"""Ray Train's fits until a run is through: one after the other, with the workers there is room for.
+"""Elastic training: repeats Ray Train's fit, with as many workers as there is room for, until done.
 
-Ray Train's own elastic policy counts what nodes have, used or not and about to be taken or not, up
-to twenty seconds late, and starts more workers in the middle of a step. Here a placement group for
-each worker that is missing asks Ray for room, and its autoscaler for nodes; and the workers save
-and leave before there are more or fewer of them, see `notices`.
+Ray Train's own elastic policy counts nodes' resources up to twenty seconds late, whether they are
+free or about to be preempted or not, and starts more workers in the middle of a step. Here, a
+placement group for each missing worker requests room from Ray, and nodes from its autoscaler; and
+workers save and leave before their number changes, see `notices`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
-from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_to_be_taken
+from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_being_preempted
 from gptray.jobs.resources import room
 from gptray.wording import count
 
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gptray")
 
-# Seconds without a change after which there is as much room as there will be at a start.
+# After this many seconds without a change, a start stops waiting for more room.
 SETTLED_S, POLL_S = 5.0, 0.5
-# Ray Train's own errors, which it does not export.
+# Errors that Ray Train does not export.
 _NOT_STARTED = (
     "InsufficientClusterResourcesError",
     "WorkerGroupStartupFailedError",
     "WorkerGroupStartupTimeoutError",
 )
 
-# How the names of placement groups begin that keep a place for a worker to come.
+# Prefix of the names of placement groups that hold a place for a future worker.
 PLACE = "gptray-place-"
-# Seconds without a change after which that is all, even where more seems to be free or about to be.
+# After this many seconds without a change, that is all, even if more room seems free or imminent.
 OVERDUE_S = 60.0
-# What a node has for a placement group, whose id this finds.
+# A resource that a node has for a placement group; captures the group's id.
 _OF_GROUP = re.compile(r"bundle_group_([0-9a-f]+)")
 
 Fit = Callable[[int], dict[str, object]]
 
 
 def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, object]:
-    """The last result of `fit(workers)`, which is called again for as long as the workers leave.
+    """Call `fit(workers)` until the workers do not leave early; return its last result.
 
-    Of an elastic number of workers there are as many as there is room for.
+    If elastic, the number of workers is as high as there is room for.
 
     Raises:
         ray.train.WorkerGroupError: workers died more often than compute.max_failures.
@@ -72,12 +72,12 @@ def _fit_where_there_is_room(
         try:
             result = fit(workers)
         except ray.train.PreemptionError:
-            pass  # announced, and no time to leave
+            pass  # the notice left no time to leave in order
         except ray.train.ControllerError as error:
-            if not _is_of_lost_room(error):
+            if not _failed_to_start(error):
                 raise
         except ray.train.WorkerGroupError as error:
-            deaths += not _is_of_taken_node(error)
+            deaths += not _is_preemption(error)
             if 0 <= most < deaths:
                 raise
         else:
@@ -85,21 +85,21 @@ def _fit_where_there_is_room(
                 return result
 
 
-def _is_of_lost_room(error: ray.train.ControllerError) -> bool:
-    """Whether workers did not start, as when a node that had room for them is lost by then."""
+def _failed_to_start(error: ray.train.ControllerError) -> bool:
+    """Whether workers failed to start, as when the node with room for them is lost meanwhile."""
     return type(error.controller_failure).__name__ in _NOT_STARTED
 
 
-def _is_of_taken_node(error: ray.train.WorkerGroupError) -> bool:
-    """Whether a worker died with a node that was known to be taken."""
+def _is_preemption(error: ray.train.WorkerGroupError) -> bool:
+    """Whether a worker died with a node that was known to be preempted."""
     failures = [getattr(one, "health_check_failure", one) for one in error.worker_failures.values()]
     return any(getattr(one, "preempted", False) for one in failures)
 
 
 def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
-    """Wait for room for the least workers; for how many there is some.
+    """Wait for room for the minimum of workers; return for how many there is room.
 
-    The room is free when this returns: no place is left for which Ray would keep it.
+    All places are given back before this returns, so the room is free.
     """
     least, most = config.compute.min_workers, config.compute.max_workers
     places = Places(config.compute, reserved, settled_s=SETTLED_S)
@@ -115,10 +115,10 @@ def workers_with_room(config: Config, reserved: Mapping[str, float]) -> int:
 
 
 class Places:
-    """Places for workers to come. Ray keeps those that it has given until they are closed.
+    """Places for future workers, which Ray holds until they are closed.
 
-    reserved: what a worker needs, on one node. settled_s: seconds without a change after which
-    there is as much room as there will be for now.
+    reserved: a worker's resources, on one node. settled_s: after how many seconds without a change
+    to stop waiting for more room.
     """
 
     def __init__(
@@ -132,23 +132,23 @@ class Places:
         self._job: str = ray.get_runtime_context().get_job_id()
 
     def ask(self, number: int) -> None:
-        """Ask Ray for so many places in all, and its autoscaler for nodes."""
+        """Request places, up to `number` in total, from Ray, and nodes from its autoscaler."""
         import ray
 
         labels = [self._compute.selector] if self._compute.selector else None
         while len(self._places) < number:
-            name = PLACE + secrets.token_hex(8)  # a name stands once in a cluster
+            name = PLACE + secrets.token_hex(8)  # names are unique in a cluster
             self._places.append(
                 ray.util.placement_group([self._reserved], name=name, bundle_label_selector=labels)
             )
 
     def look(self) -> tuple[int, bool]:
-        """How many places are given, on nodes that stay; whether that is all for now.
+        """How many places have been given on nodes that stay, and whether that is all for now.
 
-        It is not while it changes, while a node has room for one more, or while Ray has not given
-        back what workers held that have left.
+        It is not all while the number changes, a node has room for one more, or Ray has yet to
+        release what departed workers held.
         """
-        leaving = nodes_to_be_taken()
+        leaving = nodes_being_preempted()
         given = sum(self._is_given(place, leaving) for place in self._places)
         seen = given, given < len(self._places) and self._may_be_more(leaving)
         if seen != self._seen:
@@ -171,11 +171,11 @@ class Places:
         return bool(found["state"] == "CREATED") and found["bundles_to_node_id"][0] not in leaving
 
     def _may_be_more(self, leaving: Mapping[str, float]) -> bool:
-        """Whether a node that stays has room for one more, or will have."""
+        """Whether a node that stays has, or will have, room for one more."""
         import ray
 
         nodes = {node.id for node in alive_nodes() if has_labels(node, self._compute.selector)}
-        in_use = ray.util.get_current_placement_group()  # of a worker that trains
+        in_use = ray.util.get_current_placement_group()  # if this is a training worker
         known = {group.id.hex() for group in [*self._places, *([in_use] if in_use else [])]}
         for node, free in free_resources().items():
             if node in leaving or node not in nodes:

@@ -1,4 +1,4 @@
-"""A training checked before it starts, and the rows of its --dry-run.
+"""Checks a training before it starts, and makes the rows of its --dry-run.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -17,7 +17,7 @@ from gptray.jobs.base import Plan
 from gptray.jobs.cluster import check_training
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
-from gptray.jobs.remote_run import bring_run
+from gptray.jobs.remote_run import download_run
 from gptray.jobs.resuming import (
     check_free,
     check_not_landing,
@@ -39,13 +39,13 @@ from gptray.model.families import FAMILIES
 from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
 from gptray.model.weight_bytes import linear_bytes
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 
-# fp32 weights, gradients and AdamW's two moments; and of train.ema's average.
+# Bytes of fp32 weights, gradients and AdamW's two moments, and of train.ema's average.
 BYTES_PER_PARAMETER = 16
 BYTES_OF_AVERAGE = 4
-# Of the logits that exist at a time on a GPU, at most: GPU_BYTES of `gptray.model.loss`.
+# The most bytes of logits that exist at a time on a GPU: GPU_BYTES of `gptray.model.loss`.
 HEAD_BYTES = 2 << 30
 BUSY = "another process is training the run {}"
 FILES = (
@@ -58,8 +58,8 @@ FILES = (
 class CheckedTraining:
     """A training that can start.
 
-    also: the texts of evaluate.also. state: where its run stands; None before any checkpoint.
-    changes: a sentence for each key that changes in a run that exists.
+    also: the texts of evaluate.also. state: the run's state; None before its first checkpoint.
+    changes: a sentence for each key that changes in an existing run.
     """
 
     config: Config
@@ -80,11 +80,11 @@ def check(config: Config) -> CheckedTraining:
 
     Raises:
         UserError: a mistake in the config, the text or the run folder.
-        RunFailed: the run has checkpoints and none is whole.
+        RunFailed: the run has checkpoints, but none is intact.
     """
     config = resolve(config)
     folder, busy = run_dir(config), BUSY.format(seen_at(config))
-    bring_run(config, busy=busy)
+    download_run(config, busy=busy)
     check_training(config)
     check_trackers(config.track)
     text = check_text(config)
@@ -94,7 +94,7 @@ def check(config: Config) -> CheckedTraining:
     also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
     check_free(folder, busy=busy)
-    checkpoint, _ = newest_whole(folder)
+    checkpoint, _ = newest_intact(folder)
     state = TrainerState.load(checkpoint) if checkpoint else None
     check_base(config, checkpoint)
     check_not_landing(config, changes, state)
@@ -111,9 +111,9 @@ def check(config: Config) -> CheckedTraining:
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Refuse prompts that the tokenizer cannot read; None: it is not known yet.
+    """Raise UserError, naming sample.prompt, for prompts that the tokenizer cannot read.
 
-    Raises UserError naming sample.prompt.
+    tokenizer: None if it is not known yet.
     """
     if tokenizer is None:
         return
@@ -126,10 +126,10 @@ def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
-    """Refuse token data that cannot be trained on, or that is not what the run of `state` has seen.
+    """Refuse token data that is unfit for training, or differs from that of the run with `state`.
 
     Raises:
-        UserError: says which split, tokenizer, prompt or text, and what to change.
+        UserError: names the split, tokenizer, prompt or text, and what to change.
     """
     rows = config.model.vocab_size
     if rows is not None and rows < data.vocab_size:
@@ -189,7 +189,7 @@ def plan(checked: CheckedTraining) -> Plan:
             adapter = f"an adapter of rank {config.lora.rank}"
             rows.append(("trained", f"{trained:,} ({trained / count:.2%}), {adapter}"))
         rows.append(("saved as", _family(config)))
-        rows.append(("memory per worker", _memory_told(config, count, vocab_size)))
+        rows.append(("memory per worker", _memory_words(config, count, vocab_size)))
         if config.lora.rank and not config.compute.use_gpu:
             shared = f"{_frozen(config, count) / 2**30:.2f} GiB of that, the frozen base"
             rows.append(("shared memory", f"{shared}: all processes of a machine hold it once"))
@@ -210,7 +210,7 @@ def plan(checked: CheckedTraining) -> Plan:
 
 
 def _family(config: Config) -> str:
-    """What others open the model as."""
+    """The model's family and which programs can load it, in words."""
     family = family_of(config.model)
     if FAMILIES[family].architecture:
         return f"{family}, which transformers can load"
@@ -239,8 +239,8 @@ def _passes(config: Config) -> str:
     return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
 
 
-def _memory_told(config: Config, parameters: int, vocab_size: int) -> str:
-    """What a worker takes; if the base is quantized, also without that."""
+def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:
+    """A worker's memory in words; if the base is quantized, also without quantization."""
     taught = teacher_bytes(config)
     told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:.2f} GiB"
     if config.quantize.weights == "none":
@@ -251,13 +251,13 @@ def _memory_told(config: Config, parameters: int, vocab_size: int) -> str:
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:
-    """Bytes of one worker, roughly: states of its parameters, and activations of one pass.
+    """Rough bytes of one worker: its parameters' states, and the activations of one pass.
 
-    A block keeps about 8 values of the width a token for its backward pass, two of the MLP's width,
-    or four where it is gated, and the attention probabilities (Korthikanti et al. 2022), in the
-    bytes of fp32. On a GPU no probabilities are kept, but the logits of a piece of the head and
-    their gradient are. With `model.checkpoint_blocks` one block keeps them at a time, the others
-    their input.
+    Per token, a block keeps for its backward pass about 8 values of the width, 2 of the MLP's width
+    (4 if gated) and the attention probabilities (Korthikanti et al. 2022), in fp32. A GPU keeps no
+    probabilities, but the logits of a chunk of the head and their gradient, in the dtype of
+    train.precision. With `model.checkpoint_blocks`, one block at a time keeps all this, and the
+    others only their input.
     """
     model, tokens = config.model, config.micro_batch_size * config.train.block_size
     block, value = 8 * model.n_embd + (4 if model.mlp == "swiglu" else 2) * model.inner, 4
@@ -274,10 +274,10 @@ def _memory(config: Config, parameters: int, vocab_size: int) -> float:
 
 
 def _states(config: Config, parameters: int, vocab_size: int) -> float:
-    """Bytes of weights, gradients and moments; frozen weights are kept in what is computed in.
+    """Bytes of weights, gradients and moments; frozen weights are stored in the compute dtype.
 
-    Sharded, the largest tensors, the embedding or two blocks, are whole for a while, and so are
-    their gradients.
+    If sharded, the largest tensors (the embedding, or two blocks) and their gradients are
+    temporarily gathered.
     """
     if not _is_sharded(config):
         if trained := trained_parameters(config):
@@ -291,7 +291,7 @@ def _states(config: Config, parameters: int, vocab_size: int) -> float:
 
 
 def _frozen(config: Config, parameters: int) -> int:
-    """Bytes of the base that an adapter is trained of."""
+    """Bytes of the frozen base under an adapter."""
     is_half = config.train.precision == "bf16" or config.compute.use_gpu
     frozen, kind = (2 if is_half else 4) * parameters, config.quantize.weights
     if kind != "none":

@@ -1,4 +1,4 @@
-"""Whether the models that a run is given suit it: those that it starts from, and its teachers.
+"""Checks that the models given to a run suit it: its initial model, its base, its teachers.
 
 No torch, no Ray.
 """
@@ -16,7 +16,7 @@ from gptray.files import expanded
 from gptray.hub import NotOnHub
 from gptray.jobs.evaluate.evaluated_model import held_out, run_of
 from gptray.jobs.models import CONFIG, open_model, unknown
-from gptray.jobs.places import with_whole_paths
+from gptray.jobs.places import with_absolute_paths
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.parameters import parameter_count
@@ -31,10 +31,10 @@ _CURE = (
 
 
 def check_vocabulary(config: Config) -> None:
-    """Refuse a tokenizer whose ids mean other tokens than the rows of model.init_from's embedding.
+    """Refuse a tokenizer whose ids do not match the rows of model.init_from's embedding.
 
-    Raises UserError naming both and model.resize_vocab; of a tokenizer that only a download or
-    transformers can open, only where it is not the model's own.
+    Raises UserError naming both, and model.resize_vocab. The model's own tokenizer is not checked
+    if only a download or transformers can open it.
     """
     source = config.model.init_from
     if source is None:
@@ -77,10 +77,10 @@ def check_vocabulary(config: Config) -> None:
 
 
 def check_teachers(config: Config, folder: Path) -> None:
-    """Refuse teachers that are no models, named twice, of tokens that the text cannot have, too
-    short, or other ones than the run in `folder` had, and those that have seen its validation text.
+    """Raise UserError for unsuitable teachers.
 
-    Raises UserError.
+    A teacher is unsuitable if it is not a model, is listed twice, has another tokenizer or too
+    short a context, has changed since the run in `folder` began, or has seen its validation text.
     """
     block_size = config.train.block_size
     folders = list[Path]()
@@ -110,12 +110,12 @@ def check_teachers(config: Config, folder: Path) -> None:
 
 
 def _check_split(config: Config, teacher: str) -> None:
-    """Refuse a run on the same text that held out other parts of it. Raises UserError."""
+    """Raise UserError for a teacher trained on the same text with another split."""
     run = run_of(model_folder(teacher))
     if run is None:
         return
-    its = held_out(with_whole_paths(load_config(str(run / CONFIG), [])))
-    ours = held_out(with_whole_paths(config))
+    its = held_out(with_absolute_paths(load_config(str(run / CONFIG), [])))
+    ours = held_out(with_absolute_paths(config))
     if its["source"] == ours["source"] and its != ours:
         raise UserError(
             f"{KEY}: {run} was trained on another split of this text, so it has seen some of the "
@@ -125,7 +125,7 @@ def _check_split(config: Config, teacher: str) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Refuse teachers of different tokenizers, and of more tokens than the text's will have."""
+    """Raise UserError if teachers' tokenizers differ, or have more tokens than the text's will."""
     if not config.train.teachers:
         return
     first, *others = config.train.teachers
@@ -139,7 +139,7 @@ def _check_tokens(config: Config) -> None:
 
 
 def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Refuse teachers whose tokens are not the text's. Raises UserError."""
+    """Raise UserError for teachers with another tokenizer than the text's."""
     for one in config.train.teachers:
         if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
             raise _of_other_tokens(one)
@@ -153,17 +153,16 @@ def _of_other_tokens(teacher: str) -> UserError:
 
 
 def teacher_bytes(config: Config) -> int:
-    """Of the teachers' weights, which each worker keeps in the precision that it computes in."""
+    """Bytes of the teachers' weights, which each worker stores in the compute dtype."""
     each = 2 if config.train.precision == "bf16" or config.compute.use_gpu else 4
     shapes = [read_shape(one) for one in config.train.teachers]
     return each * sum(parameter_count(shape, shape.rows) for shape in shapes)
 
 
 def check_base(config: Config, checkpoint: Path | None) -> None:
-    """Refuse targets that the base does not have, and a base that is not the checkpoint's; without
-    an adapter, weights in few bits.
+    """Raise UserError for targets that the base lacks, or for a base other than the checkpoint's.
 
-    Raises UserError.
+    Without an adapter, also for quantized weights.
     """
     if config.lora.rank is None:
         if (kind := config.quantize.weights) != "none":
@@ -179,14 +178,14 @@ def check_base(config: Config, checkpoint: Path | None) -> None:
 
 
 def trained_parameters(config: Config) -> int | None:
-    """How many parameters an adapter trains; None where all are trained."""
+    """How many parameters an adapter trains; None without an adapter."""
     if config.lora.rank is None:
         return None
     return trained_count(_base(config, weights=False), config.lora)
 
 
 def trained_facts(config: Config) -> dict[str, int]:
-    """What the JSON line has of an adapter: how many parameters are trained."""
+    """The JSON line's fields for an adapter: how many parameters are trained."""
     count = trained_parameters(config)
     return {} if count is None else {"trained_parameters": count}
 

@@ -1,7 +1,7 @@
-"""Why training workers leave their places, each after a checkpoint of the step at hand.
+"""Decides when training workers save and leave early.
 
-A cloud takes a node with a notice of some seconds or minutes, which Ray keeps as a drain of the
-node. Or somebody ends a worker by SIGTERM. Or there is room for more workers.
+A cloud preempts a node with a notice of seconds or minutes, which Ray records as draining the node;
+or somebody ends a worker with SIGTERM; or there is room for more workers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 
-from gptray.jobs.cluster_nodes import alive_nodes, nodes_to_be_taken
+from gptray.jobs.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
-from gptray.training.numbers import Wish
+from gptray.training.numbers import Request
 from gptray.wording import count
 
 if TYPE_CHECKING:
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 log = logging.getLogger("gptray")
 
 POLL_S = 1.0
-# Seconds to spare on top of twice the longest step, where training continues until a node is taken.
+# If a node is to be preempted, training continues until twice the longest step plus this is left.
 SPARE_S = 5.0
-# Seconds for which there is the same room for more workers before all start again for it.
+# How long the room for more workers must be unchanged before all restart to use it.
 GROW_S = 10.0
-# Seconds in which Ray takes back the places that nobody waits for any more.
+# How long to wait for the watching thread to give its places back.
 CLOSE_S = 5.0
 
 _sigterm = threading.Event()
 
 
-def _heed_sigterm() -> None:
-    """Note a SIGTERM to this process, which would kill it by Ray's own handler."""
+def _note_sigterm() -> None:
+    """Note SIGTERM to this process, which Ray's own handler would let kill it."""
     signal.signal(signal.SIGTERM, lambda number, frame: _sigterm.set())
 
 
 class Notices:
-    """What one worker wishes of all. As a context; the first worker watches the cluster in it."""
+    """One worker's requests to save or leave. As a context manager, watches for their reasons."""
 
     def __init__(self, task: TrainTask) -> None:
         self._task, self._compute = task, task.config.compute
@@ -54,15 +54,15 @@ class Notices:
         self._has_saved = False
         self._last, self._longest_s = time.monotonic(), 0.0
         self._reason = "a worker got SIGTERM"
-        self._taken_at: float | None = None  # when the first node that is to be taken will be
+        self._taken_at: float | None = None  # when the first node will be preempted
         self._is_to_leave = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
 
     def __enter__(self) -> Notices:
         if self._task.may_lose_nodes:
-            # Handlers can be set in the main thread alone, where the actor's methods run.
-            ray.get(ray.get_runtime_context().current_actor.execute.remote(_heed_sigterm))
+            # Handlers can only be set in the main thread, where the actor's methods run.
+            ray.get(ray.get_runtime_context().current_actor.execute.remote(_note_sigterm))
             if self._is_first:
                 self._thread.start()
         return self
@@ -72,25 +72,25 @@ class Notices:
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
-    def wish(self) -> Wish:
-        """What this worker wishes at this step; called at each."""
+    def request(self) -> Request:
+        """What this worker asks for at this step; called at every step."""
         now = time.monotonic()
         self._longest_s, self._last = max(self._longest_s, now - self._last), now
         if self._is_to_leave or _sigterm.is_set():
-            return Wish.LEAVE
+            return Request.LEAVE
         if self._taken_at is None:
-            return Wish.NONE
+            return Request.NONE
         left_s = self._taken_at - time.time()
         if left_s < 2 * self._longest_s + SPARE_S:
-            return Wish.LEAVE
+            return Request.LEAVE
         if self._has_saved:
-            return Wish.NONE
+            return Request.NONE
         self._has_saved = True
         self._tell(f"{self._reason} in {left_s:.0f} s; saving now, and training until then")
-        return Wish.SAVE
+        return Request.SAVE
 
     def tell_of_leaving(self, step: int) -> None:
-        """Say why the workers have left at a step."""
+        """Record why the workers have left at a step."""
         workers = count(self._next_workers, "worker")
         self._tell(f"saved at step {step:,}, to resume with {workers}: {self._reason}")
 
@@ -106,16 +106,16 @@ class Notices:
         while not self._closed.wait(POLL_S):
             try:
                 self._look(group, places)
-            except Exception as error:  # Ray does not answer; the next look may succeed
-                log.warning("looking for nodes that will be taken: %s", error)
+            except Exception as error:  # Ray does not answer; the next attempt may succeed
+                log.warning("looking for nodes that will be preempted: %s", error)
         places.close()
 
     def _look(self, group: PlacementGroup, places: Places) -> None:
-        """Note nodes that will be taken, and whether there is room elsewhere or for more."""
-        leaving = nodes_to_be_taken()
+        """Note nodes that will be preempted, and whether there is room elsewhere or for more."""
+        leaving = nodes_being_preempted()
         of_workers = ray.util.placement_group_table(group)["bundles_to_node_id"].values()
         lost = [node for node in of_workers if node in leaving]
-        missing = self._compute.max_workers - self._workers  # 0 of a fixed number
+        missing = self._compute.max_workers - self._workers  # 0 unless elastic
         places.ask(len(lost) + missing)
         given, is_settled = places.look()
         if lost:

@@ -1,7 +1,7 @@
-"""Training on Ray: data-parallel workers by Ray Train around `gptray.training.loop.fit`.
+"""The train job: Ray Train runs `gptray.training.loop.fit` in data-parallel workers.
 
 The driver prepares the text, shows progress and reports the outcome; each worker runs the loop on
-its share of cores or on its GPU.
+its share of the cores or on its GPU.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: a mistake in the config, the text or the run folder; nothing was started.
-        RunFailed: the run stopped: a non-finite loss, no whole checkpoint, too many failures.
+        RunFailed: the run stopped: a non-finite loss, no intact checkpoint, too many failures.
     """
     return run(check(config))
 
 
 def run(checked: CheckedTraining) -> dict[str, Any]:
-    """Train, or resume the run. Raises as `train` does."""
+    """Train, or resume the run. Raises like `train`."""
     config, folder, state = checked.config, checked.folder, checked.state
     resumes = partial(command, "train", config, folder)
     last = config.train.max_steps
@@ -84,7 +84,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
 
 
 def _begin(checked: CheckedTraining) -> None:
-    """Save the config of a run, and say what has changed in it."""
+    """Save a run's config, and log what has changed in it."""
     save_config(checked.config, checked.folder)
     for change in checked.changes:
         log.info("%s", change)
@@ -94,7 +94,7 @@ def _begin(checked: CheckedTraining) -> None:
 def _train(
     checked: CheckedTraining, reporter: Reporter, publish: Callable[[], None]
 ) -> dict[str, Any]:
-    """Train; return what only the process that trained can know."""
+    """Train; return the facts that only the training processes know."""
     config, folder = checked.config, checked.folder
     with ray_cluster(NO_SPARE_WORKERS, wait_s=config.compute.wait_s):
         check_shared_by_training(config, folder)
@@ -142,7 +142,7 @@ def _diverged(config: Config, folder: Path, message: str) -> RunFailed:
 def fit_on_ray(
     config: Config, data_dir: Path, folder: Path, also: Mapping[str, Path] | None = None
 ) -> dict[str, Any]:
-    """Train in Ray Train's workers, each with its share of the cluster, as `fit_in_workers`."""
+    """Like `fit_in_workers`, giving each worker its share of the cluster."""
     reserved = worker_resources(config.compute, spare=_spare(config), together=True)
     threads = max(1, int(reserved["CPU"]))
     with reachable(config, folder) as origin:
@@ -156,18 +156,18 @@ def fit_in_workers(
 ) -> dict[str, Any]:
     """Train in Ray Train's workers; return the loop's result. `callbacks` are Ray Train's.
 
-    Raises UserError or RunFailed as `ray_failures` does.
+    Raises UserError or RunFailed like `ray_failures`.
     """
     import ray.train
 
     config, folder, compute = task.config, task.folder_here, task.config.compute
 
     def fit(workers: int) -> dict[str, object]:
-        set_ray_snapshot_aside(folder)  # it may name checkpoints that are pruned by now
+        set_ray_snapshot_aside(folder)  # it may name checkpoints that have been pruned
         result: dict[str, object] = fitted(
             begin_worker,
             train_loop_config={"task": task, "ray_dir": folder},
-            # One worker needs no group, and Ray's backend for it costs seconds at the start.
+            # A single worker needs no process group, and Ray's backend takes seconds to start.
             backend_config=_nccl() if compute.use_gpu and workers > 1 else None,
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
@@ -194,12 +194,12 @@ def fit_in_workers(
 
 
 def _spare(config: Config) -> int:
-    """Workers besides those that train."""
+    """How many workers are needed besides those that train."""
     return int(config.train.async_validation)
 
 
 def ended(result: dict[str, Any]) -> dict[str, Any]:
-    """The result of the loop. Raises the UserError or RunFailed that ended it."""
+    """The loop's result. Raises the UserError or RunFailed that ended it."""
     if result["stopped"] == "failed":
         raise Failure(result["message"], result["mistake"]).error()
     return result
@@ -208,7 +208,7 @@ def ended(result: dict[str, Any]) -> dict[str, Any]:
 def _validation_config(
     task: TrainTask, reserved: Mapping[str, float]
 ) -> ray.train.ValidationConfig | None:
-    """Have Ray Train score each checkpoint in a process of its own, if that is asked for."""
+    """With train.async_validation, have Ray Train score each checkpoint in its own process."""
     from ray.train import ValidationConfig, ValidationTaskConfig
 
     if not task.config.train.async_validation:
@@ -227,17 +227,17 @@ def _validation_config(
 
 @contextmanager
 def ray_failures(config: Config, folder: Path) -> Iterator[None]:
-    """Say in one sentence why Ray Train ended.
+    """Turn Ray Train's exceptions into one-sentence errors.
 
     Raises:
-        UserError, RunFailed: what all workers left the loop with.
-        RunFailed: the workers or the controller failed, the folder cannot be written, or Ray does
-            not answer.
+        UserError, RunFailed: the error with which all workers left the loop.
+        RunFailed: the workers or the controller failed, the folder is not writable, or Ray does not
+            answer.
     """
     import ray.train
 
     try:
-        with ray_answers(), storing(folder):  # Ray keeps a record of its own there
+        with ray_answers(), storing(folder):  # Ray writes its own record there
             yield
     except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
@@ -270,7 +270,7 @@ def _nccl() -> TorchConfig:
 
 
 def _failure_notes(task: TrainTask) -> Any:
-    """A callback, run by Ray Train's controller, that notes worker failures for the watcher."""
+    """A callback that Ray Train's controller runs, which notes worker failures for the watcher."""
     from ray.train import UserCallback
 
     class FailureNotes(UserCallback):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What a model writes while it is trained: it continues the config's prompts, or real text."""
+"""Samples during training: the model continues the config's prompts, or validation text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gptray.model.gpt import GPT
 
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each prompt of the config, or for words of validation text."""
+    """(prompt, continuation) pairs for the config's prompts, or for words of validation text."""
     prompts = config.sample.prompt
     if prompts is None:
         prompts = first_words(data)

@@ -1,7 +1,7 @@
-"""What a process that trains is given, and where it begins.
+"""The input of a training process, and its entry points.
 
-Importing torch takes seconds, which driver and controller are spared, and the driver's modules take
-some that workers are spared: each process imports what it runs.
+Each process imports only what it runs: importing torch takes seconds, which the driver and the
+controller need not spend, and the driver's modules take time that workers need not spend.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """A run to train, in `run_dir`, on the tokens in `data_dir`, with so many threads a worker.
+    """A run to train, in `run_dir`, on the tokens in `data_dir`, with `threads` per worker.
 
-    config: checked and resolved by the driver. may_lose_nodes: whether the cluster is not the
-    job's own. origin: where workers on other nodes find the folders, which are the driver's; None
-    where all nodes see them. also: tokens of the texts of evaluate.also, by name.
+    config: checked and resolved by the driver. may_lose_nodes: whether the cluster is not the job's
+    own. origin: where workers on other nodes find the driver's folders; None if all nodes see them.
+    also: tokens of the texts of evaluate.also, by name.
     """
 
     config: Config
@@ -43,11 +43,11 @@ class TrainTask:
 
     @property
     def folder_here(self) -> Path:
-        """The folder on this node for the run; `run_dir` where all nodes see that."""
+        """This node's folder for the run; `run_dir` if all nodes see it."""
         return self.origin.folder_here(self.run_dir) if self.origin else self.run_dir
 
     def note(self, event: str, **fields: object) -> None:
-        """Write an event of the run, wherever this is. Raises RunFailed."""
+        """Write an event of the run, from any node. Raises RunFailed."""
         if self.origin is None or self.origin.is_here:
             write_event(self.run_dir, event, **fields)
         else:
@@ -55,19 +55,19 @@ class TrainTask:
 
 
 def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
-    """A Ray Train worker: `train_worker` with what is given by name."""
+    """A Ray Train worker: calls `train_worker(**given)`."""
     train_worker, _ = _run_by_workers()
     return train_worker(**given)
 
 
 def begin_validation(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
-    """A Ray task that scores a checkpoint: `validate`."""
+    """A Ray task that scores a checkpoint: calls `validate`."""
     _, validate = _run_by_workers()
     return validate(Path(checkpoint.path), task)
 
 
 def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
-    """What imports torch, which takes seconds that driver and controller are spared."""
+    """`train_worker` and `validate`, imported late because they import torch."""
     from gptray.jobs.train import validate, worker
 
     return worker.train_worker, validate.validate
@@ -77,7 +77,7 @@ def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict
 class TrialTask:
     """A trial and the run that it trains.
 
-    is_cut: whether rungs may cut it. reserved: what each of its workers has.
+    is_cut: whether it may be stopped at rungs. reserved: each worker's resources.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Ray Train without the actors that a run here has no use for, and with a cleaner that works.
+"""Ray Train without the actors that runs here do not need, and with a cleaner that works.
 
 Each actor is a process, which takes a second of two cores at every start.
 """
@@ -12,15 +12,15 @@ from typing import Any
 from gptray.jobs.cluster_nodes import HEAD
 from gptray.jobs.own_ray import is_own_ray
 
-# Hands out Ray Data's datasets, of which there are none here: workers open their tokens themselves.
+# Hands out Ray Data datasets, which are not used here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"
-# Gives back the places of workers whose controller is gone, if there is a dashboard: see `Cleaner`.
+# Frees the placement group of workers whose controller is gone, given a dashboard; see `Cleaner`.
 CLEANER = "PlacementGroupCleanerCallback"
 POLL_S = 0.5
 
 
 def fitted(*given: Any, **named: Any) -> Any:
-    """`DataParallelTrainer(...).fit()` without datasets; leaner still on the job's own Ray."""
+    """`DataParallelTrainer(...).fit()` without datasets, and on the job's own Ray without more."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -28,7 +28,7 @@ def fitted(*given: Any, **named: Any) -> Any:
             kept = []
             for one in super()._create_default_callbacks():
                 name = type(one).__name__
-                # The job's own Ray ends with it; a trial of a sweep ends before its Ray.
+                # The job's own Ray ends with the job, so it needs no cleaner.
                 if name == CLEANER and not is_own_ray():
                     kept.append(_with_own_cleaner(type(one)))
                 elif name not in (CLEANER, DATASETS):
@@ -37,7 +37,7 @@ def fitted(*given: Any, **named: Any) -> Any:
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
             if is_own_ray():
-                # There is no autoscaler to tell what the workers need.
+                # There is no autoscaler to request resources from.
                 vars(given["scaling_policy"]).update(
                     after_controller_start=_nothing, _maybe_send_resource_request=_nothing
                 )
@@ -47,7 +47,7 @@ def fitted(*given: Any, **named: Any) -> Any:
 
 
 def _with_own_cleaner(base: type) -> object:
-    """Ray's callback, whose class is given, with a `Cleaner` in the place of Ray's actor."""
+    """Ray's callback, of class `base`, with a `Cleaner` instead of Ray's actor."""
     import ray
 
     class Callback(base):  # type: ignore[misc]
@@ -55,7 +55,7 @@ def _with_own_cleaner(base: type) -> object:
             context = ray.get_runtime_context()
             self._controller_actor_id = context.get_actor_id()
             actor = ray.remote(num_cpus=0)(Cleaner).options(
-                lifetime="detached",  # it is to outlive the controller, and the trial's own group
+                lifetime="detached",  # to outlive the controller, and the trial's own group
                 resources={HEAD: 0.001},
                 scheduling_strategy="DEFAULT",
             )
@@ -66,11 +66,11 @@ def _with_own_cleaner(base: type) -> object:
 
 
 class Cleaner:
-    """An actor that gives the workers' placement group back once their controller is gone.
+    """An actor that frees the workers' placement group once their controller is gone.
 
-    Without it the group is held until the job ends. Ray's own, in whose place it is called, asks
-    the dashboard whether the controller lives; where none runs it gives nothing back, and its end
-    takes ten seconds.
+    Without it, the group is held until the job ends. Ray's own cleaner, which this replaces, asks
+    the dashboard whether the controller is alive; without a dashboard it frees nothing and takes
+    ten seconds to end.
     """
 
     def __init__(self, controller: Any) -> None:
@@ -80,11 +80,11 @@ class Cleaner:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def register_placement_group(self, group: Any) -> None:
-        """The group of the workers that the controller has now."""
+        """Note the placement group of the controller's current workers."""
         self._group = group
 
     def stop(self) -> None:
-        """End, for the controller gives its group back itself."""
+        """End, since the controller frees its group itself."""
         import ray
 
         ray.actor.exit_actor()

@@ -1,8 +1,8 @@
-"""Validation next to the training: a process of its own scores each checkpoint that is reported.
+"""Asynchronous validation: a separate process scores each checkpoint while training continues.
 
-Ray Train sends it there (ValidationConfig), one checkpoint at a time, and keeps what comes back
-until the training workers ask. What a score means, and when it counts, is
-`gptray.training.evaluations`'s.
+Ray Train (ValidationConfig) sends it the checkpoints one at a time, and keeps the results until the
+training workers ask for them. `gptray.training.evaluations` decides what a score means and when it
+takes effect.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gptray.training.checkpoint import checkpoint_folder
 from gptray.training.evaluations import Validation
 from gptray.training.validation import Scores, score_checkpoint
 
-# Training that has waited so long says so.
+# After waiting this long, training says so.
 WAIT_S = 30.0
 
 
 def validate(checkpoint: Path, task: TrainTask) -> dict[str, object]:
     """Score a checkpoint and sample from it, in a Ray task.
 
-    What goes wrong is a result as well, for the training workers to raise: Ray would only log it.
+    A failure is also returned, for the training workers to raise: Ray would only log it.
     """
     try:
         outcome = attempt(lambda: _scored(checkpoint, task))
@@ -54,29 +54,29 @@ def _scored(checkpoint: Path, task: TrainTask) -> dict[str, object]:
 
 
 def _scores(fields: dict[str, Any]) -> Scores:
-    """What `asdict` has taken apart."""
+    """Restore what `asdict` has taken apart."""
     averaged = fields["averaged"] and Score(**fields["averaged"])
     also = {name: Score(**score) for name, score in fields["also"].items()}
     return Scores(Score(**fields["own"]), averaged, also)
 
 
 class Validations:
-    """What came of the checkpoints of a run, asked for by a training worker."""
+    """The validation results of a run's checkpoints, for a training worker."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
         self._run_dir, self._config = run_dir, config
         self._has_told = False
 
     def wait(self, step: int) -> Validation:
-        """Wait for the checkpoint of a step, that this worker has reported, to be validated.
+        """Wait until a step's checkpoint, which this worker has reported, is validated.
 
         Raises:
-            RunFailed: that failed; says how.
-            UserError: it failed by a mistake in the config.
+            RunFailed: validation failed; says why.
+            UserError: validation failed because of a mistake in the config.
         """
         results = self._finished(step)
         validated = ray.train.ReportedCheckpointStatus.VALIDATED
-        # A worker that died may have had the same checkpoint validated before.
+        # A previous attempt may have had the same checkpoint validated.
         for result in results:
             if result.status == validated and "scores" in result.metrics:
                 return Validation(_scores(result.metrics["scores"]), result.metrics["samples"])
@@ -88,7 +88,7 @@ class Validations:
         raise RunFailed(f"scoring {folder} failed: {failure.message}")
 
     def _finished(self, step: int) -> list[ray.train.ReportedCheckpoint]:
-        """The reports of a step's checkpoint, all of them dealt with."""
+        """The reports of a step's checkpoint, once none is pending."""
         pending = ray.train.ReportedCheckpointStatus.PENDING_VALIDATION
         name = checkpoint_folder(self._run_dir, step).name
         while True:
@@ -103,7 +103,7 @@ class Validations:
             return
         self._has_told = True
         steps = self._config.train.eval_interval
-        # On this worker alone, which must not fail for the sake of a message.
+        # Only on this worker, which must not fail because of a message.
         try_event(
             self._run_dir,
             "waiting",

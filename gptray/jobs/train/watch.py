@@ -1,7 +1,7 @@
-"""Seeing a run: a live bar on a terminal, a plain line per logged step elsewhere.
+"""Shows a run's progress: a live bar on a terminal, otherwise a line per logged step.
 
-It follows `metrics.jsonl` and `events.jsonl` in the run folder, so it shows the same whether the
-workers are threads away or nodes away, and needs nothing of them.
+It follows `metrics.jsonl` and `events.jsonl` in the run folder, so it needs nothing from the
+workers, wherever they run.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from gptray.wording import count, perplexity
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
-# What is done between two rows.
+# What the run is doing between two rows.
 TRAINING = "training"
 
 T = TypeVar("T")
 
 
 class _Tail(Generic[T]):
-    """The rows that a JSON-lines file has got since the last look; a replaced file starts anew."""
+    """New rows of a growing JSON Lines file; a replaced file is read from its beginning."""
 
     def __init__(self, path: Path, fields: RowFields, *, from_end: bool) -> None:
         self._path, self._fields = path, fields
-        # Held open, since the next file might get the number of one that is gone.
+        # Kept open, since a new file might reuse a removed file's inode number.
         self._file: BinaryIO | None = None
         self._offset, self._told = 0, False
         if from_end and path.exists():
@@ -91,14 +91,14 @@ class _Watch:
         self._events = _Tail[Event](run_dir / EVENTS, EVENT_FIELDS, from_end=True)
         self._max_steps = max_steps
         self._exporter = Exporter(run_dir.name)
-        self._shown = -1  # the last step shown; rows up to here are history
-        self._scored: int | None = None  # the last step whose score was seen
+        self._shown = -1  # the last step shown; rows up to it are old
+        self._scored: int | None = None  # the last step whose score was shown
         self._started = False
-        # What is done and since when, until the next row.
+        # What the run is doing and since when, until the next row.
         self._doing = ("starting workers", time.monotonic())
-        # The longest time between two rows: twice that is worth a word.
+        # The longest time between two rows; after twice that, a line says what the run is doing.
         self._row_s = 0.0
-        self._origin = (0, time.monotonic())  # step and time from which the ETA is reckoned
+        self._origin = (0, time.monotonic())  # the step and time from which to extrapolate the ETA
         self._best = math.inf
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -108,7 +108,7 @@ class _Watch:
             self._bar.start()
 
     def look(self) -> None:
-        """Show what is new. A start comes before rows: it says from which step they are new."""
+        """Show what is new. Start events come first: they say from which step rows are new."""
         events = self._events.rows()
         for event in events:
             if event["event"] == "start":
@@ -135,7 +135,7 @@ class _Watch:
             self._on_evaluation()
 
     def _look_at_rows(self) -> None:
-        """Show new rows, and once more those that have got their score since."""
+        """Show new rows, and again those that have received their score since."""
         rows = self._metrics.rows()
         if self._scored is None:
             history = [row["step"] for row in rows if "val_loss" in row]
@@ -150,7 +150,7 @@ class _Watch:
                 self._show(row, is_best)
 
     def line(self) -> str | None:
-        """What is being done, unless a bar or rows at their usual pace show it."""
+        """What the run is doing, unless a bar or rows at their usual pace show it."""
         words, since = self._doing
         is_usual = words == TRAINING and time.monotonic() - since < 2 * self._row_s
         return None if self._bar or is_usual else so_far(words, since)
@@ -215,9 +215,9 @@ class _Watch:
 def watching(
     run_dir: Path, max_steps: int, *, on_evaluation: Callable[[], object]
 ) -> Iterator[None]:
-    """Show the run's progress on stderr for as long as the block runs.
+    """Show the run's progress on stderr while the block runs.
 
-    `on_evaluation` is called, from a thread, once training has begun and after each evaluation.
+    `on_evaluation` is called, from a thread, when training begins and after each evaluation.
     """
     watch = _Watch(run_dir, max_steps, on_evaluation)
     with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
@@ -225,7 +225,7 @@ def watching(
 
 
 def show_end(run_dir: Path) -> None:
-    """Say what the run's best model writes, and what it has learnt and forgotten."""
+    """Log samples of the run's best model, and what it has learnt and forgotten."""
     events = read_events(run_dir)
     _show_samples(events)
     if changed := change_sentence(changes_of(read_metrics(run_dir), events)):
@@ -274,7 +274,7 @@ def duration(seconds: float) -> str:
 
 
 def _parameters(start: Event) -> str:
-    """How many a run trains, and of how many, if these are not all."""
+    """How many parameters a run trains, and of how many if not all."""
     count = start["parameters"]
     trained = start.get("trained", count)
     return f"{count:,}" if trained == count else f"{trained:,} of {count:,}"

@@ -1,4 +1,4 @@
-"""One Ray Train worker: the training loop, with Ray's report as its only contact."""
+"""A Ray Train worker, which runs the training loop."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from gptray.training.evaluations import Metrics
 from gptray.training.loop import failed, fit
 from gptray.training.workers import Workers
 
-TIMEOUT = timedelta(minutes=30)  # of the workers' group
+TIMEOUT = timedelta(minutes=30)  # of the workers' process group
 
 
 def train_worker(task: TrainTask, ray_dir: Path) -> Metrics:
     """Run the loop; return its result and the `peak_memory_bytes` of this process.
 
-    ray_dir: the folder of the run that Ray Train knows.
+    ray_dir: the run folder that Ray Train knows.
     """
     torch.set_num_threads(task.threads)
     context, step = ray.train.get_context(), 0
@@ -50,13 +50,13 @@ def train_worker(task: TrainTask, ray_dir: Path) -> Metrics:
             ) as run:
                 result = _trained(run, ray_dir)
                 step = result["step"]
-        except (UserError, RunFailed) as error:  # of fetching, or of the last rows
+        except (UserError, RunFailed) as error:  # from fetching the run, or sending its last rows
             result = failed(step, error)
     return {**result, "peak_memory_bytes": peak_memory(ray.train.torch.get_device())}
 
 
 def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
-    """The result of the loop. Raises UserError or RunFailed on every worker."""
+    """Run the loop; return its result. Raises UserError or RunFailed on every worker."""
     task, config, workers = run.task, run.task.config, Workers.current()
     data = workers.all_or_none(lambda: _opened(task))
 
@@ -83,8 +83,8 @@ def _trained(run: RunOnNode, ray_dir: Path) -> Metrics:
             validated=Validations(task.run_dir, config).wait
             if config.train.async_validation
             else None,
-            wish=notices.wish,
-            bring=run.bring,
+            request=notices.request,
+            fetch=run.fetch,
         )
     if result["stopped"] == "left":
         notices.tell_of_leaving(result["step"])
@@ -98,27 +98,27 @@ def _opened(task: TrainTask) -> TokenData:
         check_gpu()
     try:
         return task.tokens()
-    except DamagedData as error:  # not a worker's death: no other attempt would find it whole
+    except DamagedData as error:  # another attempt would find the same damage
         raise RunFailed(f"{error}; the same command prepares the text again") from None
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: on its GPU, or of the machine's memory."""
+    """This process's peak memory in bytes: on its GPU or, on CPUs, its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB.
+    # Linux reports KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Be in torch.distributed's group of all workers; one worker alone needs none.
+    """Join torch.distributed's process group of all workers; a single worker needs none.
 
-    Ray's own torch backend would do it too, and does for GPUs (nccl); but it imports torch in the
-    driver and in the controller, one after the other: four of the twenty seconds of a start.
+    Ray's own torch backend does this for GPUs (nccl), but it imports torch in the driver and then
+    in the controller, which takes four of a start's twenty seconds.
 
-    The group is left only where the block ends well: after a failure of one worker the others
-    could wait for it, and Ray ends their processes.
+    The group is destroyed only if the block succeeds: after one worker fails, the others might wait
+    for it, and Ray ends their processes anyway.
     """
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
@@ -132,11 +132,11 @@ def process_group() -> Iterator[None]:
 
 
 def _store(rank: int, size: int) -> TCPStore:
-    """The group's key-value store, on the first worker's node, at a port that is free there."""
+    """The group's key-value store, on the first worker's node, at a free port."""
     if rank == 0:
         host = ray.util.get_node_ip_address()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # By default it would listen on every network of the node.
+        # By default it would listen on all of the node's interfaces.
         listener = socket.create_server((host, 0), family=family)
         store = TCPStore(
             host,

@@ -1,4 +1,4 @@
-"""A sweep checked before it starts: its trials, and the rows of its --dry-run.
+"""Checks a sweep before it starts: plans its trials, and makes the rows of its --dry-run.
 
 Imports neither torch nor Ray: every mistake is reported before anything expensive starts.
 """
@@ -20,7 +20,7 @@ from gptray.jobs.cluster import check_training
 from gptray.jobs.models import CONFIG
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
-from gptray.jobs.remote_run import bring_run
+from gptray.jobs.remote_run import download_run
 from gptray.jobs.resuming import check_free, check_resumable, command
 from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
@@ -43,10 +43,10 @@ FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet optuna
 
 @dataclass(frozen=True)
 class CheckedSweep:
-    """A sweep that can start. `trials`: those known by now.
+    """A sweep that can start. `trials`: those known so far.
 
-    texts: the texts that trials are trained on, by `text_key`. also: those of evaluate.also.
-    changes: a sentence for each key that changes in a sweep that exists.
+    texts: the trials' training texts, by `text_key`. also: the texts of evaluate.also.
+    changes: a sentence for each key that changes in an existing sweep.
     """
 
     config: Config
@@ -58,14 +58,14 @@ class CheckedSweep:
 
     @property
     def num_trials(self) -> int:
-        """Trials without repetitions."""
+        """The number of trials without repetitions."""
         if self.config.tune.search_alg == "random":
             return len(self.trials)
         return self.config.tune.num_samples + len(self.trials)
 
     @property
     def num_replicates(self) -> int:
-        """Repetitions at most."""
+        """The most repetitions."""
         return min(FINALISTS, self.num_trials) * self.config.tune.replicates
 
 
@@ -73,7 +73,7 @@ def check(config: Config) -> CheckedSweep:
     """Resolve the config and find every mistake that can be found without torch and Ray.
 
     Raises:
-        UserError: says all that is wrong with the space, the text, the machine or the folder.
+        UserError: lists all problems with the space, the text, the machine or the folder.
     """
     config = resolve(config, sweep=True)
     if config.tune.search_alg == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -81,7 +81,7 @@ def check(config: Config) -> CheckedSweep:
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
         )
     folder, place = run_dir(config), seen_at(config)
-    bring_run(config, busy=BUSY.format(place))
+    download_run(config, busy=BUSY.format(place))
     changes = check_resumable(config, sweep=True)
     check_free(folder, busy=BUSY.format(place))
     drawn, known = samples_drawn(folder), load_trials(folder)
@@ -113,7 +113,7 @@ def check(config: Config) -> CheckedSweep:
 
 
 def how_to_extend(checked: CheckedSweep) -> str:
-    """What to say of a finished sweep: what gives it more trials, where its space has more."""
+    """A hint for a finished sweep: how to run more trials, if its space has more."""
     config, folder = checked.config, checked.folder
     another = "for a new one, set train.resume=never and another name"
     if stopped := StoppedEarly.of_sweep(folder):
@@ -134,7 +134,7 @@ def how_to_extend(checked: CheckedSweep) -> str:
 
 
 def _check_prepared(trials: Sequence[Planned], texts: Mapping[str, CheckedText]) -> None:
-    """What the job checks once texts are prepared, of those that are. Raises UserError."""
+    """Check prepared texts as the job does once all are prepared. Raises UserError."""
     check_same_validation(text.data for text in texts.values() if text.data)
     problems: dict[str, str] = {}
     for trial in trials:
@@ -149,7 +149,7 @@ def _check_prepared(trials: Sequence[Planned], texts: Mapping[str, CheckedText])
 
 
 def check_same_validation(texts: Iterable[TokenData]) -> None:
-    """Refuse texts whose validation splits differ. Raises UserError."""
+    """Raise UserError if the texts' validation splits differ."""
     sizes = {(text.val.documents, text.val.bytes) for text in texts}
     if len(sizes) > 1:
         found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
@@ -192,7 +192,7 @@ def plan(checked: CheckedSweep) -> Plan:
 
 
 def _line(entry: Entry) -> str:
-    """One dimension of the space in words."""
+    """An entry of the space in words."""
     if entry.options:
         options = [option[0] if len(entry.paths) == 1 else option for option in entry.options]
         values = ", ".join(shown(option) for option in options)

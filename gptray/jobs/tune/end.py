@@ -1,4 +1,4 @@
-"""The end of a sweep: the winner, the commands that come next, and the job's JSON line."""
+"""The end of a sweep: the winner, the commands to run next, and the job's JSON line."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gptray.tuning.trial_plan import loses_text, lossy_ahead, score
 log = logging.getLogger("gptray")
 
 BEST = "best.yaml"
-# The command that trains the winner longer has this many times its steps.
+# The command that trains the winner longer multiplies its steps by this.
 LONGER = 4
 
 
 def tell_winner(sweep: Sweep, place: str) -> None:
-    """Log the winner, how much text it has seen, its settings, and the commands that come next.
+    """Log the winner, how much text it has seen, its settings, and the commands to run next.
 
-    Of a sweep over the amount of text also what more of it would bring. First, a warning for each
-    better trial whose tokenizer loses text, and why the sweep has run fewer trials than it was
-    given, if it has. place: where others find the sweep.
+    For a sweep over the amount of text, also logs what more text would gain. First come a warning
+    for each better trial whose tokenizer loses text, and why the sweep ran fewer trials than
+    planned, if it did. place: the sweep's public path or URI.
     """
     folder, winner = sweep.folder, _winner(sweep)
     for trial in lossy_ahead(sweep.trials, winner):
@@ -61,15 +61,15 @@ def _winner(sweep: Sweep) -> Trial:
 
 
 def outcome(sweep: Sweep, place: str) -> dict[str, object]:
-    """The result of a finished sweep, which others find at `place`: the job's JSON line.
+    """The result of a finished sweep at `place`: the job's JSON line.
 
     `also` has bits per byte of the texts of evaluate.also, before the first step and of the model.
-    `best_*` are the winner's, at its lowest validation loss: `best_lost` the share of the text that
-    its tokenizer loses, `best_tokens` those it was trained on, counted each time they were read,
+    `best_*` are the winner's, at its lowest validation loss: `best_lost` is the share of the text
+    that its tokenizer loses, `best_tokens` the tokens trained on, counted each time they were read,
     `best_epochs` how often it read its share of the text, `best_text_share` how much of all
-    training text it has read (0 to 1). `baseline_val_bpb` is that of the config as it is.
-    `steps_full` counts all trials that were run as if none had stopped early. `stopped_early` says
-    why the sweep ran fewer trials than it was given; null where it ran all.
+    training text it read (0 to 1). `baseline_val_bpb` is the unchanged config's. `steps_full` are
+    the steps had no trial stopped early. `stopped_early` says why the sweep ran fewer trials than
+    planned; null if it ran all.
     """
     winner = _winner(sweep)
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)

@@ -1,4 +1,4 @@
-"""The trials of a sweep that runs: which comes next, what its process is given, how it ended."""
+"""A running sweep's trials: which comes next, its process's input, and how it ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger("gptray")
 
 
 class SweepQueue:
-    """The trials of a sweep whose texts are prepared, for `gptray.jobs.tune.trials` to run."""
+    """The trials of a sweep with prepared texts, for `gptray.jobs.tune.trials` to run."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class SweepQueue:
         publish: Callable[[], None],
         origin: Origin | None,
     ) -> None:
-        """Write the planned trials down, and put those first that an earlier start had begun."""
+        """Record the planned trials, and queue first those that an earlier start had begun."""
         self._config, self._folder = checked.config, checked.folder
         self._record, self._publish, self._origin = record, publish, origin
         self.at_once, self.reserved = trial_resources(
@@ -55,10 +55,10 @@ class SweepQueue:
         self._suggestions: Suggestions | None = None
         self.is_over = False
         self.failure: RunFailed | None = None
-        # Trials that are not run once more of them would gain too little, and those that run.
+        # New trials, which are skipped if more would gain too little, and running ones.
         self._fresh, self._running = set[str](), set[str]()
         self._too_little: Gain | None = None
-        self._write_down(checked.trials)
+        self._add_to_record(checked.trials)
         if self._config.tune.search_alg == "optuna":
             from gptray.jobs.tune.suggestions import Suggestions
 
@@ -67,7 +67,7 @@ class SweepQueue:
             )
         past = load_trials(self._folder)
         self.halving = Halving(self._config, past)
-        # Stopped at a rung, from which they may go on. A kill may have come before that was told.
+        # Stopped at a rung, from which they may continue. A kill may have prevented the record.
         self._stopped = {trial.name for trial in past if trial.outcome == "stopped"}
         for trial in past:
             if trial.outcome is None and self.halving.waits(trial.name):
@@ -79,7 +79,7 @@ class SweepQueue:
         self._judge()
 
     def next(self) -> Planned | None:
-        """The next trial to run; None while that depends on running ones, or when `is_over`."""
+        """The next trial to run; None while it depends on running ones, or if `is_over`."""
         if self.failure:
             self.is_over = True
             return None
@@ -90,7 +90,7 @@ class SweepQueue:
             self._waiting.extend([suggested] if suggested else [])
         if self._too_little and self._waiting and self._waiting[0].name in self._fresh:
             if self._running:
-                return None  # what they come to counts, too
+                return None  # their results count, too
             self._stop_itself(self._too_little)
         return self._given(self._waiting.popleft()) if self._waiting else self._at_the_end()
 
@@ -100,7 +100,7 @@ class SweepQueue:
         return planned
 
     def _judge(self) -> None:
-        """Whether trials that have not begun are worth it, by those that have ended."""
+        """Judge, by the trials that have ended, whether new ones are worth running."""
         if not self._fresh or not judges(self._config):
             return
         before, gain = self._too_little, expected_gain(load_trials(self._folder))
@@ -113,7 +113,7 @@ class SweepQueue:
             )
 
     def _stop_itself(self, gain: Gain) -> None:
-        """Start no trial that has not begun. One that waits at a rung may still go on."""
+        """Skip all new trials. Those that wait at a rung may still continue."""
         first = [one for one in load_trials(self._folder) if one.replicate_of is None]
         left = [one for one in first if one.name in self._fresh or one.outcome == SKIPPED]
         self._record.enough(
@@ -129,21 +129,21 @@ class SweepQueue:
         self._fresh.clear()
 
     def _at_the_end(self) -> Planned | None:
-        """What is to run once there are no more trials: the best of each rung, repetitions."""
+        """The next trial when no new ones are left: the best of each rung, then repetitions."""
         trials = load_trials(self._folder)
         if any(trial.outcome is None for trial in trials):
             return None
-        # The best are known once those have run again that failed for a passing reason.
+        # The best are unknown until trials that failed for a passing reason have been retried.
         if not failed_trials(self._config, self._folder):
             if promoted := self._promoted(last=True):
                 return promoted
             repeated = replicates(self._config, seen_at(self._config), trials)
-            self._waiting.extend(self._write_down(repeated))
+            self._waiting.extend(self._add_to_record(repeated))
         self.is_over = not self._waiting
         return self._given(self._waiting.popleft()) if self._waiting else None
 
     def _promoted(self, *, last: bool = False) -> Planned | None:
-        """A trial that was stopped at a rung and goes on from there, written down."""
+        """Promote a trial that was stopped at a rung and may continue, if there is one."""
         name = self.halving.promote(self._stopped, last=last)
         if name is None:
             return None
@@ -153,7 +153,7 @@ class SweepQueue:
         return self._given(self._planned(trial))
 
     def started(self, name: str) -> None:
-        """A trial's process has begun with it, for the first time or again."""
+        """Record that a trial has started, for the first time or again."""
         self._record.started(name)
 
     def ended(
@@ -165,7 +165,7 @@ class SweepQueue:
         message: str | None = None,
         passing: bool = False,
     ) -> None:
-        """A trial is over, or waits at a rung; `passing`: it failed for a reason that may pass."""
+        """Record that a trial is over or waits at a rung. passing: the failure is transient."""
         self._record.ended(name, outcome, step=step, message=message, passing=passing)
         self.halving.ended(name, outcome)
         if outcome == "stopped":
@@ -176,8 +176,8 @@ class SweepQueue:
         if self._suggestions:
             self._suggestions.over(name)
 
-    def _write_down(self, trials: Sequence[Planned]) -> list[Planned]:
-        """Put those into the record that are not there; return them."""
+    def _add_to_record(self, trials: Sequence[Planned]) -> list[Planned]:
+        """Record the trials that are not in the record yet; return them."""
         known = {trial.name for trial in load_trials(self._folder)}
         new = [planned for planned in trials if planned.name not in known]
         for planned in new:
@@ -194,10 +194,10 @@ class SweepQueue:
         return replace(planned, replicate_of=trial.replicate_of)
 
     def task(self, planned: Planned) -> TrialTask:
-        """What a trial's process is given; makes its run folder."""
+        """The input of a trial's process; creates the trial's run folder."""
         config, cores = planned.config, self.reserved["CPU"]
         if cores.is_integer():
-            # Sums over threads depend on their number, so a trial's config names it.
+            # Sums depend on the number of threads, so a trial's config records it.
             config = override(config, {"compute.cpus_per_worker": int(cores)})
         folder = trial_dir(self._folder, planned.name)
         with storing(folder):

@@ -1,8 +1,8 @@
-"""Sweeps: trials of a search space, compared at rungs, until it is known which generalises best.
+"""The tune job: compares trials of a search space at rungs to find which generalises best.
 
-The driver plans and records; running the trials on Ray Tune is `gptray.jobs.tune.trials`'s. What a
-sweep has decided stands in its trials.jsonl and what its trials measured in their run folders, so
-the same command resumes a sweep wherever it was killed.
+The driver plans and records; `gptray.jobs.tune.trials` runs the trials on Ray Tune. The sweep's
+decisions are in its trials.jsonl and its trials' measurements in their run folders, so the same
+command resumes a sweep wherever it was killed.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def tune(config: Config) -> dict[str, object]:
 
     Raises:
         UserError: a mistake in the config, the space, the text or the folder; no trial was started.
-        RunFailed: no trial produced a model, or some failed for a reason that may pass; says why.
+        RunFailed: no trial produced a model, or some failed for a transient reason; says why.
     """
     return run(check(config))
 
 
 def run(checked: CheckedSweep) -> dict[str, object]:
-    """Run the sweep, or resume it. Raises as `tune` does."""
+    """Run the sweep, or resume it. Raises like `tune`."""
     config, folder, place = checked.config, checked.folder, seen_at(checked.config)
     resumes = partial(command, "tune", config, folder)
     with (
@@ -129,7 +129,7 @@ def _write_report(folder: Path, running: bool) -> Path:
 
 
 def _finish(config: Config, folder: Path, record: Record) -> None:
-    """Name the winner and keep its model and config."""
+    """Record the winner and copy its model and config."""
     trials = load_trials(folder)
     failed = [trial for trial in trials if trial.passing]
     if failed:

@@ -1,4 +1,4 @@
-"""How a sweep starts, for the first time or again: its texts checked, its record opened."""
+"""Starts a sweep, for the first time or again: checks its texts and opens its record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptray.jobs.resuming import save_config
 from gptray.jobs.run_folder import seen_at
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
-from gptray.training.checkpoint import newest_whole
+from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import (
     SKIPPED,
@@ -32,7 +32,7 @@ log = logging.getLogger("gptray")
 
 
 def opened(checked: CheckedSweep) -> Record:
-    """The record of a sweep that is about to run: a new one, or with what changed since."""
+    """Open the record of a sweep that is about to run, noting what has changed since."""
     folder, failed = checked.folder, failed_trials(checked.config, checked.folder)
     skipped = [trial for trial in load_trials(folder) if trial.outcome == SKIPPED]
     if not (folder / CONFIG).exists():
@@ -58,16 +58,16 @@ def opened(checked: CheckedSweep) -> Record:
 
 
 def failed_trials(config: Config, folder: Path) -> list[Trial]:
-    """The trials that are to run again, having failed for a reason that may pass."""
+    """The trials to run again because they failed for a transient reason."""
     if not config.tune.retry_failed:
         return []
     return [trial for trial in load_trials(folder) if trial.passing]
 
 
 def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
-    """Refuse texts that a trial cannot be trained on. Raises UserError with all of them.
+    """Raise UserError listing all texts that a trial cannot be trained on.
 
-    Trials that are over were trained on the texts that others are compared by: of each, one tells.
+    Also compares texts with those of finished trials; one trial per text suffices.
     """
     problems: dict[str, str] = {}
     known = {one.name: one for one in load_trials(checked.folder)}
@@ -93,16 +93,16 @@ def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
 
 
 def _state(run_dir: Path) -> TrainerState | None:
-    """Where a trial stands; None also where its checkpoints are damaged, which it says itself."""
+    """A trial's state; None if it has no intact checkpoint, which the trial itself reports."""
     try:
-        checkpoint, _ = newest_whole(run_dir)
+        checkpoint, _ = newest_intact(run_dir)
     except RunFailed:
         return None
     return TrainerState.load(checkpoint) if checkpoint else None
 
 
 def _share_texts(folder: Path) -> None:
-    """Let a trial's run folder find the sweep's prepared texts where an ordinary run would."""
+    """Link the sweep's prepared texts to where a run in the trials' folder looks for them."""
     link = folder / "trials" / "data"
     with storing(link):
         link.parent.mkdir(exist_ok=True)

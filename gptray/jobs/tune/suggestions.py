@@ -1,4 +1,4 @@
-"""Trials that Optuna suggests one after the other, from what those before came to."""
+"""Trials that Optuna suggests one by one, from the results of previous ones."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ METRIC = "val_bpb"
 
 
 class Suggestions:
-    """Asks Ray's OptunaSearch for the trials that a sweep still lacks, and plans them.
+    """Asks Ray's OptunaSearch for a sweep's remaining trials, and plans them.
 
-    A point of Optuna's space has, by an entry's first path, an option's number or a place in
-    [0, 1) of a range; the record keeps it for Optuna to learn from when the sweep resumes.
+    A point of Optuna's space maps each entry's first path to an option's index, or to a position
+    in [0, 1) of a range. The record keeps the points, for Optuna to learn from on resuming.
     """
 
     def __init__(self, config: Config, folder: Path, record: Record, *, num_trials: int) -> None:
-        """Tell Optuna of the trials in `folder`; there are to be `num_trials`."""
+        """Tell Optuna about the trials in `folder`, of a planned total of `num_trials`."""
         self._config, self._folder, self._record = config, folder, record
         self._num_trials = num_trials
         self._entries = entries_of(config)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # What Optuna was told of: each trial as it was then.
+        # The trials that Optuna knows, as they were when it was told.
         self._told = {trial.name: trial for trial in load_trials(folder) if trial.outcome}
         self._search = self._informed()
 
     def suggest(self) -> Planned | None:
-        """The next trial, written down; None once there are enough.
+        """The next trial, recorded; None once there are enough.
 
-        Values that don't go together make a trial that has failed, and the next is asked for.
+        If its values contradict each other, the trial counts as failed and Optuna is asked again.
         """
         while True:
             trials = load_trials(self._folder)
@@ -61,12 +61,12 @@ class Suggestions:
             self.over(name)
 
     def over(self, name: str) -> None:
-        """Tell Optuna what a trial has come to, in the place of what it was told before."""
+        """Tell Optuna a trial's result, replacing any earlier result."""
         (trial,) = (one for one in load_trials(self._folder) if one.name == name)
         if trial.point is None:
             return  # not one of Optuna's
         is_known, self._told[name] = name in self._told, trial
-        if is_known:  # it has gone on from a rung, and a study takes no second value
+        if is_known:  # the trial was promoted, and a study takes no second value
             self._search = self._informed()
         elif trial.best:
             self._search.on_trial_complete(name, {METRIC: score(trial)})
@@ -74,7 +74,7 @@ class Suggestions:
             self._search.on_trial_complete(name, error=True)
 
     def _informed(self) -> OptunaSearch:
-        """A search that was told of all that are over, and has asked for those that are not."""
+        """A new search that knows all ended trials' results, and has suggested the running ones."""
         trials = load_trials(self._folder)
         points = {trial.name: dict(trial.point) for trial in trials if trial.point is not None}
         running = [name for name in points if name not in self._told]
@@ -83,11 +83,11 @@ class Suggestions:
             metric=METRIC,
             mode="min",
             points_to_evaluate=[points[name] for name in running] or None,
-            # Random draws at the start are a function of the seed, which is not to give them again.
+            # Optuna's first draws depend only on the seed, so the same seed would repeat them.
             seed=(self._config.seed + len(trials)) % 2**32,
         )
         for name in running:
-            search.suggest(name)  # its point
+            search.suggest(name)  # suggests its point again
         for name, point in points.items():
             if told := self._told.get(name):
                 search.add_evaluated_point(point, score(told), error=told.best is None)

@@ -1,7 +1,7 @@
-"""A sweep's trials on Ray Tune: those of a queue, stopped at rungs, their ends told to the queue.
+"""Runs a queue's trials on Ray Tune, stops them at rungs, and reports their ends to the queue.
 
-Tune's own state is pickled, so nothing of it is ever loaded: each start is a new experiment of what
-is still to do, in a scratch folder. A trial that is promoted from a rung is a new one to Tune, too.
+Tune's own state is pickled, so it is never loaded: each start is a new experiment, with the
+remaining trials, in a scratch folder. To Tune, a trial promoted from a rung is also a new one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from gptray.record import MetricsRow
 from gptray.tuning.halving import Halving
 
 TUNE_ENV = {
-    # metrics.jsonl and TensorBoard files are the runs' own.
+    # Runs write their own metrics.jsonl and TensorBoard files.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # A trial's last report has its outcome and no metric.
+    # A trial's last report has its outcome but no metric.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "TUNE_WARN_THRESHOLD_S": "60",
@@ -40,14 +40,14 @@ SCRATCH = ".ray"
 
 
 def run_trials(config: Config, folder: Path, queue: SweepQueue) -> None:
-    """Run the queue's trials, `at_once` at a time, each worker with what is `reserved`.
+    """Run the queue's trials, `at_once` at a time, each worker with the `reserved` resources.
 
-    A RunFailed of the queue's is put into its `failure`, and all trials are stopped.
+    If the queue raises RunFailed, this sets its `failure` and stops all trials.
     """
     for key, value in TUNE_ENV.items():
         os.environ.setdefault(key, value)
     is_here = config.compute.num_workers == 1
-    # A trial of several workers only waits for them; Tune refuses a trial that needs nothing.
+    # A trial of several workers only waits for them, but Tune refuses trials without resources.
     bundle = queue.reserved if is_here else {"memory": 64.0 * 2**20}
     labels = [config.compute.selector] if config.compute.selector else None
     resources = ray.tune.PlacementGroupFactory([bundle], bundle_label_selector=labels)
@@ -59,7 +59,7 @@ def run_trials(config: Config, folder: Path, queue: SweepQueue) -> None:
                 max_concurrent_trials=queue.at_once,
                 search_alg=_Searcher(queue),
                 scheduler=Rungs(queue.halving),
-                # The workers of a trial that is cut end with the actor that waits for them.
+                # If a trial is stopped, its workers end with the actor that waits for them.
                 reuse_actors=is_here,
                 trial_name_creator=name_of,
                 trial_dirname_creator=name_of,
@@ -75,7 +75,7 @@ def run_trials(config: Config, folder: Path, queue: SweepQueue) -> None:
         ).fit()
 
 
-# Importing torch takes seconds, which the driver is spared: a trial's process imports what it runs.
+# Importing torch takes seconds, so only a trial's process does it, not the driver.
 def _run_trial(given: dict[str, TrialTask]) -> dict[str, Any]:
     from gptray.jobs.tune.worker import run_trial
 
@@ -84,7 +84,7 @@ def _run_trial(given: dict[str, TrialTask]) -> dict[str, Any]:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for Tune's own files, empty at first and gone afterwards."""
+    """An empty folder for Tune's own files, which is removed afterwards."""
     scratch = folder / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -106,8 +106,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class _OfQueue:
-    """What Tune calls in the driver. Where Tune pickles all that it was given, nothing of it is."""
+class _QueueUser:
+    """Base of the objects that Tune calls in the driver; pickled by Tune, they become empty."""
 
     def __init__(self, queue: SweepQueue) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class _OfQueue:
         return object, ()
 
 
-class _Searcher(_OfQueue, Searcher):  # type: ignore[misc]
-    """Gives Tune the queue's trials in their order."""
+class _Searcher(_QueueUser, Searcher):  # type: ignore[misc]
+    """Gives Tune the queue's trials in order."""
 
     def set_search_properties(self, *args: Any, **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        with _kept(self._queue):
+        with _failure_kept(self._queue):
             if planned := self._queue.next():
                 return {"task": self._queue.task(planned)}
         is_over = self._queue.is_over or self._queue.failure
@@ -138,16 +138,16 @@ class _Searcher(_OfQueue, Searcher):  # type: ignore[misc]
 
 
 @contextmanager
-def _kept(queue: SweepQueue) -> Iterator[None]:
-    """Keep what the queue cannot store: Tune would take it for a fault of the trial at hand."""
+def _failure_kept(queue: SweepQueue) -> Iterator[None]:
+    """Store a RunFailed in the queue, since Tune would take it for a failure of the trial."""
     try:
         yield
     except RunFailed as error:
         queue.failure = queue.failure or error
 
 
-class _Brake(_OfQueue, ray.tune.Stopper):  # type: ignore[misc]
-    """Stops all trials once the sweep's own record cannot be kept."""
+class _Brake(_QueueUser, ray.tune.Stopper):  # type: ignore[misc]
+    """Stops all trials once the sweep's record cannot be written."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
@@ -156,21 +156,21 @@ class _Brake(_OfQueue, ray.tune.Stopper):  # type: ignore[misc]
         return self._queue.failure is not None
 
 
-class _Log(_OfQueue, ray.tune.Callback):  # type: ignore[misc]
-    """Writes down what becomes of each trial."""
+class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
+    """Records what becomes of each trial."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        with _kept(self._queue):
+        with _failure_kept(self._queue):
             self._queue.started(name_of(trial))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         if self._queue.failure:
-            return  # stopped for that, and no end of its own
+            return  # stopped because of it
         result = trial.last_result
-        # Without an outcome of its own it was the scheduler that ended it.
+        # Without an outcome, the scheduler ended the trial.
         outcome = result.get("outcome", "stopped")
         step = result.get("last_step", result.get("step", 0))
-        with _kept(self._queue):
+        with _failure_kept(self._queue):
             self._queue.ended(
                 name_of(trial),
                 outcome,
@@ -183,27 +183,27 @@ class _Log(_OfQueue, ray.tune.Callback):  # type: ignore[misc]
         message = "its process died"
         if trial.error_file and Path(trial.error_file).is_file():
             message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
-        with _kept(self._queue):
+        with _failure_kept(self._queue):
             self._queue.ended(name_of(trial), "failed", step=0, message=message, passing=True)
 
 
 def task_of(trial: Any) -> TrialTask:
-    """What one of Tune's trials was given."""
+    """The task of one of Tune's trials."""
     task = trial.config["task"]
     assert isinstance(task, TrialTask)
     return task
 
 
 def name_of(trial: Any) -> str:
-    """The name in the sweep of one of Tune's trials."""
+    """The sweep's name for one of Tune's trials."""
     return task_of(trial).name
 
 
 class Rungs(FIFOScheduler):  # type: ignore[misc]
-    """Stops trials that are to wait.
+    """Stops trials that are to wait at a rung.
 
-    Tune's own pause keeps a trial among those that `max_concurrent_trials` counts, and its process
-    where no other trial wants it. A trial resumes from its run folder anyway.
+    Tune's own pause still counts a trial towards `max_concurrent_trials`, and keeps its process if
+    no other trial needs it. A stopped trial can resume from its run folder anyway.
     """
 
     def __init__(self, halving: Halving) -> None:
@@ -212,9 +212,9 @@ class Rungs(FIFOScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         task = task_of(trial)
-        # The last report has an outcome in the place of a step.
+        # The last report has an outcome instead of a step.
         if not task.is_cut or "step" not in result:
             return str(TrialScheduler.CONTINUE)
         most = task.run.config.train.max_steps
-        goes_on = self._halving.goes_on(task.name, cast(MetricsRow, result), max_steps=most)
-        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+        continues = self._halving.continues(task.name, cast(MetricsRow, result), max_steps=most)
+        return str(TrialScheduler.CONTINUE if continues else TrialScheduler.STOP)

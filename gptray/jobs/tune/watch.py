@@ -1,4 +1,4 @@
-"""Seeing a sweep: a live table on a terminal, a plain line per ended trial elsewhere.
+"""Shows a sweep's progress: a live table on a terminal, otherwise a line per ended trial.
 
 It follows the sweep's folder, as `gptray.jobs.train.watch` follows a run's.
 """
@@ -29,7 +29,7 @@ from gptray.visible import visible
 
 log = logging.getLogger("gptray")
 POLL_S = 1.0
-# Seconds between two calls of on_change: a report takes a moment of the cores that train.
+# The shortest time between calls of on_change, since a report takes time from training.
 CHANGE_S = 20.0
 SHOWN = 12
 
@@ -91,7 +91,7 @@ class _Watch:
             self._live.stop()
 
     def line(self) -> str | None:
-        """Where the sweep stands, if no table shows it."""
+        """The sweep's progress, unless a table shows it."""
         if self._live:
             return None
         trials = load_trials(self._folder)
@@ -119,7 +119,7 @@ class _Watch:
         steps, began = self._origin
         done = _steps(trials) - steps
         if done and ended:
-            # A trial to come is taken to need as many steps as those that ended.
+            # Assume that the remaining trials need as many steps as those that ended.
             typical = sum(trial.step for trial in ended) / len(ended)
             going = [trial.step for trial in trials if not trial.outcome]
             left = (total - len(ended)) * typical - sum(min(step, typical) for step in going)
@@ -145,7 +145,7 @@ class _Watch:
                 f"{trial.step:,}/{trial.max_steps:,}",
                 f"{score(trial):.4f}" if trial.best else "",
                 f"{trial.best['step']:,}" if trial.best else "",
-                Text(visible(_settings(trial))),  # as Text: [b] in a path is no markup
+                Text(visible(_settings(trial))),  # as Text, or [b] in a path would be markup
             )
         return table
 
@@ -154,9 +154,9 @@ class _Watch:
 def watching_sweep(
     folder: Path, num_trials: int, *, on_change: Callable[[], object]
 ) -> Iterator[None]:
-    """Show the sweep's progress on stderr for as long as the block runs.
+    """Show the sweep's progress on stderr while the block runs.
 
-    `on_change` is called now and then, from a thread, when trials have something new.
+    `on_change` is called now and then, from a thread, when there is something new.
     """
     watch = _Watch(folder, num_trials, on_change)
     with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):

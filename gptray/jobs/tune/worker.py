@@ -1,7 +1,7 @@
-"""One trial of a sweep, in the process that Ray Tune gives it: an ordinary run, reported to Tune.
+"""A trial of a sweep, in the process that Ray Tune gives it: an ordinary run that reports to Tune.
 
-One worker trains right here, in an actor that serves one trial after the other; several train in
-Ray Train's workers. What went wrong is an outcome like any other, so that the sweep continues.
+A single worker trains right here, in an actor that runs one trial after another; several train in
+Ray Train's workers. A failure is an outcome like any other, so that the sweep continues.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from gptray.jobs.train.task import TrialTask
 from gptray.training.loop import fit
 
 POLL_S = 0.5
-# How the loop's reasons to stop are called in a sweep's record.
+# The loop's reasons to stop, and their names in a sweep's record.
 OUTCOMES = {"max_steps": "finished", "patience": "patience", "non_finite": "diverged"}
 
 
 def run_trial(task: TrialTask) -> dict[str, object]:
-    """Train the trial's run; return the outcome, which Tune takes for the last report."""
+    """Train the trial's run; return the outcome, which is Tune's last report."""
     try:
         if task.run.config.compute.num_workers == 1:
             with run_on_node(task.run) as run:
@@ -44,7 +44,7 @@ def run_trial(task: TrialTask) -> dict[str, object]:
             result = ended(_train_in_workers(task))
         task.run.note("end", stopped=result["stopped"])
     except Exception as error:
-        # What has become of the prepared text, the next start makes good.
+        # The next start repairs damaged prepared text, so that failure is transient, too.
         passing, message = isinstance(error, (RunFailed, OSError, DamagedData)), str(error)
         if not isinstance(error, (RunFailed, UserError)):
             message = f"{type(error).__name__}: {error}"
@@ -63,7 +63,7 @@ def _train_here(run: RunOnNode) -> dict[str, object]:
     data = task.tokens()
     device = torch.device("cuda" if config.compute.use_gpu else "cpu")
     _forget_trials_before(config, device)
-    # Of this thread, and every trial has its own.
+    # This setting is per thread, and every trial runs in its own thread.
     torch.set_num_threads(task.threads)
 
     def report(metrics: dict[str, object], checkpoint_dir: Path | None) -> None:
@@ -82,12 +82,12 @@ def _train_here(run: RunOnNode) -> dict[str, object]:
 
 
 def _forget_trials_before(config: Config, device: torch.device) -> None:
-    """Drop what earlier trials may have left in this process. The loop sets all else itself."""
+    """Free what earlier trials left in this process. The loop sets everything else itself."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if config.train.compiles(on_gpu=device.type != "cpu"):
-        # Compiled code is kept by the model's source lines, for a few shapes only.
+        # Compiled code is cached by the model's source lines, for a limited number of shapes.
         torch.compiler.reset()
 
 
@@ -98,15 +98,15 @@ def _train_in_workers(task: TrialTask) -> dict[str, object]:
 
     def train() -> None:
         try:
-            # What the driver has worked out: here it is not known whose the cluster is.
+            # With the driver's resources, since this process does not know whose the cluster is.
             done.set_result(fit_in_workers(task.run, task.reserved, callbacks=[_Reports(reports)]))
         except BaseException as error:
             done.set_exception(error)
 
-    # A daemon, for Tune may end the trial at a report.
+    # A daemon, since Tune may end the trial at a report.
     threading.Thread(target=train, name="trial", daemon=True).start()
     while True:
-        is_last = done.done()  # nothing is put after that
+        is_last = done.done()  # no report comes after that
         try:
             ray.tune.report(reports.get(timeout=POLL_S))
         except Empty:
@@ -115,10 +115,10 @@ def _train_in_workers(task: TrialTask) -> dict[str, object]:
 
 
 class _Reports(ray.train.UserCallback):  # type: ignore[misc]
-    """Has the trial report to Tune, one thread for all.
+    """Passes reports to the trial's thread, which reports them to Tune.
 
-    Ray's own TuneReportCallback has the actor's main thread do it, which waits for ever where the
-    trial returns at that moment.
+    Ray's own TuneReportCallback uses the actor's main thread, which hangs if the trial returns at
+    that moment.
     """
 
     def __init__(self, queue: Queue) -> None:

@@ -1,4 +1,4 @@
-"""What to try after a run, ordered by what the numbers support."""
+"""What to try after a run, ordered by how well the numbers support it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gptray.wording import count
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing to try, and the numbers that support it; the more they do, the higher `weight`.
+    """One thing to try, and the numbers that support it; the stronger, the higher `weight`.
 
-    keys: the config keys to set for it, if any. resumes: the same run can take them; if not, they
-    need a new run.
+    keys: the config keys to set for it, if any. resumes: whether the same run can resume with them
+    rather than a new one.
     """
 
     change: str
@@ -27,7 +27,7 @@ class Advice:
 
 
 def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
-    """What to try, the best supported first; nothing where nothing can be told."""
+    """What to try, the best supported first; empty if there is nothing to go by."""
     sources = {
         "overfitting": _against_overfitting,
         "unsure": _to_be_sure,
@@ -65,9 +65,9 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
 
 
 def _regularise(config: Config) -> Iterator[Advice]:
-    """Noise in the input, or dropout, which adds nothing to it; weight decay where there is none.
+    """Token replacement or dropout (together they gain nothing), and weight decay if it is 0.
 
-    Token replacement was compared with dropout in training from scratch only.
+    Token replacement was compared with dropout only in training from scratch.
     """
     dropout, is_new = config.model.dropout, config.model.init_from is None
     if config.data.token_replacement == 0:
@@ -86,7 +86,7 @@ def _regularise(config: Config) -> Iterator[Advice]:
 
 
 def _land(config: Config) -> Iterator[Advice]:
-    """A schedule that falls by max_steps is far from its end where a run is best."""
+    """With a schedule that decays up to max_steps, the best step comes far before its end."""
     schedule = config.optim.schedule
     if schedule in ("linear", "cosine"):
         reason = (
@@ -97,7 +97,7 @@ def _land(config: Config) -> Iterator[Advice]:
 
 
 def _average_seeds(config: Config) -> Iterator[Advice]:
-    """Measured in training from scratch only."""
+    """Only for training from scratch, where it was measured."""
     if config.model.init_from is None and not config.train.teachers:
         reason = (
             "three runs with different seeds predict better together (evaluate.model), and can "
@@ -113,7 +113,7 @@ def _whole_text(config: Config) -> Iterator[Advice]:
 
 
 def _lr(config: Config, lr: float) -> dict[str, object]:
-    """The keys of another learning rate, with optim.min_lr in the same proportion."""
+    """The keys that set another learning rate, scaling optim.min_lr in proportion."""
     optim = config.optim
     return {
         "optim.lr": float(f"{lr:.2g}"),
@@ -122,7 +122,7 @@ def _lr(config: Config, lr: float) -> dict[str, object]:
 
 
 def _more_text(diagnosis: Diagnosis) -> Iterator[Advice]:
-    """By how often the text was read."""
+    """More data, depending on how often the text was read."""
     epochs = diagnosis.facts.epochs_at_best
     if epochs and epochs > 1:
         yield Advice(
@@ -136,7 +136,7 @@ def _more_text(diagnosis: Diagnosis) -> Iterator[Advice]:
 
 def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     if diagnosis.ended is None:
-        return  # time will tell
+        return  # more evaluations are coming
     interval = config.train.eval_interval
     if interval > 1:
         yield Advice(
@@ -155,7 +155,7 @@ def _to_be_sure(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
 
 def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     optim, steps = config.optim, config.train.max_steps
-    lower = _lr(config, min(optim.lr / 3, 3e-3))  # far above that a third would not do
+    lower = _lr(config, min(optim.lr / 3, 3e-3))  # a third of a huge rate would still be too high
     yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0, lower)
     if optim.warmup_steps < 0.05 * steps:
         warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"
@@ -202,7 +202,7 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     last, noise = diagnosis.last, noise_of(config)
     assert last
     is_close = last.gap < 0.05 * last.val_loss
-    if is_close and noise:  # which raises the losses of training: they do not tell what is learnt
+    if is_close and noise:  # noise raises training loss, so it does not show what was learnt
         yield from _average_seeds(config)
         yield from _whole_text(config)
         reason = f"whether the model has room left is not known: training has {noise} on"

@@ -1,7 +1,7 @@
-"""Whether a run overfits, since when and what that cost, from the rows of its metrics.
+"""Diagnoses from a run's metrics whether it overfits, since when, and what that cost.
 
-A pure function of rows, config and events. What to do about it is `advice`'s, and how it
-looks is the report's.
+A pure function of rows, config and events. `advice` says what to do about it; the report presents
+it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gptray.record import Event, MetricsRow
 from gptray.reports.run.landed import Landed, Point, begun_landing, landed_of, points_of
 from gptray.training.landing import rows_of, why_stopped
 
-# Evaluations that must follow a turn: one or two bad ones are no trend.
+# How many evaluations must follow a turn: one or two bad ones are not a trend.
 FOLLOWING = 3
-# A change of validation loss below this part of it is of no interest to anybody.
+# Changes of validation loss below this fraction of it do not matter.
 NEGLIGIBLE = 0.002
 
 Verdict = Literal[
@@ -30,7 +30,7 @@ Ended = Literal["max_steps", "patience", "non_finite"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What advice rests on; None where the run does not tell."""
+    """Facts that the advice is based on; None if the run does not record them."""
 
     parameters: int | None
     train_tokens: int | None  # in the training split
@@ -39,14 +39,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the curves of a run say; of one that lands, those of its stable part.
+    """What a run's curves say, those of the stable part if the run lands.
 
-    `turned` is the evaluation since which validation loss has been higher for good (the rule is
-    `turning_point`'s), None where it has not turned or too little follows to tell. `noise` is the
-    standard deviation of validation loss around its own trend, in nats. `pace` is seconds per
-    step, evaluations included where the run's events tell. `ended` is None for a run that is
-    still training or was cut off. `landed` is None without a landing, and before its first
-    evaluation.
+    `turned` is the evaluation since which validation loss has been higher for good (see
+    `turning_point`); None if it has not turned, or if it is too early to tell. `noise` is the
+    standard deviation of validation loss around its trend, in nats. `pace` is seconds per step,
+    including evaluations if the run's events tell. `ended` is None for a run that is still training
+    or was interrupted. `landed` is None before a landing's first evaluation.
     """
 
     verdict: Verdict
@@ -63,7 +62,7 @@ class Diagnosis:
 
     @property
     def chosen(self) -> Point | None:
-        """The evaluation of the run's `model/`: the best, landed or not."""
+        """The evaluation of the run's `model/`: the best one, including the landing."""
         return self.landed.best if self.landed and self.landed.gain > 0 else self.best
 
     @property
@@ -72,18 +71,18 @@ class Diagnosis:
 
     @property
     def steps_after_best(self) -> int:
-        """Steps trained after the best evaluation, without those of a landing."""
+        """Steps trained after the best evaluation, not counting a landing's."""
         last = self.landed.start if self.landed else self.last_step
         return last - self.best.step if self.best else 0
 
     @property
     def worse(self) -> float:
-        """Nats by which validation loss ended above its best."""
+        """How many nats the last validation loss is above the best."""
         return self.last.val_loss - self.best.val_loss if self.last and self.best else 0.0
 
     @property
     def steps_saved(self) -> int:
-        """Steps that early stopping spared."""
+        """Steps that early stopping saved."""
         return self.max_steps - self.last_step if self.ended == "patience" else 0
 
     def seconds(self, steps: int) -> float | None:
@@ -92,10 +91,10 @@ class Diagnosis:
 
 
 def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event] = ()) -> Diagnosis:
-    """Judge a run by its rows of metrics.jsonl; its events tell times, size and end more exactly.
+    """Judge a run by its rows of metrics.jsonl; events give more exact times, size and ending.
 
     The verdict is the first that fits: none or a single evaluation; unstable (a non-finite number,
-    or training loss rose along); overfitting (turned for good); unsure (risen, but for fewer than
+    or training loss rose too); overfitting (turned for good); unsure (risen, but for fewer than
     three evaluations); stuck (nothing learnt); falling; level.
     """
     every, rows = rows, rows_of("stable", rows)
@@ -130,15 +129,15 @@ class Turn:
 def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     """Find the evaluation since which validation loss has been higher for good.
 
-    It is the last one that lies within `band` of the lowest, if at least three follow it; all of
-    these lie above the band, up to the end.
+    It is the last one within `band` of the lowest, if at least three follow it; by definition, all
+    of these are above the band.
 
-    band = noise x (2 + sqrt(2 ln n)): the lowest of n noisy values of a level curve lies about
-    noise x sqrt(2 ln n) below it, so that a level curve stays in the band; and at least 0.2 % of
-    the lowest loss, and min_delta. `noise` is the standard deviation around the trend, 1.4826 x
-    median |third difference| / sqrt(20), in which a smooth trend cancels out; n and noise are
-    taken from the part of the curve that begins where it first got as low as it ended. A long
-    curve's differences span sixteenths of it, as neighbouring evaluations err alike.
+    band = noise x (2 + sqrt(2 ln n)), but at least 0.2 % of the lowest loss, and min_delta. The
+    lowest of n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level
+    curve stays in the band. `noise` is the standard deviation around the trend, 1.4826 x median
+    |third difference| / sqrt(20), in which a smooth trend cancels out; n and noise are those of the
+    part of the curve from where it first got as low as it ended. A long curve's differences span
+    sixteenths of it, because the errors of neighbouring evaluations are correlated.
     """
     if not losses:
         return Turn(None, 0.0, 0.0)
@@ -187,7 +186,7 @@ def _verdict(
 
 
 def _training_rose(points: Sequence[Point], since: Point) -> bool:
-    """Whether training loss took at least half of validation loss's rise: not what overfits."""
+    """Whether training loss rose at least half as much as validation loss: not overfitting."""
     before = [point for point in points if point.step <= since.step][-FOLLOWING:]
     after = [point for point in points if point.step > since.step][-FOLLOWING:]
     train = fmean(p.train_loss for p in after) - fmean(p.train_loss for p in before)
@@ -203,9 +202,9 @@ def _is_stuck(rows: Sequence[MetricsRow], best: Point) -> bool:
 
 
 def _is_falling(points: Sequence[Point]) -> bool:
-    """Whether the last quarter's mean is below that of the one before by more than noise explains.
+    """Whether the mean of the last quarter is below the previous one's by more than noise explains.
 
-    A last quarter that ends no lower than it began has become level.
+    A last quarter that ends no lower than it began counts as level.
     """
     tail = [point.val_loss for point in points[len(points) // 2 :]]
     if len(tail) < 2:
@@ -221,7 +220,7 @@ def _is_falling(points: Sequence[Point]) -> bool:
 def _ended(
     rows: Sequence[MetricsRow], points: Sequence[Point], config: Config, events: Sequence[Event]
 ) -> Ended | None:
-    """How the run ended; from the event where there is one, as patience may count otherwise."""
+    """How the run ended, preferably by its event, since min_delta affects what patience counts."""
     told = _last_of(events)
     if told and told["event"] == "end":
         return told["stopped"]
@@ -242,19 +241,19 @@ def _ended(
 
 
 def has_failed(events: Sequence[Event]) -> bool:
-    """Whether the last that is known of a run is a failure: not even its last step may be saved."""
+    """Whether a run's last known state is a failure, so that even its last step may be unsaved."""
     told = _last_of(events)
     return told is not None and told["event"] == "failure"
 
 
 def _last_of(events: Sequence[Event]) -> Event | None:
-    """The last event that tells how a run stands."""
+    """The last event that shows a run's state."""
     telling = ("start", "end", "failure")
     return next((event for event in reversed(events) if event["event"] in telling), None)
 
 
 def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -> float | None:
-    """Seconds per step: the median between evaluations of one sitting, else of the rows' rates."""
+    """Median seconds per step between evaluations without a restart, else by the rows' rates."""
     sittings: list[list[tuple[int, float]]] = [[]]
     for event in events:
         if event["event"] == "start":

@@ -1,4 +1,4 @@
-"""What the report says of evaluations: losses, the gap, scores of texts, recitation."""
+"""The report's part on evaluations: losses, the gap, scores of texts, memorisation."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import perplexity
 
 MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"
-# Samples of held-out text that are shown.
+# How many samples of held-out text to show.
 SHOWN = 6
 BEFORE = "bits per byte; before: the weights that the run began with, after: its best model"
 
 T = TypeVar("T")
-# A number's name, how it was computed, and what a result has.
+# A measure's name, how it was computed, and a function that formats a result's value.
 Measure = tuple[str, str, Callable[[T], str]]
 
 
 def evaluation_sentence(evaluation: Evaluation) -> str:
-    """How good the model is, in a sentence."""
+    """How good the model is, in one or two sentences."""
     for name in ("test", "val", "train"):
         split = evaluation["splits"].get(name)
         if split:
@@ -52,7 +52,7 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
 
 
 def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
-    """The most important numbers: test loss, and scores of the model's text."""
+    """The most important numbers: test loss and scores of the model's text."""
     figures = []
     test = evaluation["splits"].get("test")
     if test:
@@ -68,7 +68,7 @@ def evaluation_tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
 
 
 def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
-    """The values of `evaluation` in `evaluation.html.j2` by name."""
+    """The fields of `evaluation` in `evaluation.html.j2`."""
     return {
         "sentence": evaluation_sentence(evaluation),
         "splits": _splits(evaluation),
@@ -82,7 +82,7 @@ def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
 
 
 def before_and_after(changes: Sequence[Change]) -> Table:
-    """Bits per byte of the run's validation text and of others; empty without others."""
+    """Bits per byte of the run's validation text and of other texts; empty without the latter."""
     rows = [
         Row(
             one.name or "Validation text",
@@ -95,7 +95,7 @@ def before_and_after(changes: Sequence[Change]) -> Table:
 
 
 def _measured(columns: Sequence[str], measures: Sequence[Measure[T]], of: Sequence[T]) -> Table:
-    """A row for each measure of results that stand side by side; empty without any."""
+    """A table with a column for each result and a row for each measure; empty without results."""
     if not of:
         return Table(columns, [])
     return Table(columns, [Row(name, how, tuple(map(value, of))) for name, how, value in measures])
@@ -120,7 +120,7 @@ def _splits(evaluation: Evaluation) -> Table:
 
 
 def _scored(evaluation: Evaluation) -> dict[str, SplitResult]:
-    """The splits that were scored, and the texts of evaluate.also."""
+    """The scored splits, and the texts of evaluate.also."""
     splits = {name: split for name, split in evaluation["splits"].items() if split}
     return {**splits, **{f"also {name}": one for name, one in evaluation["also"].items()}}
 
@@ -224,7 +224,7 @@ def _percent(share: float) -> str:
 class Gap:
     """The gap of a run's best model, and how it was measured.
 
-    train_loss: on a sample of the training split, dropout off. None: not measured, as `how` says.
+    train_loss: on a sample of the training split, dropout off. None: not measured; `how` says why.
     """
 
     value: float | None
@@ -235,7 +235,7 @@ class Gap:
 def gap_of(
     folder: Path, config: Config, diagnosis: Diagnosis, evaluation: Evaluation | None
 ) -> Gap:
-    """The gap from an evaluation, or from training if that has no noise."""
+    """The gap from an evaluation, or from training if it adds no noise."""
     if evaluation and evaluation["gap"] is not None:
         train = evaluation["splits"]["train"]
         assert train
@@ -250,7 +250,7 @@ def gap_of(
 
 
 def noise_of(config: Config) -> str:
-    """What raises the losses of training alone, such as "dropout"; empty if nothing does."""
+    """The noise that raises only training loss, such as "dropout"; empty if there is none."""
     dropout = config.model.dropout or (config.lora.rank and config.lora.dropout)
     kinds = {"dropout": dropout, "token replacement": config.data.token_replacement}
     return " and ".join(kind for kind, share in kinds.items() if share)

@@ -23,7 +23,7 @@ class Point:
 class Landed:
     """The evaluations of a landing after step `start`, which went back to step `back_to`.
 
-    gain: nats by which the best of them is below the stable part's best; negative if it is above.
+    gain: how many nats the best is below the stable part's best; negative if it is above.
     """
 
     start: int
@@ -47,7 +47,7 @@ def points_of(rows: Sequence[MetricsRow]) -> tuple[Point, ...]:
 def landed_of(
     rows: Sequence[MetricsRow], best: Point | None, events: Sequence[Event]
 ) -> Landed | None:
-    """The landing in the rows of a run; best: the best evaluation before it."""
+    """The landing in a run's rows. best: the best evaluation before it."""
     points, begun = points_of(rows_of("landing", rows)), begun_landing(events)
     if not points or best is None:
         return None

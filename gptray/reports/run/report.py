@@ -1,7 +1,7 @@
-"""`report.html`: what a run or an evaluation has come to, in one file that needs no network.
+"""`report.html`: the results of a run or an evaluation, in one self-contained file.
 
-Reads the run folder and nothing else, so it can be written at any time and by any job. What the
-numbers mean is judged in `diagnosis`; `story` and `findings` put it into words and tables.
+Reads only the run folder, so it can be written at any time and by any job. `diagnosis` judges what
+the numbers mean; `story` and `findings` put it into words and tables.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ STALE = "The run has found a better model since this evaluation: {} evaluates th
 def write_report(folder: Path, *, running: bool = False) -> Path:
     """Write `report.html` of a run folder or of a folder with an evaluation; return its path.
 
-    It covers those of `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json` that
+    It covers whichever of `metrics.jsonl`, `events.jsonl`, `config.yaml` and `evaluation.json`
     exist. While `running`, the page says so and reloads itself in the browser; otherwise PNG files
-    of its charts are written next to it. Each file is replaced as a whole. Raises UserError for a
+    of its charts are written next to it. Each file is replaced atomically. Raises UserError for a
     folder with neither a run nor an evaluation.
     """
     evaluation = load_evaluation(folder)

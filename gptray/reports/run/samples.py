@@ -9,13 +9,13 @@ from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import count
 
-# Evaluations whose samples show at once, and those that a click unfolds.
+# How many evaluations' samples are shown at once, and how many more unfold.
 SHOWN, FOLDED = 5, 40
 
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote at one step: pairs of a prompt and what follows it."""
+    """What the model wrote at one step: (prompt, continuation) pairs."""
 
     title: str
     texts: Sequence[Sequence[str]]
@@ -23,7 +23,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Samples:
-    """What shows at once, and what a click unfolds."""
+    """The samples that are shown at once, and those that a click unfolds."""
 
     shown: Sequence[Written]
     folded: Sequence[Written]
@@ -34,10 +34,10 @@ class Samples:
 
 
 def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
-    """What the model wrote, from its first evaluation to its last."""
+    """The samples to show, from the first evaluation to the last."""
     landed = diagnosis.landed.points if diagnosis.landed else ()
     evaluated = {point.step for point in (*diagnosis.points, *landed)}
-    # A run resumed from an earlier checkpoint has sampled some steps twice: the later one counts.
+    # A run resumed from an earlier checkpoint has sampled some steps twice; the later one counts.
     written = {
         event["step"]: event["samples"]
         for event in events
@@ -56,7 +56,7 @@ def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
 
 
 def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:
-    """At most `most` of the steps, the ends and the wanted one among them, spread evenly."""
+    """At most `most` of the steps, evenly spaced, including the ends and `wanted`."""
     if len(steps) <= most:
         return list(steps)
     chosen = {steps[i * (len(steps) - 1) // (most - 1)] for i in range(most)}

@@ -7,7 +7,7 @@ from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis
 from gptray.wording import count, decimals, time_words
 
-# How many pieces of advice the sentence has.
+# How many pieces of advice the sentence includes.
 IN_SENTENCE = 3
 
 
@@ -68,7 +68,7 @@ def _told(diagnosis: Diagnosis) -> str:
 
 
 def _landing(diagnosis: Diagnosis) -> str:
-    """A sentence on the landing, with a blank before it; "" without one."""
+    """A sentence on the landing, with a leading space; "" without one."""
     landed = diagnosis.landed
     if landed is None:
         return ""
@@ -88,7 +88,7 @@ def _timed(diagnosis: Diagnosis, steps: int) -> str:
 
 
 def _cost(diagnosis: Diagnosis, worse: str, saved: str) -> str:
-    """What the steps after the best one have cost."""
+    """What the steps after the best one cost."""
     steps = diagnosis.steps_after_best
     if diagnosis.ended == "patience":
         return f"early stopping ended training {count(steps, 'step')} later and {saved}"

@@ -1,4 +1,4 @@
-"""What the report says of a run: its state, numbers, samples, config and environment."""
+"""The report's part on the run: its state, numbers, samples, config and environment."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Figure = Literal["val_loss", "train_loss", "val_ppl", "val_bpb", "epoch", "lr"]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder's config, rows and events, and the diagnosis from them.
+    """A run folder's config, rows and events, and their diagnosis.
 
-    evaluation: of the current best model; None if it was not evaluated.
+    evaluation: of the current best model; None if there is none.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class RunRecord:
 
 
 def run_view(run: RunRecord) -> dict[str, object]:
-    """The values of `run` in `run.html.j2` by name."""
+    """The fields of `run` in `run.html.j2`."""
     advice, changes = advise(run.diagnosis, run.config), changes_of(run.rows, run.events)
     loses = next((event["loses"] for event in reversed(run.events) if event.get("loses")), "")
     return {
@@ -67,7 +67,7 @@ def run_view(run: RunRecord) -> dict[str, object]:
 
 
 def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
-    """Where the run stands: a word, and the rest of the line."""
+    """The run's state: a word, and the rest of the line."""
     diagnosis = run.diagnosis
     step, steps = diagnosis.last_step, diagnosis.max_steps
     of_all = f"step {step:,} of {steps:,}"
@@ -85,14 +85,14 @@ def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
 
 
 def _command(run: RunRecord, advice: Advice) -> str | None:
-    """The command that follows a piece of advice; None if there is none."""
+    """The command that takes a piece of advice; None if there is none."""
     if not advice.keys or run.diagnosis.ended is None:
         return None
     return train_command(run.folder, run.config, advice.keys, resumes=advice.resumes)
 
 
 def _next_commands(run: RunRecord) -> list[str]:
-    """The commands that use the model of a run that has ended; none before that."""
+    """The commands that use the model of a finished run; empty before that."""
     if run.diagnosis.ended is None or run.diagnosis.best is None:
         return []
     commands = model_commands(run.folder, home_of(run.config))
@@ -125,7 +125,7 @@ def _row_at(run: RunRecord, step: int) -> MetricsRow:
 def _at_three_steps(run: RunRecord) -> Table:
     """The metrics at the best evaluation, where validation loss turned, and at the last.
 
-    Of a landing too, in the first column if it is the best.
+    A landing's best evaluation is in the first column if it is the best of all.
     """
     diagnosis = run.diagnosis
     named = [("best", diagnosis.best), ("turned", diagnosis.turned), ("last", diagnosis.last)]
@@ -232,7 +232,7 @@ def _cost(diagnosis: Diagnosis) -> list[Row]:
         rows.append(Row("Noise", how, (f"{diagnosis.noise:.4f}",)))
     after, saved = diagnosis.steps_after_best, diagnosis.steps_saved
     how = "steps x median time per step from one evaluation to the next, evaluation included"
-    for name, steps in (("After the best step", after), ("Spared by early stopping", saved)):
+    for name, steps in (("After the best step", after), ("Saved by early stopping", saved)):
         seconds = diagnosis.seconds(steps)
         if steps and seconds is not None:
             rows.append(Row(name, how, (f"{count(steps, 'step')}, {time_words(seconds)}",)))
@@ -240,7 +240,7 @@ def _cost(diagnosis: Diagnosis) -> list[Row]:
 
 
 def _happened(run: RunRecord) -> list[str]:
-    """What is odd about the text, restarts, damaged checkpoints, failures."""
+    """Warnings about the text, restarts, damaged checkpoints, failures."""
     start = _latest_start(run.events)
     lines = list(start.get("warnings", [])) if start else []
     for event in run.events:
@@ -276,7 +276,7 @@ def _value(value: object) -> str:
 
 
 def _environment(run: RunRecord) -> Table:
-    """What the last start of the run said about its workers, devices and libraries."""
+    """The workers, devices and libraries of the run's last start."""
     start = _latest_start(run.events)
     names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
     if start is None:

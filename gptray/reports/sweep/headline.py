@@ -1,4 +1,4 @@
-"""What a sweep has come to, in sentences."""
+"""A sweep's results in sentences."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import loses_text, lossy_ahead, mean_score, score
 from gptray.wording import count, decimals
 
-# Settings that a sentence names.
+# The most settings that a sentence names.
 NAMED = 4
-# Settings that raise the losses of training alone, and so narrow the gap whatever is learnt.
+# Settings that raise only training loss, and so narrow the gap whatever is learnt.
 NOISE = {"model.dropout", "lora.dropout", "data.token_replacement"}
 CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
     ("loss", True, "Lowered validation loss"),
@@ -27,14 +27,14 @@ CHANGED: tuple[tuple[Literal["loss", "gap"], bool, str], ...] = (
 
 
 def sweep_state(standing: Ranking, *, running: bool) -> tuple[str, str]:
-    """Where the sweep stands: a word, and the rest of the line."""
+    """The sweep's state: a word, and the rest of the line."""
     trials = standing.sweep.trials
     ended = sum(trial.outcome is not None for trial in trials)
     run = sum(trial.started and trial.outcome is None for trial in trials)
     first = sum(not trial.replicate_of for trial in trials)
     of_all = f": {ended} of {_total(standing)} trials ended"
     if running:
-        return "running", of_all + (f", {run} run" if run else "")
+        return "running", of_all + (f", {run} running" if run else "")
     if standing.sweep.winner:
         repeated = f" and {count(len(trials) - first, 'repetition')}" if first < len(trials) else ""
         return "finished", f" after {count(first, 'trial')}{repeated}"
@@ -44,7 +44,7 @@ def sweep_state(standing: Ranking, *, running: bool) -> tuple[str, str]:
 
 
 def headline(standing: Ranking) -> str:
-    """Who generalises best, against the config as it is, and at what cost."""
+    """Which trial generalises best, compared with the unchanged config, and at what cost."""
     best = standing.best
     if best is None:
         over = any(trial.outcome for trial in standing.sweep.trials)
@@ -55,7 +55,7 @@ def headline(standing: Ranking) -> str:
 
 
 def losses_line(standing: Ranking) -> str:
-    """Which of the trials ahead have a tokenizer that loses text; nothing if none has."""
+    """Which of the leading trials have a tokenizer that loses text; "" if none has."""
     ahead = lossy_ahead(standing.trials, standing.best) if standing.best else []
     if not ahead:
         return ""
@@ -65,25 +65,25 @@ def losses_line(standing: Ranking) -> str:
 
 
 def findings(standing: Ranking) -> list[tuple[str, str]]:
-    """What changed loss and gap, and what cannot be told: how each sentence begins, its rest."""
+    """What changed loss and gap, and what is unclear: each sentence's beginning and rest."""
     lines = []
     for outcome, lower, word in CHANGED:
-        told = []
-        for effect, worth in standing.told(outcome, lower=lower):
+        clear = []
+        for effect, worth in standing.clear_effects(outcome, lower=lower):
             if outcome == "gap" and is_noise(effect):
                 continue
             change = f"{worth.middle:+.{decimals(worth.middle)}f}"
-            told.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
-        if told:
-            lines.append((f"{word}:", f" {'; '.join(told)}."))
+            clear.append(f"{effect.setting.name} {compared_levels(effect)} ({change})")
+        if clear:
+            lines.append((f"{word}:", f" {'; '.join(clear)}."))
     compared = [effect.last for effect in standing.effects.of if effect.last]
-    untold = sum(not (worth.loss.is_told or worth.gap.is_told) for worth in compared)
-    if untold:
-        rest = count(untold, "other level" if untold < len(compared) else "level")
-        lines.append(("Cannot be told from no effect:", f" {rest}."))
+    unclear = sum(not (worth.loss.excludes_zero or worth.gap.excludes_zero) for worth in compared)
+    if unclear:
+        rest = count(unclear, "other level" if unclear < len(compared) else "level")
+        lines.append(("No clear effect:", f" {rest}."))
     compared_noise = [one for one in standing.effects.of if one.last and is_noise(one)]
     if names := ", ".join(dict.fromkeys(one.setting.name for one in compared_noise)):
-        lines.append(("The gap tells nothing", f" of {names}: training has that noise on."))
+        lines.append(("The gap says nothing", f" about {names}: such noise raises training loss."))
     few = [effect for effect in standing.effects.of if not effect.last]
     if few:
         lines.append(("Not enough trials", f" to say anything about: {_names(few)}."))
@@ -91,12 +91,12 @@ def findings(standing: Ranking) -> list[tuple[str, str]]:
 
 
 def is_noise(effect: Effect) -> bool:
-    """Whether an effect's setting makes training losses another measure."""
+    """Whether an effect's setting changes what training loss measures."""
     return not NOISE.isdisjoint(effect.setting.entry.paths)
 
 
 def too_few(standing: Ranking) -> str:
-    """Why nothing can be said of any setting, if that is so."""
+    """Why nothing can be said about any setting; "" if something can."""
     compared = standing.effects.reached[0]
     if compared < ENOUGH:
         step = standing.effects.steps[0]
@@ -113,7 +113,7 @@ def too_few(standing: Ranking) -> str:
 
 
 def compared_levels(effect: Effect) -> str:
-    """What is compared, such as "0.2 to 0.3 instead of 0 to 0.1"."""
+    """The compared levels, such as "0.2 to 0.3 instead of 0 to 0.1"."""
     levels = effect.setting.levels
     return f"{levels[effect.level]} instead of {levels[effect.setting.reference]}"
 
@@ -130,13 +130,13 @@ def _who(standing: Ranking, best: Trial) -> str:
 
 
 def as_it_is(own: Trial) -> str:
-    """The trial of the config as it is, and how far it came if a rung stopped it."""
+    """Words for the unchanged config's trial, with its last step if a rung stopped it."""
     stopped = f" when it was stopped at step {own.step:,}" if own.outcome == "stopped" else ""
     return f"the config as it is{stopped}"
 
 
 def bits(trial: Trial, standing: Ranking) -> str:
-    """A trial's validation loss, over its repetitions where it has some."""
+    """A trial's validation loss in words, averaged over its repetitions if it has any."""
     over = [one for one in standing.sweep.trials if one.outcome]
     repeated = sum(one.replicate_of == trial.name and not is_wrong(one) for one in over)
     if repeated:
@@ -146,14 +146,14 @@ def bits(trial: Trial, standing: Ranking) -> str:
 
 
 def _why(standing: Ranking, best: Trial) -> str:
-    """The settings of the best trial that made the difference, else those that differ."""
+    """The best trial's settings that helped or, if none is known to, those that differ."""
     changes = standing.changes(best)
-    told = {
+    clear = {
         effect.setting.name
-        for effect, _ in standing.told("loss", lower=True)
+        for effect, _ in standing.clear_effects("loss", lower=True)
         if effect.setting.of.get(best.name) == effect.level
     }
-    helped = [setting for setting in changes if setting.name in told]
+    helped = [setting for setting in changes if setting.name in clear]
     named = helped or changes
     shown = [assignment(setting, best.name) for setting in named[:NAMED]]
     more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
@@ -181,7 +181,7 @@ def _names(effects: Sequence[Effect]) -> str:
 
 
 def _total(standing: Ranking) -> int:
-    """Trials that are planned or still to be suggested."""
+    """The number of trials that are planned or still to be suggested."""
     tune, planned = standing.sweep.config.tune, len(standing.sweep.trials)
     if tune.search_alg == "random":
         return planned

@@ -1,4 +1,4 @@
-"""The learning curves of a sweep, and the roles of its trials in every figure."""
+"""A sweep's learning curves, and the roles of its trials in all figures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from gptray.tuning.ranking import Ranking, is_wrong
 from gptray.tuning.sweep_record import Trial, rungs
 from gptray.tuning.trial_plan import score
 
-# Points per curve, of which there are many.
+# The most points of a curve; few, since there are many curves.
 CURVE_POINTS = 100
-# The worst trials, up to this share, may end above the picture.
+# Up to this share of the trials, the worst, may be above the chart.
 OUT_OF_PICTURE = 0.1
 NAMES: dict[Role, str] = {
     "cut": "stopped at a rung",
@@ -37,7 +37,7 @@ def role_of(trial: Trial, standing: Ranking) -> Role:
 
 
 def learning_charts(standing: Ranking) -> list[Chart]:
-    """Validation loss of all trials over steps; nothing before the first evaluation."""
+    """A chart of all trials' validation loss over steps; empty before the first evaluation."""
     series = [_series(trial, standing) for trial in standing.sweep.trials]
     series = sorted(
         (one for one in series if one.points), key=lambda one: list(NAMES).index(one.role)
@@ -82,7 +82,7 @@ def hint(trial: Trial, standing: Ranking) -> str:
 
 
 def settings_words(trial: Trial, standing: Ranking) -> str:
-    """A trial's value of each setting that it has."""
+    """A trial's values of its settings, in words."""
     return ", ".join(
         assignment(setting, trial.name)
         for setting in standing.settings
@@ -91,7 +91,7 @@ def settings_words(trial: Trial, standing: Ranking) -> str:
 
 
 def _range(series: Sequence[Series]) -> XY:
-    """The values to show: where all but the worst trials ended, with some room."""
+    """The range of values to show: the lowest losses of all but the worst trials, with a margin."""
     ends = sorted(min(y for _, y in one.points) for one in series)
     low, high = ends[0], ends[math.ceil((1 - OUT_OF_PICTURE) * len(ends)) - 1]
     room = (high - low) or abs(high) or 1.0

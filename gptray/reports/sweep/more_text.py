@@ -1,4 +1,4 @@
-"""What more text would bring, and what settings are worth in text: sentences and a figure."""
+"""What more text would gain, and how much text settings are worth: sentences and a figure."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from gptray.tuning.text_shares import SHARE, Recipe, TextShares
 from gptray.tuning.trial_plan import score
 from gptray.wording import decimals
 
-# What counts as done against overfitting; other settings are only named.
+# Settings that count as measures against overfitting.
 AGAINST_OVERFITTING = (
     "data.token_replacement", "model.dropout", "optim.weight_decay", "optim.weight_decay_schedule",
     "optim.schedule", "optim.decay_fraction", "train.ema", "train.patience", "lora.dropout",
 )  # fmt: skip
-# The colours of the other recipes; from the fourth on they share the last.
+# The roles, and so colours, of the other recipes; the last is shared from the third on.
 ROLES = ("better", "own", "single")
 BOTTOM = 42
 CURVE_POINTS = 60
 
-_Lines = list[tuple[str, str]]  # how each sentence begins, and its rest
+_Lines = list[tuple[str, str]]  # each sentence's beginning, and its rest
 
 
 def text_lines(found: TextShares) -> _Lines:
-    """What the runs tell of more text; where they tell nothing, why."""
+    """What the runs say about more text or, if nothing, why."""
     if found.plain is None:
         return [
             (
@@ -50,7 +50,7 @@ def text_lines(found: TextShares) -> _Lines:
         ]
     lines = [_doubled(found), _fit(found)]
     lines += [_worth(found, recipe, share) for recipe, share in _compared(found)]
-    return [*lines, *_untold(found), *_cut_off(found)]
+    return [*lines, *_beyond_curve(found), *_cut_off(found)]
 
 
 def _doubled(found: TextShares) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def _fit(found: TextShares) -> tuple[str, str]:
 
 
 def _compared(found: TextShares) -> Iterator[tuple[Recipe, float]]:
-    """The other recipes with each share on the curve, but for its end: beyond lies no text."""
+    """The other recipes with their shares on the curve except its end, which nothing can exceed."""
     for recipe in found.others:
         for share in recipe.losses:
             if found.curve.shares[0] <= share < found.curve.shares[-1]:
@@ -90,7 +90,7 @@ def _compared(found: TextShares) -> Iterator[tuple[Recipe, float]]:
 
 def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     assert found.plain
-    changes, curve = recipe.differs(found.plain), found.curve
+    changes, curve = recipe.differences(found.plain), found.curve
     paths = [path for path, value in recipe.values.items() if value != found.plain.values[path]]
     if all(path in AGAINST_OVERFITTING for path in paths):
         lead = f"What you did against overfitting ({changes})"
@@ -104,9 +104,9 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     end = "more than " * (high > 0.99 * most)
     about = "more than " * (middle > 0.99 * most) or "less than " * (middle < 1.01 * least)
     times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
-    # At its smallest share the curve's end is all that there is of less.
+    # At the curve's smallest share, nothing below `least` can be measured.
     if low <= max(1.0, 1.01 * least) <= high:
-        return lead, f" was worth {about}{times}, which cannot be told from nothing."
+        return lead, f" was worth {about}{times}, which is no clear effect."
     if middle > 0.99 * most:
         low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
         return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
@@ -117,15 +117,15 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     return lead, f" was worth as much as {times}."
 
 
-def _untold(found: TextShares) -> _Lines:
-    """Recipes that were run with all of the text only."""
+def _beyond_curve(found: TextShares) -> _Lines:
+    """A sentence on recipes that were run only at the curve's end."""
     assert found.plain
-    told = [recipe for recipe, _ in _compared(found)]
-    untold = [recipe.differs(found.plain) for recipe in found.others if recipe not in told]
-    if not untold:
+    compared = [recipe for recipe, _ in _compared(found)]
+    beyond = [recipe.differences(found.plain) for recipe in found.others if recipe not in compared]
+    if not beyond:
         return []
     rest = f" were run with {SHARE}={found.curve.shares[-1]:g} only, where the curve ends; to tell "
-    return [("; ".join(untold), f"{rest}what they are worth in text, run them with less of it.")]
+    return [("; ".join(beyond), f"{rest}what they are worth in text, run them with less of it.")]
 
 
 def _cut_off(found: TextShares) -> _Lines:
@@ -143,13 +143,14 @@ def _cut_off(found: TextShares) -> _Lines:
 
 
 def text_figure(found: TextShares) -> Figure | None:
-    """Validation loss over the share of the text; None where there is no curve to fit."""
+    """A figure of validation loss over the share of the text; None if there is no curve."""
     if found.plain is None:
         return None
     runs = "plain runs" + "; hollow: where twice the text leads" * (found.curve.fall.low > 0)
     legend = [("whole", runs)]
     legend += [
-        (_role(number), recipe.differs(found.plain)) for number, recipe in enumerate(found.others)
+        (_role(number), recipe.differences(found.plain))
+        for number, recipe in enumerate(found.others)
     ]
     unit = "bits per byte, over the share of the text; bar: 95 %"
     wide, narrow = _picture(found, WIDE), _picture(found, NARROW)
@@ -173,7 +174,7 @@ def _picture(found: TextShares, width: int) -> Picture:
         shapes += _ahead(ahead, last, x, y)
         curves.append(line("rung", _points(found, curve.shares[-1], last, x, y)))
     for number, recipe in enumerate(found.others):
-        shapes += _dots(recipe, _role(number), x, y, recipe.differs(found.plain))
+        shapes += _dots(recipe, _role(number), x, y, recipe.differences(found.plain))
     shapes += _dots(found.plain, "whole", x, y, "")
     spoken = f"Validation loss of runs with {first:g} to {curve.shares[-1]:g} of the text"
     return Picture(width, TALL, spoken, shapes, curves, (), (x.start, y.end, x.end, y.start))
@@ -198,7 +199,7 @@ def _points(
 
 
 def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
-    """Where twice the text leads, with its interval."""
+    """The prediction for twice the text, with its interval."""
     place, hint = x.at(share), f"{ahead.middle:.4f}, {ahead.low:.4f} to {ahead.high:.4f}"
     ends = [(place, y.at(ahead.low)), (place, y.at(ahead.high))]
     middle = (place, y.at(ahead.middle))
@@ -206,7 +207,7 @@ def _ahead(ahead: Interval, share: float, x: Scale, y: Scale) -> list[Shape]:
 
 
 def _dots(recipe: Recipe, role: str, x: Scale, y: Scale, named: str) -> list[Shape]:
-    """A dot for each run; those beyond the curve's shares are left out."""
+    """A dot for each run within the x axis's range."""
     return [
         dot(
             f"dot {role}",

@@ -1,4 +1,4 @@
-"""A small figure for each setting: the lowest loss of each trial by its value."""
+"""A small figure for each setting: each trial's lowest loss by its value of the setting."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gptray.tuning.ranking import Ranking
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import score
 
-# Of a panel, with the room for its axes.
+# A panel's size and margins.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
-LETTERS, LETTER = 27, 6.8  # in a row below a panel, and the width of one
+LETTERS, LETTER = 27, 6.8  # letters in a row of labels, and a letter's width
 ROW = 14  # height of a row of labels
-OUT_OF_PANEL = 0.9  # worse trials than this share stand at the top of a panel
+OUT_OF_PANEL = 0.9  # trials worse than this share of all are drawn at the panel's top
 
-# The x of each trial, and the labels below: x, row, text.
+# Each trial's x, and the labels below: (x, row, text).
 _Columns = tuple[Mapping[str, float], Sequence[tuple[float, int, str]]]
 
 
 def panel_figures(standing: Ranking) -> list[Figure]:
-    """A figure for each setting, all with the same scale of losses."""
+    """A figure for each setting, all with the same loss scale."""
     measured = {trial.name: trial for trial in standing.trials if trial.best}
     scores = sorted(score(trial) for trial in measured.values())
     if not scores:
@@ -42,7 +42,7 @@ def panel_figures(standing: Ranking) -> list[Figure]:
 
 
 def _picture(standing: Ranking, setting: Setting, trials: Sequence[Trial], y: Scale) -> Picture:
-    # Those that matter most stand in front.
+    # The trials that matter most are in front.
     order = ["wrong", "cut", "whole", "own", "winner"]
     trials = sorted(trials, key=lambda trial: order.index(role_of(trial, standing)))
     names = [trial.name for trial in trials]
@@ -69,7 +69,7 @@ def _dot(trial: Trial, x: float, y: Scale, standing: Ranking) -> Shape:
 
 
 def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
-    """A column for each option, its trials next to each other."""
+    """A column for each option, with its trials side by side."""
     room = (WIDTH - LEFT - RIGHT) / len(setting.levels)
     places = {}
     for level in range(len(setting.levels)):
@@ -78,7 +78,7 @@ def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
             part = (number + 1) / (len(inside) + 1) - 0.5
             places[name] = LEFT + room * (level + 0.5 + 0.6 * part)
     letters = max(3, LETTERS // len(setting.levels))
-    # Two rows leave each label twice the room.
+    # Two rows give each label twice the room.
     rows = 2 if max(map(len, setting.levels)) > letters else 1
     return places, [
         (LEFT + room * (level + 0.5), level % rows, cut_off(name, rows * letters))
@@ -87,10 +87,10 @@ def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
 
 
 def _by_value(setting: Setting, names: Sequence[str]) -> _Columns:
-    """The whole range; a value that is not a number stands at the left."""
+    """Trials along the range; values that are not numbers are at the left."""
     entry = setting.entry
     is_log = entry.kind == "loguniform"
-    high = entry.high - (entry.kind == "randint")  # its upper end is never drawn
+    high = entry.high - (entry.kind == "randint")  # randint excludes its upper end
     x = Scale(entry.low, high, LEFT + 8, WIDTH - RIGHT, is_log=is_log)
     middle = math.sqrt(entry.low * high) if is_log else (entry.low + high) / 2
     values = {name: setting.values[name] for name in names}

@@ -1,7 +1,7 @@
-"""`report.html` of a sweep: who won, by which settings, and what that cost, in one file.
+"""A sweep's `report.html`: which trial won, by which settings and at what cost, in one file.
 
-Reads the sweep's folder and nothing else, so it can be written at any time. It is built from the
-same pieces as a run's report.
+Reads only the sweep's folder, so it can be written at any time. It is built from the same pieces as
+a run's report.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gptray.tuning.text_shares import TextShares
 from gptray.tuning.trial_plan import mean_score, score
 from gptray.wording import count
 
-# Trials of the ranking that show without a click.
+# How many ranked trials are shown without a click.
 SHOWN = 20
 TRIAL_COLUMNS = ("bits per byte", "at step", "gap there", "steps run")
 
@@ -48,10 +48,10 @@ SPARED_BY = {
 
 
 def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
-    """Write `report.html` of a sweep's folder; return its path.
+    """Write a sweep's `report.html`; return its path.
 
     While `running`, the page says so and reloads itself in the browser; otherwise PNG files of its
-    curves and effects are written next to it. Each file is replaced as a whole. Raises UserError
+    curves and effects are written next to it. Each file is replaced atomically. Raises UserError
     for a folder without a sweep.
     """
     if not (folder / TRIALS).is_file() or not (folder / "config.yaml").is_file():
@@ -79,7 +79,7 @@ def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
 
 
 def sweep_view(standing: Ranking, effects: Figure | None) -> dict[str, object]:
-    """The values of `sweep.html.j2` by name."""
+    """The fields of `sweep.html.j2`."""
     rows = [
         _trial_row(number, trial, standing) for number, trial in enumerate(standing.trials, start=1)
     ]
@@ -122,13 +122,13 @@ def _tiles(standing: Ranking) -> list[tuple[str, str]]:
 
 
 def _shares(standing: Ranking) -> list[tuple[str, str, int]]:
-    """Steps run against steps saved: class, name and number of each part that is not empty."""
+    """Steps run and steps saved: class, name and number of each non-empty part."""
     spared = [(*SPARED_BY[kind], number) for kind, number in standing.spared().items()]
     return [share for share in (("run", "run", standing.steps_run), *spared) if share[2]]
 
 
 def _worth(standing: Ranking) -> dict[str, object]:
-    """What each level of each setting did to loss and gap."""
+    """The effect of each level of each setting on loss and gap."""
     effects = standing.effects
     reached = ", ".join(
         f"{number:,} at step {step:,}"
@@ -196,7 +196,7 @@ def _note(trial: Trial, standing: Ranking) -> str:
 
 
 def _repetitions(standing: Ranking) -> Table:
-    """Of each trial that was repeated: its scores, their mean and their spread."""
+    """The scores of each repeated trial, with mean and standard deviation."""
     names = list(dict.fromkeys(one.replicate_of for one in standing.repetitions))
     rows = []
     for trial in standing.trials:

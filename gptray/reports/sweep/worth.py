@@ -1,4 +1,4 @@
-"""The effect of each level as a figure: dots with intervals, for loss and for gap."""
+"""A figure of each level's effect on loss and gap: dots with intervals."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, line, wor
 from gptray.reports.sweep.headline import compared_levels
 from gptray.tuning.effects import Effect, EffectSize, Interval
 
-# Letters of a label.
+# The most letters of a label.
 LETTERS = 44
 TOP, BOTTOM = 40, 22
-LEGEND = (("better", "lower"), ("worse", "higher"), ("single", "cannot be told"))
+LEGEND = (("better", "lower"), ("worse", "higher"), ("single", "unclear"))
 
 _Compared = tuple[Effect, EffectSize, EffectSize]
 
 
 def effects_figure(effects: Sequence[Effect]) -> Figure | None:
-    """A row for each compared level, the best first; None if there is none."""
+    """A figure with a row for each compared level, the best first; None if there is none."""
     found = sorted(
         ((effect, effect.last, effect.first) for effect in effects if effect.last and effect.first),
         key=lambda one: one[1].loss.middle,
@@ -28,11 +28,11 @@ def effects_figure(effects: Sequence[Effect]) -> Figure | None:
     wide = _picture(found, WIDE, left=345, row=34)
     narrow = _picture(found, NARROW, left=6, row=62)
     unit = "bits per byte; line: 95 %"
-    return Figure("effects", "Worth of each level", unit, LEGEND, wide, narrow)
+    return Figure("effects", "Effect of each level", unit, LEGEND, wide, narrow)
 
 
 def _picture(found: Sequence[_Compared], width: int, *, left: int, row: int) -> Picture:
-    """Labels stand to the left of the intervals, or above them where that leaves no room."""
+    """Labels are to the left of the intervals or, if there is no room, above them."""
     is_beside = left > 100
     middle = left + (width - left) / 2
     bottom = TOP + row * len(found)
@@ -50,12 +50,12 @@ def _picture(found: Sequence[_Compared], width: int, *, left: int, row: int) -> 
 
 
 def _scale(intervals: Sequence[Interval], left: float, right: float) -> Scale:
-    """Wide enough for zero, all estimates and the intervals that say something."""
+    """A scale that includes zero, all estimates and the intervals that exclude zero."""
     shown = [0.0, *(one.middle for one in intervals)]
-    shown += [end for one in intervals if one.is_told for end in (one.low, one.high)]
+    shown += [end for one in intervals if one.excludes_zero for end in (one.low, one.high)]
     if max(shown) - min(shown) < 1e-9:
         shown += [end for one in intervals for end in (one.low, one.high)]
-    # A very wide interval may leave the picture rather than shrink all the others.
+    # A very wide interval may leave the picture rather than shrink the others.
     typical = sorted(one.high - one.low for one in intervals)[len(intervals) // 2]
     low, high = min(*shown, -typical / 2), max(*shown, typical / 2)
     room = 0.06 * (high - low) or 1e-3
@@ -82,7 +82,7 @@ def _label(effect: Effect, worth: EffectSize, y: float) -> list[Shape]:
 
 
 def _reach(now: Interval, first: Interval, scale: Scale, y: float, *, moved: bool) -> list[Shape]:
-    css = "single" if not now.is_told else "better" if now.middle < 0 else "worse"
+    css = "single" if not now.excludes_zero else "better" if now.middle < 0 else "worse"
     hint = f"{now.middle:+.4f}, {now.low:+.4f} to {now.high:+.4f}"
     ends = [(scale.clamped(now.low), y), (scale.clamped(now.high), y)]
     shapes = [line(f"reach {css}", ends, hint)]
@@ -93,5 +93,5 @@ def _reach(now: Interval, first: Interval, scale: Scale, y: float, *, moved: boo
 
 
 def cut_off(text: str, letters: int) -> str:
-    """At most this many letters of a text, the last an ellipsis if it is longer."""
+    """The text, shortened to `letters` characters with an ellipsis if it is longer."""
     return text if len(text) <= letters else f"{text[: letters - 1]}\u2026"
