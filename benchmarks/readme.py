@@ -3,13 +3,14 @@
   python benchmarks/readme.py                     all of them; about an hour on two cores
   python benchmarks/readme.py --skip pytest       all but the commands that hold this word
   python benchmarks/readme.py --keep FOLDER       the clone, HOME and outputs stay there
+  python benchmarks/readme.py --keep FOLDER --pages tuning runs       these pages, in that folder
 
 One bash types every line of every bash block as written, and feeds Python blocks to `python`:
 README's, then those of the pages that it links to, in that order. Files that they take as the
 reader's own (book.txt, prompts.jsonl ...) are written beforehand. Models that they take from the
-hub are small folders of the same name, unless --hub is given. A server
-stays until the next command that is not Python. Ray's ports must be free. Prints a table with each
-command's time and, last, one JSON line; exit code 1 if any command failed.
+hub are small folders of the same name, unless --hub is given. A server stays until the next command
+that is not Python. Ray's ports must be free. Prints a table with each command's time and, last, one
+JSON line; exit code 1 if any command failed.
 """
 
 from __future__ import annotations
@@ -180,12 +181,12 @@ class Shell:
 def type_all(shell: Shell, todo: list[Command]) -> Iterator[Outcome]:
     """Run the commands in order; a server lasts until the next command that is not Python."""
     server: Command | None = None
-    for number, command in enumerate(todo):
+    for command in todo:
         if server and command.language == "bash":
             yield _outcome(server, shell.stop, shell, "server-stop")
             server = None
         print(f"{command.place}: {command.text.splitlines()[0]}", file=sys.stderr)
-        name = f"{number:02}"
+        name = command.place.replace(":", "-")
         run = partial(shell.start if command.is_server else shell.run, command.typed, name)
         outcome = _outcome(command, run, shell, name)
         server = command if command.is_server and not outcome.reason else server
@@ -205,7 +206,7 @@ def write_files(folder: Path) -> None:
     """Write what the pages take as the reader's own files, from text that every Python carries."""
     text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
     lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
-    for name, length in (lengths | {"the-verdict": 20_000}).items():
+    for name, length in (lengths | {"old": 20_000, "the-verdict": 20_000}).items():
         (folder / f"{name}.txt").write_text(text[:length], "utf-8")
         text = text[length:]
     stories = "<|endoftext|>\n".join(text[:100_000].split("\n\n"))
@@ -240,14 +241,17 @@ def environment(home: Path, python_folder: Path) -> dict[str, str]:
 
 @contextmanager
 def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
-    """A fresh clone of what is committed, and a shell in it."""
+    """A fresh clone of what is committed, or the one that was kept in work, and a shell in it."""
     clone, home, outputs, binaries = (work / name for name in ("gptray", "home", "outputs", "bin"))
     for folder in (home, outputs, binaries):
-        folder.mkdir(parents=True)
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    write_files(clone)
+        folder.mkdir(parents=True, exist_ok=True)
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        write_files(clone)
     shell = Shell(clone, environment(home, binaries), outputs)
     try:
+        if (clone / ".venv").exists():
+            shell.run("source .venv/bin/activate", "activate")
         yield shell, clone
     finally:
         shell.close()
@@ -256,7 +260,9 @@ def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Type the commands of README and docs/.")
     parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="commands to skip")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder to work in")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here; new or kept")
+    names = [page.stem for page in pages(ROOT)]
+    parser.add_argument("--pages", nargs="+", choices=names, default=names, help="and README once")
     parser.add_argument("--hub", action="store_true", help="take GPT-2 from the hub")
     return parser.parse_args()
 
@@ -268,10 +274,14 @@ def main() -> int:
     outcomes: list[Outcome] = []
     place = tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep)
     with place as folder, terminal(Path(folder).resolve()) as (shell, clone):
-        found = [command for page in pages(clone) for command in commands(page)]
+        is_new = not (clone / ".venv").exists()
+        names = {"README", *args.pages} if is_new else args.pages
+        chosen = [page for page in pages(clone) if page.stem in names]
+        found = [command for page in chosen for command in commands(page)]
         todo = [one for one in found if not any(word in one.text for word in args.skip)]
-        made = PARQUET if args.hub else PARQUET + SMALL_MODELS
-        todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
+        if is_new:
+            made = PARQUET if args.hub else PARQUET + SMALL_MODELS
+            todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
         outcomes += type_all(shell, todo)
     for outcome in outcomes:
         first = outcome.command.text.splitlines()[0]
