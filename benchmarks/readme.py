@@ -99,6 +99,10 @@ class Outcome:
     seconds: float
     reason: str
 
+    def __str__(self) -> str:
+        said, first = self.reason or "ok", self.command.text.splitlines()[0]
+        return f"{self.command.place:20} {self.seconds:7.1f} s  {said:30.200}  {first:.90}"
+
 
 def pages(clone: Path) -> list[Path]:
     """README and what it links to of docs/, in that order."""
@@ -282,11 +286,9 @@ def main() -> int:
         if is_new:
             made = PARQUET if args.hub else PARQUET + SMALL_MODELS
             todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
-        outcomes += type_all(shell, todo)
-    for outcome in outcomes:
-        first = outcome.command.text.splitlines()[0]
-        said = outcome.reason or "ok"
-        print(f"{outcome.command.place:20} {outcome.seconds:7.1f} s  {said:30.200}  {first:.90}")
+        for outcome in type_all(shell, todo):
+            outcomes.append(outcome)
+            print(outcome, flush=True)
     failed = [outcome.command.place for outcome in outcomes if outcome.reason]
     passed, seconds = len(outcomes) - len(failed), time.monotonic() - begin
     print(json.dumps({"passed": passed, "failed": failed, "seconds": round(seconds, 1)}))
