@@ -94,7 +94,9 @@ def test_a_gguf_file_has_every_weight_and_number(
 ) -> None:
     output = tmp_path / "new" / "book.gguf"
     assert export(model, output, f"export.precision={precision}") == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    last = json.loads(told.out.splitlines()[-1])
+    assert told.err.endswith(f"next:\n  llama-server -m {output}\n")
     size = output.stat().st_size
     assert last == {
         "path": str(output),

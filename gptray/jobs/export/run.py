@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -56,8 +57,8 @@ def run(checked: CheckedExport) -> dict[str, object]:
         with doing(f"writing {output}"):
             _write(checked)
         size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
-    if settings.format == "hf":
-        tell([of_model(output)["generate"]])
+    served = shlex.join(["llama-server", "-m", str(output)])
+    tell([served if settings.format == "gguf" else of_model(output)["generate"]])
     return {
         "path": str(output),
         "format": settings.format,

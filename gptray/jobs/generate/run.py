@@ -7,12 +7,11 @@ rename; which files there are is all that a restarted job needs to know.
 from __future__ import annotations
 
 import logging
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gptray.commands import retyped
+from gptray.commands import reading, retyped
 from gptray.config import Config
 from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
@@ -76,8 +75,7 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {number:,}" for reason, number in reasons))
-    read = f"import pandas; print(pandas.read_parquet({job.output!r}))"
-    tell([shlex.join(["python", "-c", read])])
+    tell([reading(job.output)])
     return {**summary, **speed}
 
 
