@@ -178,6 +178,39 @@ def test_training_loss_that_rises_along_is_instability_not_overfitting() -> None
     assert lower.keys["optim.lr"] == 0.003  # a third would diverge too
 
 
+@pytest.mark.parametrize(
+    ("val", "train"),
+    [
+        ([3.372, 3.948, 6.735, 6.260, 6.259, 6.175], [3.681, 3.945, 6.728, 5.806, 5.718, 5.730]),
+        ([5.4, 4.9, 4.7, 6.8, 6.5, 6.4, 6.4, 6.35], [5.3, 4.8, 4.6, 6.7, 6.4, 6.4, 6.3, 6.3]),
+    ],
+)
+def test_a_leap_among_few_evaluations_is_not_taken_for_noise(
+    val: list[float], train: list[float]
+) -> None:
+    rows = rows_of(val, train)
+    diagnosis = diagnose(rows, config_of(rows))
+    assert diagnosis.verdict == "unstable"
+    assert diagnosis.turned and diagnosis.turned.val_loss == min(val)
+
+
+def test_a_model_that_training_made_worse_is_told_what_it_was_before() -> None:
+    base: Event = {"event": "base", "time": 0.0, "val_loss": 3.19, "val_bpb": 1.38, "also": {}}
+    rows = rows_of([3.372, 3.948, 6.735, 6.260, 6.259, 6.182])
+    folder = "model.init_from=gpt2"
+    for given, lower in (("lora.rank=8", 5e-4), ("optim.lr=0.02", 5e-5), ("optim.lr=3e-5", 1e-5)):
+        config = config_of(rows, folder, given)
+        diagnosis = diagnose(rows, config, [started(), base])
+        assert diagnosis.verdict == "harmed"
+        assert sentence(diagnosis, config).startswith(
+            "The model was better before training (3.19): validation loss was 3.37 at best "
+            "(step 10) and 6.18 at the end. Try: a lower learning rate"
+        )
+        assert advise(diagnosis, config)[0].keys["optim.lr"] == lower
+    gained = [3.0, *(row["val_loss"] for row in rows)]
+    assert diagnose(rows_of(gained), config, [started(), base]).verdict == "overfitting"
+
+
 def test_a_number_that_was_not_finite_is_told() -> None:
     rows = rows_of(FALLING)
     config = config_of(rows, "train.max_steps=900")
