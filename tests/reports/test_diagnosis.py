@@ -12,7 +12,7 @@ from gptray.record import Event
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
 from gptray.reports.run.sentence import sentence
-from gptray.wording import count, decimals, time_words
+from gptray.wording import count, decimals, size_words, time_words
 from tests.reports.curves import Rows, config_of, evaluated, rows_of, started
 
 OVERFIT = [4.0, 3.0, 2.5, 2.2, 2.05, 2.0, 2.01, 2.1, 2.2, 2.3, 2.4, 2.5]
@@ -280,6 +280,8 @@ def test_times_are_said_in_the_unit_of_their_size(seconds: float, words: str) ->
 
 def test_counts_have_singular_and_plural_and_small_differences_their_decimals() -> None:
     assert [count(1, "step"), count(3750, "step")] == ["1 step", "3,750 steps"]
+    sizes = [size_words(20_000), size_words(999_960), size_words(1_234_500_000)]
+    assert sizes == ["20.0 kB", "1.0 MB", "1,234.5 MB"]
     assert [decimals(0.21), decimals(0.0042), decimals(1e-9)] == [2, 3, 5]
     rows = rows_of([*OVERFIT[:6], 2.001], every=1)
     config = config_of(rows)

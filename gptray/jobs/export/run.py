@@ -22,6 +22,7 @@ from gptray.model.gguf_file import write_gguf
 from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
+from gptray.wording import size_words
 
 if TYPE_CHECKING:
     from gptray.model.importance import Quantizer
@@ -39,7 +40,7 @@ def plan(checked: CheckedExport) -> Plan:
         *([("kept", content.kept)] if content.kept else []),
         ("output", str(checked.output)),
         ("files", " ".join(names)),
-        ("size", f"{content.size / 1e6:,.1f} MB"),
+        ("size", size_words(content.size)),
     ]
 
 

@@ -25,7 +25,7 @@ from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.next_steps import resumable, tell
 from gptray.jobs.shared_storage import check_shared
-from gptray.wording import count
+from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")
 
@@ -97,11 +97,11 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     job, config = checked, checked.config
     output_kind(job).plan_there(job)
     found, samples = scan_input(job), config.generate.num_samples
-    megabytes = sum(file.size for file in job.files) / 1e6
+    size = size_words(sum(file.size for file in job.files))
     columns = output_schema(found.schema, samples).names
     return [
         ("model", job.model),
-        ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
+        ("input", f"{count(len(job.files), 'file')}, {size}, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", planned_backend(config, job.model_dir)),
         ("memory", planned_memory(config, job.model_dir, config.generate.max_batch_size)),
