@@ -3,6 +3,7 @@
   python benchmarks/readme.py                     all of them; about an hour on two cores
   python benchmarks/readme.py --skip pytest       all except commands that contain this word
   python benchmarks/readme.py --keep FOLDER       keep the clone, HOME and outputs there
+  python benchmarks/readme.py --keep FOLDER --pages tuning runs       these pages, in that folder
 
 One bash runs every line of every bash block as written, and feeds Python blocks to `python`:
 README's, then those of the pages that it links to, in that order. The reader's own files (book.txt,
@@ -98,6 +99,10 @@ class Outcome:
     seconds: float
     reason: str
 
+    def __str__(self) -> str:
+        said, first = self.reason or "ok", self.command.text.splitlines()[0]
+        return f"{self.command.place:20} {self.seconds:7.1f} s  {said:30.200}  {first:.90}"
+
 
 def pages(clone: Path) -> list[Path]:
     """README and the pages of docs/ that it links to, in that order."""
@@ -180,12 +185,12 @@ class Shell:
 def type_all(shell: Shell, todo: list[Command]) -> Iterator[Outcome]:
     """Run the commands in order; a server runs until the next command that is not Python."""
     server: Command | None = None
-    for number, command in enumerate(todo):
+    for command in todo:
         if server and command.language == "bash":
             yield _outcome(server, shell.stop, shell, "server-stop")
             server = None
         print(f"{command.place}: {command.text.splitlines()[0]}", file=sys.stderr)
-        name = f"{number:02}"
+        name = command.place.replace(":", "-")
         run = partial(shell.start if command.is_server else shell.run, command.typed, name)
         outcome = _outcome(command, run, shell, name)
         server = command if command.is_server and not outcome.reason else server
@@ -205,7 +210,7 @@ def write_files(folder: Path) -> None:
     """Write the files that the pages take as the reader's own, from text in every Python."""
     text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
     lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
-    for name, length in (lengths | {"the-verdict": 20_000}).items():
+    for name, length in (lengths | {"old": 20_000, "the-verdict": 20_000}).items():
         (folder / f"{name}.txt").write_text(text[:length], "utf-8")
         text = text[length:]
     stories = "<|endoftext|>\n".join(text[:100_000].split("\n\n"))
@@ -240,14 +245,17 @@ def environment(home: Path, python_folder: Path) -> dict[str, str]:
 
 @contextmanager
 def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
-    """A fresh clone of the committed files, and a shell in it."""
+    """A fresh clone of the committed files, or the one kept in work, and a shell in it."""
     clone, home, outputs, binaries = (work / name for name in ("gptray", "home", "outputs", "bin"))
     for folder in (home, outputs, binaries):
-        folder.mkdir(parents=True)
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    write_files(clone)
+        folder.mkdir(parents=True, exist_ok=True)
+    if not clone.exists():
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        write_files(clone)
     shell = Shell(clone, environment(home, binaries), outputs)
     try:
+        if (clone / ".venv").exists():
+            shell.run("source .venv/bin/activate", "activate")
         yield shell, clone
     finally:
         shell.close()
@@ -256,7 +264,9 @@ def terminal(work: Path) -> Iterator[tuple[Shell, Path]]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Type the commands of README and docs/.")
     parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="commands to skip")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder to work in")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work here; new or kept")
+    names = [page.stem for page in pages(ROOT)]
+    parser.add_argument("--pages", nargs="+", choices=names, default=names, help="and README once")
     parser.add_argument("--hub", action="store_true", help="take GPT-2 from the hub")
     return parser.parse_args()
 
@@ -268,15 +278,17 @@ def main() -> int:
     outcomes: list[Outcome] = []
     place = tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep)
     with place as folder, terminal(Path(folder).resolve()) as (shell, clone):
-        found = [command for page in pages(clone) for command in commands(page)]
+        is_new = not (clone / ".venv").exists()
+        names = {"README", *args.pages} if is_new else args.pages
+        chosen = [page for page in pages(clone) if page.stem in names]
+        found = [command for page in chosen for command in commands(page)]
         todo = [one for one in found if not any(word in one.text for word in args.skip)]
-        made = PARQUET if args.hub else PARQUET + SMALL_MODELS
-        todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
-        outcomes += type_all(shell, todo)
-    for outcome in outcomes:
-        first = outcome.command.text.splitlines()[0]
-        said = outcome.reason or "ok"
-        print(f"{outcome.command.place:20} {outcome.seconds:7.1f} s  {said:30.200}  {first:.90}")
+        if is_new:
+            made = PARQUET if args.hub else PARQUET + SMALL_MODELS
+            todo.insert(1, Command("made", "bash", f".venv/bin/python - <<'END'{made}END"))
+        for outcome in type_all(shell, todo):
+            outcomes.append(outcome)
+            print(outcome, flush=True)
     failed = [outcome.command.place for outcome in outcomes if outcome.reason]
     passed, seconds = len(outcomes) - len(failed), time.monotonic() - begin
     print(json.dumps({"passed": passed, "failed": failed, "seconds": round(seconds, 1)}))

@@ -42,6 +42,14 @@ def retyped(job: str) -> str | None:
     return typed(job, *sys.argv[1:]) if _started_as() else None
 
 
+def reading(parquet: str) -> str:
+    """The command that prints a folder of Parquet files."""
+    # In double quotes where they need no escapes: the shell's are single ones.
+    is_plain = parquet.isprintable() and not {'"', "\\"} & set(parquet)
+    place = f'"{parquet}"' if is_plain else repr(parquet)
+    return shlex.join(["python", "-c", f"import pandas; print(pandas.read_parquet({place}))"])
+
+
 def _started_as() -> Literal["console", "module", "script", ""]:
     """How this job was started: as `gptray JOB`, `python -m gptray JOB` or a script in jobs/."""
     script = Path(sys.argv[0])

@@ -33,6 +33,7 @@ from gptray.files import (
 )
 from gptray.manifest import MANIFEST, files_damage, write_manifest
 from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
+from gptray.wording import size_words
 
 log = logging.getLogger("gptray")
 
@@ -65,7 +66,7 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
     def fetch(draft: Path) -> None:
         size = sum(file.size for file in files)
         make_room(size, most)
-        log.info("fetching %s (%.1f MB)", place, size / 1e6)
+        log.info("fetching %s (%s)", place, size_words(size))
         _fetch(place, files, draft, has_manifest=MANIFEST in listed)
 
     return made_once(folder, fetch, what=str(place))

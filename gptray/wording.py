@@ -24,6 +24,11 @@ def time_words(seconds: float) -> str:
     return f"{text} {unit}" + ("s" if unit == "day" and text != "1" else "")
 
 
+def size_words(num_bytes: int) -> str:
+    """An amount of data: "20.0 kB", "1,234.5 MB"."""
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 999_950 else f"{num_bytes / 1e3:,.1f} kB"
+
+
 def magnitude(number: int) -> str:
     """A large number as people say it: "17.7 million"; others as "4,352"."""
     for size, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):

@@ -95,31 +95,44 @@ def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare"])
-def test_a_start_that_fails_leaves_nothing(
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)  # the session's Ray is none of its
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{_free_port()}")
+# Prints whether a job has imported Ray.
+DOOR = """
+import sys
+from gptray.doors import run
+code = run(sys.argv[1], sys.argv[2:])
+print("ray" in sys.modules)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare", "evaluate", "serve"])
+def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name: str) -> None:
     storage = tmp_path / "new" / "runs"
     words = [f"data.source={text_file}", f"storage_path={storage}", *TINY]
     if name == "tune":
         words += ["tune.space=[{path: model.dropout, uniform: [0, 0.2]}]", "tune.num_samples=1"]
-    if name == "generate":
+    if name in ("generate", "evaluate", "serve"):
         tokenizer = small_tokenizer()
         save_pretrained(random_gpt(tokenizer), tmp_path / "m", eos_token_id=tokenizer.eos_id)
         tokenizer.save(tmp_path / "m")
+        words = [f"{name}.model={tmp_path}/m", "generate.backend=torch", f"storage_path={storage}"]
+    if name == "evaluate":
+        words.append(f"evaluate.source={text_file}")
+    if name == "generate":
         (tmp_path / "p.txt").write_text("one\n")
-        words = [f"generate.model={tmp_path}/m", f"generate.input_path={tmp_path}/p.txt"]
-        words += [f"generate.output_path={storage}/out", "generate.backend=torch"]
-    assert run(name, words) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and "no Ray answers there: Connection refused" in err.splitlines()[-1]
-    assert "Traceback" not in err and not (tmp_path / "new").exists()
+        words += [f"generate.input_path={tmp_path}/p.txt", f"generate.output_path={storage}/out"]
+    done = subprocess.run(
+        [sys.executable, "-c", DOOR, name, *words],
+        env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{_free_port()}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "no Ray answers there: Connection refused" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
+    # A Ray that is imported before its environment is set would open its ports to the network.
+    assert done.stdout == "False\n"
 
 
 def _free_port() -> int:

@@ -57,6 +57,26 @@ def test_every_page_is_linked_from_readme_and_every_link_leads_somewhere() -> No
     assert linked >= set(PAGES[1:])
 
 
+def test_single_pages_are_typed_in_a_folder_that_was_kept(tmp_path: Path) -> None:
+    clone = tmp_path / "gptray"
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    (clone / ".venv" / "bin" / "activate").write_text("IS_ACTIVE=yes\n", "utf-8")
+    (clone / "docs").mkdir()
+    (clone / "README.md").write_text("[runs](docs/runs.md) [cluster](docs/cluster.md)\n", "utf-8")
+    (clone / "docs" / "runs.md").write_text("```bash\nfalse\n```\n", "utf-8")
+    block = "```bash\ntest $IS_ACTIVE = yes\nexit-badly\nfalse # not typed\n```\n"
+    (clone / "docs" / "cluster.md").write_text(block, "utf-8")
+    script = str(ROOT / "benchmarks" / "readme.py")
+    words = ["--keep", str(tmp_path), "--pages", "cluster", "--skip", "not typed"]
+    done = subprocess.run([sys.executable, script, *words], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    *outcomes, last = done.stdout.splitlines()
+    assert [line.split()[0] for line in outcomes] == ["cluster.md:2", "cluster.md:3"]
+    assert "exit-badly: command not found" in outcomes[1]
+    result = json.loads(last)
+    assert (result["passed"], result["failed"]) == (1, ["cluster.md:3"])
+
+
 @pytest.mark.chaos
 def test_commands_work_as_typed_in_a_fresh_clone() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "readme.py")]

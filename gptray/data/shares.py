@@ -9,7 +9,7 @@ from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES
 from gptray.data.split_plan import PiecePlan, PieceScan
-from gptray.wording import count
+from gptray.wording import count, size_words
 
 # Warn about a share that is off by more than this fraction of what was asked for.
 _TOLERANCE = 0.2
@@ -24,11 +24,7 @@ def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
 def share_words(split: SplitEntry, total: int) -> str:
     """A split's documents, bytes and tokens; `total`: bytes of all text."""
     documents, share = count(split["documents"], "document"), split["bytes"] / max(total, 1)
-    return f"{documents}, {_size(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
+    return f"{documents}, {size_words(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
 
 
 def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:

@@ -27,10 +27,10 @@ log = logging.getLogger("gptray")
 _DEFAULTS = Config()
 
 
-def tell(commands: Sequence[str], *, settings: Mapping[str, object] | None = None) -> None:
-    """Log a run's settings in one line, and the commands to run next."""
-    if settings is not None:
-        log.info("settings: %s", settings_of(settings))
+def tell(commands: Sequence[str], *, settings: str = "") -> None:
+    """Log a run's settings in one line, if there are any, and the commands to run next."""
+    if settings:
+        log.info("settings: %s", settings)
     log.info("next:\n%s", "\n".join(f"  {command}" for command in commands))
 
 
@@ -44,7 +44,7 @@ def tell_run(config: Config, folder: Path) -> None:
     if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps" and not diagnosis.landed:
         longer = f"train.max_steps={2 * diagnosis.last_step}"
         commands = [command("train", config, folder, longer), uses["generate"]]
-    tell(commands, settings=differing(config))
+    tell(commands, settings=settings_of(differing(config)))
 
 
 @contextmanager

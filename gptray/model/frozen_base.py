@@ -27,6 +27,7 @@ from gptray.model.quantized_linear import quantized_layers
 from gptray.model.usage import Usage
 from gptray.node_cache import made_once, make_room
 from gptray.record import versions
+from gptray.wording import size_words
 
 log = logging.getLogger("gptray")
 
@@ -81,9 +82,8 @@ def _write(model: GPT, base: Base, draft: Path) -> None:
     """
     size = sum(map(_aligned_size, model.state_dict().values()))
     make_room(size)
-    log.info(
-        "writing the frozen weights of %s to the cache, once (%.1f MB)", base.source, size / 1e6
-    )
+    told = size_words(size)
+    log.info("writing the frozen weights of %s to the cache, once (%s)", base.source, told)
     memory = mmap.mmap(-1, size)  # unlike allocated memory, returned to the system at once
     _place(model, memory)
     _load(model, base)

@@ -94,7 +94,9 @@ def test_a_gguf_file_has_every_weight_and_number(
 ) -> None:
     output = tmp_path / "new" / "book.gguf"
     assert export(model, output, f"export.precision={precision}") == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    last = json.loads(told.out.splitlines()[-1])
+    assert told.err.endswith(f"next:\n  llama-server -m {output}\n")
     size = output.stat().st_size
     assert last == {
         "path": str(output),
@@ -430,6 +432,6 @@ def test_a_dry_run_says_size_and_files_without_torch_or_ray(model: Path, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout.splitlines()[-1])["plan"]
-    assert plan["output"] == f"{tmp_path}/out" and plan["size"] == "0.1 MB"
+    assert plan["output"] == f"{tmp_path}/out" and plan["size"] == "56.6 kB"
     assert plan["files"].split()[:2] == ["config.json", "generation_config.json"]
     assert not (tmp_path / "out").exists()

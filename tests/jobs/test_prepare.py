@@ -127,7 +127,9 @@ def test_book_beside_a_readme_gives_the_shares_asked_for(ray_cluster: None, tmp_
     with_test: dict[str, Any] = run(check(config_for(folder, tmp_path, split="80:10:10", seed=2)))
     assert with_test["bytes"]["val"] == result["bytes"]["val"]
     rows = dict(plan(check(config_for(folder, tmp_path, split="80:10:10", seed=2))))
-    assert rows["source"] == "2 files, 0.0 MB: train 80.0%, val 10.0%, test 10.0%"
+    kilobytes = sum(file.stat().st_size for file in folder.iterdir()) / 1000
+    shares = "train 80.0%, val 10.0%, test 10.0%"
+    assert rows["source"] == f"2 files, {kilobytes:.1f} kB: {shares}"
     assert rows["test"].endswith(f" {with_test['tokens']['test']:,} tokens")
     assert rows["warnings"] == with_test["warnings"][0]
 

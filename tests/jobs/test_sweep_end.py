@@ -27,7 +27,7 @@ def swept(folder: Path, *overrides: str, space: Sequence[dict[str, Any]] = ()) -
     trials = trained(config, lambda values: (values["model.dropout"], 0.0))
     best = min(trials, key=lambda one: min(one.curve))
     write_sweep(folder, config, trials, winner=best.name)
-    values = {**best.values, "storage_path": str(folder.parent)}
+    values = {**best.values, "storage_path": str(folder.parent), "compute.cpus_per_worker": 1}
     (folder / "best.yaml").write_text(dump(override(config, values)))
     return folder
 
@@ -106,5 +106,19 @@ def test_the_printed_command_trains_the_winner_longer_on_all_of_the_text(
     best = load_config(path, [])
     assert (config.train.max_steps, config.train.patience) == (480, 5)
     assert config.data.fraction == 1 and config.model.dropout == best.model.dropout
+    assert (best.compute.cpus_per_worker, config.compute.cpus_per_worker) == (1, None)
     assert config.storage_path == str(tmp_path)
     assert f"generate.model={folder}" in shlex.split(written)
+
+
+def test_a_winner_that_is_the_config_as_it_is_is_called_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gptray")
+    config = sweep_config([{"path": "model.dropout", "uniform": [0.1, 0.3]}], "tune.num_samples=4")
+    own, *others = trained(config, lambda values: (values["model.dropout"], 0.0))
+    own.values = {}
+    write_sweep(tmp_path / "sweep", config, [own, *others], winner=own.name)
+    (tmp_path / "sweep" / "best.yaml").write_text(dump(config))
+    tell_winner(load_sweep(tmp_path / "sweep"), str(tmp_path / "sweep"))
+    assert "settings: the config as it is" in caplog.messages

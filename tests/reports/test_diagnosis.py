@@ -12,7 +12,7 @@ from gptray.record import Event
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
 from gptray.reports.run.sentence import sentence
-from gptray.wording import count, decimals, time_words
+from gptray.wording import count, decimals, size_words, time_words
 from tests.reports.curves import Rows, config_of, evaluated, rows_of, started
 
 OVERFIT = [4.0, 3.0, 2.5, 2.2, 2.05, 2.0, 2.01, 2.1, 2.2, 2.3, 2.4, 2.5]
@@ -178,6 +178,39 @@ def test_training_loss_that_rises_along_is_instability_not_overfitting() -> None
     assert lower.keys["optim.lr"] == 0.003  # a third would diverge too
 
 
+@pytest.mark.parametrize(
+    ("val", "train"),
+    [
+        ([3.372, 3.948, 6.735, 6.260, 6.259, 6.175], [3.681, 3.945, 6.728, 5.806, 5.718, 5.730]),
+        ([5.4, 4.9, 4.7, 6.8, 6.5, 6.4, 6.4, 6.35], [5.3, 4.8, 4.6, 6.7, 6.4, 6.4, 6.3, 6.3]),
+    ],
+)
+def test_a_leap_among_few_evaluations_is_not_taken_for_noise(
+    val: list[float], train: list[float]
+) -> None:
+    rows = rows_of(val, train)
+    diagnosis = diagnose(rows, config_of(rows))
+    assert diagnosis.verdict == "unstable"
+    assert diagnosis.turned and diagnosis.turned.val_loss == min(val)
+
+
+def test_a_model_that_training_made_worse_is_told_what_it_was_before() -> None:
+    base: Event = {"event": "base", "time": 0.0, "val_loss": 3.19, "val_bpb": 1.38, "also": {}}
+    rows = rows_of([3.372, 3.948, 6.735, 6.260, 6.259, 6.182])
+    folder = "model.init_from=gpt2"
+    for given, lower in (("lora.rank=8", 5e-4), ("optim.lr=0.02", 5e-5), ("optim.lr=3e-5", 1e-5)):
+        config = config_of(rows, folder, given, "optim.min_lr=0")
+        diagnosis = diagnose(rows, config, [started(), base])
+        assert diagnosis.verdict == "harmed"
+        assert sentence(diagnosis, config).startswith(
+            "The model was better before training (3.19): validation loss was 3.37 at best "
+            "(step 10) and 6.18 at the end. Try: a lower learning rate"
+        )
+        assert advise(diagnosis, config)[0].keys["optim.lr"] == lower
+    gained = [3.0, *(row["val_loss"] for row in rows)]
+    assert diagnose(rows_of(gained), config, [started(), base]).verdict == "overfitting"
+
+
 def test_a_number_that_was_not_finite_is_told() -> None:
     rows = rows_of(FALLING)
     config = config_of(rows, "train.max_steps=900")
@@ -247,6 +280,8 @@ def test_times_are_said_in_the_unit_of_their_size(seconds: float, words: str) ->
 
 def test_counts_have_singular_and_plural_and_small_differences_their_decimals() -> None:
     assert [count(1, "step"), count(3750, "step")] == ["1 step", "3,750 steps"]
+    sizes = [size_words(20_000), size_words(999_960), size_words(1_234_500_000)]
+    assert sizes == ["20.0 kB", "1.0 MB", "1,234.5 MB"]
     assert [decimals(0.21), decimals(0.0042), decimals(1e-9)] == [2, 3, 5]
     rows = rows_of([*OVERFIT[:6], 2.001], every=1)
     config = config_of(rows)

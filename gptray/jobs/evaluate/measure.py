@@ -18,7 +18,7 @@ from gptray.jobs.evaluate.scorers import Scorers
 from gptray.jobs.evaluate.worker import Call
 from gptray.model.shape import read_shape
 from gptray.model.weight_bytes import linear_bytes
-from gptray.wording import perplexity
+from gptray.wording import perplexity, size_words
 
 log = logging.getLogger("gptray")
 # Tokens of one call: enough to make sending it negligible, few enough to balance the workers.
@@ -128,7 +128,7 @@ def _line(name: str, result: SplitResult) -> str:
 
 
 def _quantized_line(result: QuantizedResult) -> str:
-    size = f"{result['weight_bytes'] / 1e6:,.1f} MB"
+    size = size_words(result["weight_bytes"])
     line = f"{result['weights']:5}  loss {result['loss']:.4f}  bpb {result['bpb']:.4f}  {size}"
     if result["weights"] == "none":
         return f"weights {line}"

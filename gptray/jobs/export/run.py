@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from gptray.model.gguf_file import write_gguf
 from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
+from gptray.wording import size_words
 
 if TYPE_CHECKING:
     from gptray.model.importance import Quantizer
@@ -38,7 +40,7 @@ def plan(checked: CheckedExport) -> Plan:
         *([("kept", content.kept)] if content.kept else []),
         ("output", str(checked.output)),
         ("files", " ".join(names)),
-        ("size", f"{content.size / 1e6:,.1f} MB"),
+        ("size", size_words(content.size)),
     ]
 
 
@@ -56,8 +58,8 @@ def run(checked: CheckedExport) -> dict[str, object]:
         with doing(f"writing {output}"):
             _write(checked)
         size = sum(path.stat().st_size for path in (output, *output.rglob("*")) if path.is_file())
-    if settings.format == "hf":
-        tell([of_model(output)["generate"]])
+    served = shlex.join(["llama-server", "-m", str(output)])
+    tell([served if settings.format == "gguf" else of_model(output)["generate"]])
     return {
         "path": str(output),
         "format": settings.format,

@@ -7,12 +7,11 @@ rename, so a restarted job only needs to know which files exist.
 from __future__ import annotations
 
 import logging
-import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gptray.commands import retyped
+from gptray.commands import reading, retyped
 from gptray.config import Config
 from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
@@ -26,7 +25,7 @@ from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.next_steps import resumable, tell
 from gptray.jobs.shared_storage import check_shared
-from gptray.wording import count
+from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")
 
@@ -76,8 +75,7 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
         summary = output.finish()
     reasons = summary["finish_reasons"].items()
     log.info("ended by %s", ", ".join(f"{reason}: {number:,}" for reason, number in reasons))
-    read = f"import pandas; print(pandas.read_parquet({job.output!r}))"
-    tell([shlex.join(["python", "-c", read])])
+    tell([reading(job.output)])
     return {**summary, **speed}
 
 
@@ -99,11 +97,11 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     job, config = checked, checked.config
     output_kind(job).plan_there(job)
     found, samples = scan_input(job), config.generate.num_samples
-    megabytes = sum(file.size for file in job.files) / 1e6
+    size = size_words(sum(file.size for file in job.files))
     columns = output_schema(found.schema, samples).names
     return [
         ("model", job.model),
-        ("input", f"{count(len(job.files), 'file')}, {megabytes:.1f} MB, {found.rows:,} rows"),
+        ("input", f"{count(len(job.files), 'file')}, {size}, {found.rows:,} rows"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", planned_backend(config)),
         ("memory", planned_memory(config, job.model_dir, config.generate.max_batch_size)),

@@ -25,7 +25,7 @@ from gptray.hub import NotOnHub
 from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
 from gptray.jobs.places import check_storage
-from gptray.wording import count
+from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")
 
@@ -97,9 +97,9 @@ def text_rows(data: TokenData) -> Plan:
 
 
 def size_of(files: Sequence[SourceFile]) -> str:
-    """The amount of text in words: "1 file, 0.3 MB"."""
-    megabytes = sum(file.size for file in files) / 1e6
-    return f"{count(len(files), 'file')}, {megabytes:.1f} MB" if files else BUILTIN
+    """The amount of text in words: "1 file, 300.0 kB"."""
+    size = size_words(sum(file.size for file in files))
+    return f"{count(len(files), 'file')}, {size}" if files else BUILTIN
 
 
 def check_text(config: Config, find: FindSources = make_request) -> CheckedText:

@@ -40,7 +40,7 @@ from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
-from gptray.jobs.next_steps import differing, tell
+from gptray.jobs.next_steps import differing, settings_of, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.remote_data import download_data, publish_data
@@ -65,7 +65,7 @@ def run(checked: CheckedText) -> dict[str, object]:
     splits = data.manifest["splits"]
     again = retyped("train")
     if again:
-        tell([again], settings=differing(checked.config))
+        tell([again], settings=settings_of(differing(checked.config)))
     return {
         "data_dir": str(data.data_dir),
         "documents": data.manifest["documents"],

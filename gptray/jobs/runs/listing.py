@@ -190,6 +190,7 @@ def verdict(diagnosis: Diagnosis) -> str:
         "overfitting": f"overfits since step {turned}",
         "unsure": "rose at the end, too briefly to tell",
         "unstable": "unstable",
+        "harmed": "better before training",
         "stuck": "has learned next to nothing",
         "falling": "does not overfit, still falling",
         "level": "does not overfit",

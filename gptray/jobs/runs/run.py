@@ -19,7 +19,7 @@ from gptray.jobs.base import Job, Plan
 from gptray.jobs.runs.listing import Listed, listed
 from gptray.standard_output import write_out
 from gptray.visible import visible
-from gptray.wording import magnitude
+from gptray.wording import magnitude, size_words
 
 # The fewest columns of a terminal in which a run fits into one row of a table.
 WIDE = 100
@@ -91,7 +91,7 @@ def _figures(run: Listed) -> dict[str, str]:
         "val loss": f"{run.val_loss:.3f}" if run.val_loss is not None else "",
         "bits per byte": f"{run.val_bpb:.3f}" if run.val_bpb is not None else "",
         "parameters": magnitude(run.parameters) if run.parameters else "",
-        "": f"{run.bytes / 1e6:,.1f} MB",
+        "": size_words(run.bytes),
     }
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from gptray.commands import typed
 from gptray.config import load_saved
 from gptray.evaluation.forgetting import also_scores, change_sentence
-from gptray.jobs.next_steps import of_model, tell
+from gptray.jobs.next_steps import of_model, settings_of, tell
 from gptray.reports.sweep.more_text import text_lines
 from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.seen import Seen
@@ -49,11 +49,14 @@ def tell_winner(sweep: Sweep, place: str) -> None:
         longer.insert(0, "data.fraction=1")
     if load_saved(folder / BEST).train.patience is None:
         longer.insert(0, "train.patience=5")
+    if sweep.config.compute.cpus_per_worker is None:  # the trial's are those of one of many
+        longer.append("compute.cpus_per_worker=null")
     commands = [
         typed("train", "--config", f"{place}/{BEST}", *longer),
         of_model(folder, place)["generate"],
     ]
-    tell(commands, settings=winner.values)
+    settings = settings_of(winner.values) if winner.values else "the config as it is"
+    tell(commands, settings=settings)
 
 
 def _winner(sweep: Sweep) -> Trial:

@@ -86,11 +86,11 @@ def run(checked: CheckedSweep) -> dict[str, object]:
 
 def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None]) -> None:
     """Run the sweep on Ray."""
-    from gptray.jobs.tune.trials import run_trials  # loads Ray Tune
-
     config, folder = checked.config, checked.folder
     num_trials = checked.num_trials + checked.num_replicates
     with ray_cluster(wait_s=config.compute.wait_s):
+        from gptray.jobs.tune.trials import run_trials  # loads Ray Tune
+
         check_shared_by_training(config, folder)
         check_cluster(config.compute)
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}

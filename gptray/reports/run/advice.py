@@ -32,6 +32,7 @@ def advise(diagnosis: Diagnosis, config: Config) -> tuple[Advice, ...]:
         "overfitting": _against_overfitting,
         "unsure": _to_be_sure,
         "unstable": _against_instability,
+        "harmed": _to_gain,
         "stuck": _against_being_stuck,
         "falling": _to_fall_further,
         "level": _to_get_lower,
@@ -48,13 +49,7 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
     yield from _average_seeds(config)
     yield from _more_text(diagnosis)
     yield from _whole_text(config)
-    if config.model.init_from and config.optim.lr > 1e-4:
-        yield Advice(
-            "a lower learning rate",
-            f"optim.lr is {config.optim.lr:g}; fine-tuning usually takes 1e-5 to 1e-4",
-            3.0,
-            _lr(config, 5e-5),
-        )
+    yield from _gentler(config)
     if config.train.patience is None:
         yield Advice(
             "early stopping",
@@ -62,6 +57,24 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
             1.5,
             {"train.patience": 5},
         )
+
+
+def _gentler(config: Config) -> Iterator[Advice]:
+    """The rates that are usual in fine-tuning; adapters learn at ten times those of all weights."""
+    usual, lr = ("fine-tuning usually takes 1e-5 to 1e-4", 5e-5)
+    if config.lora.rank:
+        usual, lr = ("an adapter usually takes 1e-4 to 1e-3", 5e-4)
+    if config.model.init_from and config.optim.lr > 2 * lr:
+        reason = f"optim.lr is {config.optim.lr:g}; {usual}"
+        yield Advice("a lower learning rate", reason, 3.0, _lr(config, lr))
+
+
+def _to_gain(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
+    """Nothing was gained on the model that training began with."""
+    lr = config.optim.lr
+    lower = Advice("a lower learning rate", f"optim.lr is {lr:g}", 3.0, _lr(config, lr / 3))
+    yield next(_gentler(config), lower)
+    yield from _to_see_more(diagnosis, config)
 
 
 def _regularise(config: Config) -> Iterator[Advice]:

@@ -13,7 +13,7 @@ from statistics import fmean, median
 from typing import Literal
 
 from gptray.config import Config
-from gptray.record import Event, MetricsRow
+from gptray.record import Event, MetricsRow, base_val_loss
 from gptray.reports.run.landed import Landed, Point, begun_landing, landed_of, points_of
 from gptray.training.landing import rows_of, why_stopped
 
@@ -21,9 +21,11 @@ from gptray.training.landing import rows_of, why_stopped
 FOLLOWING = 3
 # Changes of validation loss below this fraction of it do not matter.
 NEGLIGIBLE = 0.002
+# A change above this part of it is one, however restless the curve.
+NOTABLE = 0.1
 
 Verdict = Literal[
-    "none", "single", "overfitting", "unsure", "unstable", "stuck", "falling", "level"
+    "none", "single", "overfitting", "unsure", "unstable", "harmed", "stuck", "falling", "level"
 ]
 Ended = Literal["max_steps", "patience", "non_finite"]
 
@@ -45,7 +47,8 @@ class Diagnosis:
     `turning_point`); None if it has not turned, or if it is too early to tell. `noise` is the
     standard deviation of validation loss around its trend, in nats. `pace` is seconds per step,
     including evaluations if the run's events tell. `ended` is None for a run that is still training
-    or was interrupted. `landed` is None before a landing's first evaluation.
+    or was interrupted. `landed` is None before a landing's first evaluation. `base` is the
+    validation loss of `model.init_from`, None without one.
     """
 
     verdict: Verdict
@@ -59,6 +62,7 @@ class Diagnosis:
     pace: float | None
     facts: Facts
     landed: Landed | None = None
+    base: float | None = None
 
     @property
     def chosen(self) -> Point | None:
@@ -93,17 +97,21 @@ class Diagnosis:
 def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event] = ()) -> Diagnosis:
     """Judge a run by its rows of metrics.jsonl; events give more exact times, size and ending.
 
-    The verdict is the first that fits: none or a single evaluation; unstable (a non-finite number,
-    or training loss rose too); overfitting (turned for good); unsure (risen, but for fewer than
-    three evaluations); stuck (nothing learnt); falling; level.
+    The verdict is the first that fits: no evaluation; unstable (a non-finite number); harmed (none
+    better than `model.init_from`); a single evaluation; unstable (training loss rose too);
+    overfitting (turned for good); unsure (risen, but for fewer than three evaluations); stuck
+    (nothing learnt); falling; level.
     """
     every, rows = rows, rows_of("stable", rows)
     points = points_of(rows)
     best = min(points, key=lambda point: point.val_loss) if points else None
     turn = turning_point([point.val_loss for point in points], min_delta=config.train.min_delta)
     ended = _ended(every, points, config, events)
+    base, lowest = base_val_loss(events), min((one.val_loss for one in points_of(every)), default=0)
+    is_harmed = base is not None and bool(points) and lowest >= base and ended != "non_finite"
+    verdict = "harmed" if is_harmed else _verdict(points, best, turn, ended, rows, config)
     return Diagnosis(
-        verdict=_verdict(points, best, turn, ended, rows, config),
+        verdict=verdict,
         points=points,
         best=best,
         turned=None if turn.index is None else points[turn.index],
@@ -114,6 +122,7 @@ def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]
         pace=_pace(rows, config, events),
         facts=_facts(rows, config, events, best),
         landed=landed_of(every, best, events),
+        base=base,
     )
 
 
@@ -132,12 +141,13 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     It is the last one within `band` of the lowest, if at least three follow it; by definition, all
     of these are above the band.
 
-    band = noise x (2 + sqrt(2 ln n)), but at least 0.2 % of the lowest loss, and min_delta. The
-    lowest of n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level
-    curve stays in the band. `noise` is the standard deviation around the trend, 1.4826 x median
-    |third difference| / sqrt(20), in which a smooth trend cancels out; n and noise are those of the
-    part of the curve from where it first got as low as it ended. A long curve's differences span
-    sixteenths of it, because the errors of neighbouring evaluations are correlated.
+    band = noise x (2 + sqrt(2 ln n)), but at most a tenth of the lowest loss, since a few
+    evaluations cannot tell noise from a leap, and at least 0.2 % of it, and min_delta. The lowest of
+    n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level curve stays in
+    the band. `noise` is the standard deviation around the trend, 1.4826 x median |third difference|
+    / sqrt(20), in which a smooth trend cancels out; n and noise are those of the part of the curve
+    from where it first got as low as it ended. A long curve's differences span sixteenths of it,
+    because the errors of neighbouring evaluations are correlated.
     """
     if not losses:
         return Turn(None, 0.0, 0.0)
@@ -145,9 +155,8 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     basin = losses[begin:]
     noise = _noise(basin)
     lowest = min(losses)
-    band = max(
-        noise * (2 + math.sqrt(2 * math.log(len(basin)))), NEGLIGIBLE * abs(lowest), min_delta
-    )
+    band = noise * (2 + math.sqrt(2 * math.log(len(basin))))
+    band = max(min(band, NOTABLE * abs(lowest)), NEGLIGIBLE * abs(lowest), min_delta)
     last = max(i for i, loss in enumerate(losses) if loss <= lowest + band)
     follow = len(losses) - 1 - last
     return Turn(last if follow >= FOLLOWING else None, noise, band)

@@ -17,7 +17,7 @@ from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
 from gptray.record import Event
 from gptray.reports.page import Row, Table
 from gptray.reports.run.diagnosis import Diagnosis
-from gptray.wording import perplexity
+from gptray.wording import perplexity, size_words
 
 MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"
 # How many samples of held-out text to show.
@@ -154,7 +154,7 @@ def _quantized(evaluation: Evaluation) -> Table:
         (
             "Size",
             "of the weights of the blocks' linear layers; full ones in bf16",
-            lambda one: f"{one['weight_bytes'] / 1e6:,.1f} MB",
+            lambda one: size_words(one["weight_bytes"]),
         ),
     ]
     kinds = [one["weights"].replace("none", "full") for one in results]

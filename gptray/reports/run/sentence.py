@@ -53,6 +53,14 @@ def _told(diagnosis: Diagnosis) -> str:
                 f"{at_best}; since then training loss rose along with it, and it ended {worse} "
                 "higher: training became unstable, which is not overfitting."
             )
+        case "harmed":
+            assert diagnosis.base is not None
+            places = decimals(best.val_loss - diagnosis.base or 1.0)
+            ends = "" if best == last else f" and {last.val_loss:.{places}f} at the end"
+            return (
+                f"The model was better before training ({diagnosis.base:.{places}f}): validation "
+                f"loss was {best.val_loss:.{places}f} at best (step {best.step:,}){ends}."
+            )
         case "stuck":
             stayed = f"validation loss stayed at {last.val_loss:.2f}"
             return f"The model has learned next to nothing: {stayed}."
