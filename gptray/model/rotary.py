@@ -31,7 +31,7 @@ class Rotary:
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """The angles of integer positions (T,)."""
-        # Copied to a GPU once: a CUDA graph cannot hold a copy, and an eager step would wait for it.
+        # Copied to a GPU once: a CUDA graph cannot hold a copy, and an eager step would wait.
         if (turns := self._frequencies.get(positions.device)) is None:
             own = self._frequencies[torch.device("cpu")]
             turns = self._frequencies[positions.device] = own.to(positions.device)

@@ -142,12 +142,12 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     of these are above the band.
 
     band = noise x (2 + sqrt(2 ln n)), but at most a tenth of the lowest loss, since a few
-    evaluations cannot tell noise from a leap, and at least 0.2 % of it, and min_delta. The lowest of
-    n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level curve stays in
-    the band. `noise` is the standard deviation around the trend, 1.4826 x median |third difference|
-    / sqrt(20), in which a smooth trend cancels out; n and noise are those of the part of the curve
-    from where it first got as low as it ended. A long curve's differences span sixteenths of it,
-    because the errors of neighbouring evaluations are correlated.
+    evaluations cannot tell noise from a leap, and at least 0.2 % of it, and min_delta. The lowest
+    of n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level curve
+    stays in the band. `noise` is the standard deviation around the trend, 1.4826 x median |third
+    difference| / sqrt(20), in which a smooth trend cancels out; n and noise are those of the part
+    of the curve from where it first got as low as it ended. A long curve's differences span
+    sixteenths of it, because the errors of neighbouring evaluations are correlated.
     """
     if not losses:
         return Turn(None, 0.0, 0.0)
