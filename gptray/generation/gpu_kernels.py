@@ -55,46 +55,62 @@ def attend(
     kernels = kernels_for(qkv)
     if kernels is None:
         return _attend(queries(qkv, angles), keys, values, slots, positions, window)
+    q, stride = _stored(kernels, qkv, queries, angles, keys, values, slots, positions)
     triton, N, (S, K, P, E) = kernels.layers, len(qkv), keys.shape
-    H, block, block_e = queries.n_head, _power_of_2(K * E), _power_of_2(E)
-    heads = {"H": H, "K": K, "E": E}
-    if queries.is_plain:
-        q, stride = qkv, (H + 2 * K) * E
-        triton.store_kernel[(N,)](qkv, keys, values, slots, positions, P, **heads, WIDTH=block)
-    else:
-        q, stride = qkv.new_empty(N, H * E), H * E
-        cos, sin = angles if angles and queries.rotates else (qkv, qkv)
-        triton.turn_kernel[(N, H + 2 * K)](
-            *(qkv, qkv if queries.norms is None else queries.norms, cos, sin),
-            *(q, keys, values, slots, positions, P, queries.eps),
-            **heads,
-            BLOCK_E=block_e,
-            HAS_NORMS=queries.norms is not None,
-            HALF=cos.size(1) if queries.rotates else 0,
-            num_warps=1,
-        )
+    H, block = queries.n_head, _power_of_2(E)
+    heads = {"H": H, "K": K, "E": E, "BLOCK_K": BLOCK_KEYS}
     sees = P if window is None else window
     if tiles is None or not _has_tensor_cores(qkv):
         out = qkv.new_empty(N, H * E)
         triton.attend_kernel[(N, H)](
             *(q, keys, values, slots, positions, out, P, S - 1, sees, stride),
             **heads,
-            BLOCK_E=block_e,
-            BLOCK_K=BLOCK_KEYS,
-            num_warps=WARPS * max(1, block_e // 64),
+            BLOCK_E=block,
+            num_warps=WARPS * max(1, block // 64),
         )
         return out
     out, group = qkv.new_zeros(N, H * E), _power_of_2(H // K)
     triton.attend_tile_kernel[(len(tiles), K)](
         *(q, keys, values, tiles, slots, positions, out, N, P, S - 1, sees, stride),
         **heads,
-        BLOCK_E=max(16, block_e),
+        BLOCK_E=max(16, block),
         ROWS=TILE_ROWS,
         GROUP=group,
-        BLOCK_K=BLOCK_KEYS,
-        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block_e // (64 * 128)),
+        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block // (64 * 128)),
     )
     return out
+
+
+def _stored(
+    kernels: Kernels,
+    qkv: Tensor,
+    queries: Queries,
+    angles: Angles | None,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, int]:
+    """Store keys and values; return where each row's H E queries begin, and how far apart."""
+    N, (_, K, P, E), H = len(qkv), keys.shape, queries.n_head
+    heads, width = {"H": H, "K": K, "E": E}, (H + 2 * K) * E
+    if queries.is_plain:
+        kernels.layers.store_kernel[(N,)](
+            *(qkv, keys, values, slots, positions, P), **heads, WIDTH=_power_of_2(K * E)
+        )
+        return qkv, width
+    q = qkv.new_empty(N, H * E)
+    cos, sin = angles if angles and queries.rotates else (qkv, qkv)
+    kernels.layers.turn_kernel[(N, H + 2 * K)](
+        *(qkv, qkv if queries.norms is None else queries.norms, cos, sin),
+        *(q, keys, values, slots, positions, P, queries.eps),
+        **heads,
+        BLOCK_E=_power_of_2(E),
+        HAS_NORMS=queries.norms is not None,
+        HALF=cos.size(1) if queries.rotates else 0,
+        num_warps=1,
+    )
+    return q, H * E
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
