@@ -257,7 +257,7 @@ def _say(message: str) -> None:
         redirect_to_null(sys.stderr)
 
 
-class _Lines(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Logs plain lines to the current sys.stderr, so that a live bar can stay below them.
 
     A line is the message, with the level in front for warnings and errors.
@@ -277,7 +277,7 @@ class _Lines(logging.Handler):
 def _log_to_stderr(*, verbose: bool) -> None:
     logger = logging.getLogger("gptray")
     logger.handlers.clear()
-    logger.addHandler(_Lines())
+    logger.addHandler(_StderrHandler())
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
 

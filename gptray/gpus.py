@@ -20,7 +20,7 @@ BUILT_FOR_CPUS = (
 
 def local_gpus() -> int:
     """The number of GPUs that this process may use."""
-    devices = len(list(NVIDIA.glob("*"))) or sum(map(_computes, AMD.glob("*/properties")))
+    devices = len(list(NVIDIA.glob("*"))) or sum(map(_is_gpu, AMD.glob("*/properties")))
     # WSL2 and some containers lack the folder of NVIDIA's driver.
     devices = devices or sum(bool(re.match(r"GPU \d+:", line)) for line in nvidia_smi("-L"))
     for name in HIDING:
@@ -30,7 +30,7 @@ def local_gpus() -> int:
     return devices
 
 
-def _computes(node: Path) -> bool:
+def _is_gpu(node: Path) -> bool:
     try:
         return bool(re.search(r"^simd_count [1-9]", node.read_text("utf-8"), re.MULTILINE))
     except OSError:  # a GPU that this container may not use

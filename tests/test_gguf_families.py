@@ -200,6 +200,7 @@ def test_every_way_to_cut_text_opens_and_loses_nothing(pre: str) -> None:
         ("llama-bpe", {}, ([256], [])),
         ("llama-bpe", {"add_bos_token": False}, ([], [])),
         ("gpt-2", {"add_bos_token": True, "add_eos_token": True}, ([256], [257])),
+        ("gpt-2", {"add_bos_token": True, "bos_token_id": 257}, ([257], [])),
     ],
 )
 def test_special_tokens_stand_around_a_text_as_the_file_says(

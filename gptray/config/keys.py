@@ -79,14 +79,10 @@ class FieldSpec:
                 for name, limit in detail.get("ctx", {}).items()
             }
             return f"{_LIMITS[kind].format(**limits)}, got {shown(value)}"
-        entry = detail["loc"][-1]
-        if isinstance(value, dict) and entry not in value:  # about another type of the union
-            entry = next((name for name, one in value.items() if not isinstance(one, str)), entry)
-        if dict in self.kinds and isinstance(value, dict) and entry in value:
-            if value[entry] is None:
-                return f"{entry!r} has no value; put a space after the colon, as in {{name: value}}"
-            return f"{entry!r} cannot be {shown(value[entry])}"
-        return f"expects {self._expected()}, got {shown(value)}"
+        expects = f"expects {self._expected()}, got {shown(value)}"
+        if dict in self.kinds and isinstance(value, dict):
+            return _entry_problem(value, detail["loc"][-1]) or expects
+        return expects
 
     def _expected(self) -> str:
         words = [_WORDS[kind] for kind in self.kinds if kind in _WORDS]
@@ -97,6 +93,17 @@ class FieldSpec:
         if types.NoneType in self.kinds:
             words.append("null")
         return " or ".join(words)
+
+
+def _entry_problem(values: Mapping[str, object], entry: object) -> str | None:
+    """Say what is wrong with the entry of a mapping that pydantic names; None if it names none."""
+    if entry not in values:  # its error is about another type of the union
+        entry = next((name for name, one in values.items() if not isinstance(one, str)), None)
+    if not isinstance(entry, str):
+        return None
+    if values[entry] is None:
+        return f"{entry!r} has no value; put a space after the colon, as in {{name: value}}"
+    return f"{entry!r} cannot be {shown(values[entry])}"
 
 
 class EntryProblem(NamedTuple):

@@ -200,7 +200,7 @@ def _similarity(word: str, key: str, *, above: float) -> float:
 
 
 def _ratio(one: str, other: str, *, above: float) -> float:
-    """SequenceMatcher's ratio, 0 to 1; 0 where a quick upper bound is not above `above`."""
+    """SequenceMatcher's ratio, 0 to 1; 0 if a quick upper bound is not above `above`."""
     if 2 * min(len(one), len(other)) <= above * (len(one) + len(other)):
         return 0.0
     matcher = SequenceMatcher(None, one, other, autojunk=False)

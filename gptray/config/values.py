@@ -35,7 +35,7 @@ class Section(BaseModel):
         yield from ()
 
     @model_validator(mode="after")
-    def _goes_together(self) -> Self:
+    def _check_rules(self) -> Self:
         for sentence in self.broken_rules():
             raise ValueError(sentence)
         return self

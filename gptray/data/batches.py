@@ -131,9 +131,9 @@ def declared_schema(file: SourceFile, prompt_column: str) -> pa.Schema | None:
         schema = pa.schema([(prompt_column, pa.string())])
     else:
         return None
-    twice = _twice(schema.names)
-    if twice is not None:
-        raise UserError(f"{file.name}: two columns are named {twice!r}; rename one")
+    duplicate = _first_duplicate(schema.names)
+    if duplicate is not None:
+        raise UserError(f"{file.name}: two columns are named {duplicate!r}; rename one")
     return schema
 
 
@@ -194,7 +194,7 @@ def _object(pairs: list[tuple[str, object]]) -> Values:
     """A JSON object as a dict. Raises ValueError for a duplicate key."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"duplicate key {_twice(name for name, _ in pairs)!r}")
+        raise ValueError(f"duplicate key {_first_duplicate(name for name, _ in pairs)!r}")
     return values
 
 
@@ -277,6 +277,6 @@ def _is_readable(value: pa.Scalar) -> bool:
     return True
 
 
-def _twice(names: Iterable[str]) -> str | None:
+def _first_duplicate(names: Iterable[str]) -> str | None:
     """The first duplicate name."""
     return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -67,7 +67,7 @@ def _closed(text: str, fresh: bool) -> Iterator[Part]:
 
 
 def _ready(held: str, stop: int) -> int:
-    """How much of held[:stop] can be passed on: never all, since the last part is marked.
+    """How much of held[:stop] can be passed on: never all, as the last part is marked.
 
     Long text without a boundary is passed on too.
     """

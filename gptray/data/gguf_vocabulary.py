@@ -68,7 +68,7 @@ def gguf_vocabulary(
             "with model.resize_vocab=true first"
         )
     parts = tokenizer.parts()
-    refused = _unlike_in_text(parts)
+    refused = _context_dependent(parts)
     if refused:
         raise UserError(f"llama.cpp cannot match {refused!r} in text as this tokenizer does")
     special = tokenizer.special_ids
@@ -244,7 +244,7 @@ def _types(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> list[int]:
     return [*types, *[UNUSED] * (rows - len(types))]
 
 
-def _unlike_in_text(parts: TokenizerParts) -> str | None:
+def _context_dependent(parts: TokenizerParts) -> str | None:
     """An added token whose match in text depends on the characters around it, if any."""
     for one in parts["added_tokens"]:
         if not one["special"] and (one["lstrip"] or one["rstrip"] or one["single_word"]):

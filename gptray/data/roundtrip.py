@@ -180,22 +180,24 @@ def _is_byte_level(parts: TokenizerParts) -> bool:
         and not model.get("end_of_word_suffix")
         and isinstance(vocab, dict)
         and _ALPHABET.keys() <= vocab.keys()
-        and _only_cuts(parts["pre_tokenizer"])
+        and _only_splits(parts["pre_tokenizer"])
         and all(map(_is_plain, parts["added_tokens"]))
     )
 
 
-def _only_cuts(step: Step | None) -> bool:
+def _only_splits(step: Step | None) -> bool:
     """Whether a pre-tokenizer only splits text before its bytes are mapped, adding no space."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False}:
             return True
         case {"type": "Sequence", "pretokenizers": [*cuts, dict(last)]}:
-            return _only_cuts(last) and last["type"] == "ByteLevel" and all(map(_cuts, cuts))
+            return (
+                _only_splits(last) and last["type"] == "ByteLevel" and all(map(_keeps_text, cuts))
+            )
     return False
 
 
-def _cuts(step: Step) -> bool:
+def _keeps_text(step: Step) -> bool:
     kept = str(step.get("behavior", "")).lower() in _KEEPS_ALL
     return (step["type"] == "Split" and kept) or step["type"] == "Digits"
 

@@ -66,7 +66,7 @@ def unigram_fields(
             "llama.cpp's unigram tokenizer needs an unknown token and has no byte fallback"
         )
     score = dict(model["vocab"])
-    charsmap, merges_spaces = _normalizing(parts["normalizer"])
+    charsmap, merges_spaces = _normalizer(parts["normalizer"])
     prefix = _prefix(parts, None, names)
     return {
         "model": "t5",
@@ -105,7 +105,7 @@ def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]
     raise UserError("llama.cpp does not treat spaces as this tokenizer does")
 
 
-def _normalizing(step: Step | None) -> tuple[bytes | None, bool]:
+def _normalizer(step: Step | None) -> tuple[bytes | None, bool]:
     """SentencePiece's character map, and whether repeated spaces become one."""
     match step:
         case None:

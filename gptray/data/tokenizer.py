@@ -133,7 +133,7 @@ class Tokenizer:
         put_together = self.written_names.put_together
         if self._characters is None and put_together(chat) == chat:
             # In one go, as transformers does: the start of the text and spaces beside names matter.
-            return self._encode_by(self._names_reader, [chat])[0]
+            return self._encode_by(self._special_parser, [chat])[0]
         encoded = (
             [part] if isinstance(part, int) else self.encode(put_together(part))
             for part in self.written_names.parts(chat)
@@ -141,12 +141,12 @@ class Tokenizer:
         return [number for ids in encoded for number in ids]
 
     @cached_property
-    def _names_reader(self) -> tokenizers.Tokenizer:
+    def _special_parser(self) -> tokenizers.Tokenizer:
         """A copy of the backend that parses the names of special tokens."""
-        reader = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        if self.eos_id not in reader.get_added_tokens_decoder():
-            reader.add_special_tokens([self.eos_token])
-        return reader
+        parser = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        if self.eos_id not in parser.get_added_tokens_decoder():
+            parser.add_special_tokens([self.eos_token])
+        return parser
 
     @cached_property
     def written_names(self) -> WrittenNames:

@@ -39,7 +39,7 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     known = [name for name in WELL_KNOWN_ENDS if name in _added(backend)]
     if len(known) != 1:
         raise _no_end(backend, folder, source)
-    _tell_once(
+    _warn_once(
         f"data.tokenizer={source} names no end-of-text token; using {known[0]!r} (set "
         "data.eos_token to choose another)"
     )
@@ -94,7 +94,7 @@ def _end_of_model(folder: Path, backend: tokenizers.Tokenizer) -> str | None:
 
 
 @cache
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 

@@ -121,7 +121,7 @@ def trained_count(base: Base, lora: LoraConfig) -> int:
 def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
     """The adapter_config.json for PEFT's LoraConfig."""
     replaced = _last_names(replaced_parts(base, lora.train))
-    if writes_copy(base, lora):
+    if needs_head_copy(base, lora):
         replaced.append(_HEAD)
     return {
         "peft_type": "LORA",
@@ -140,7 +140,7 @@ def peft_config(base: Base, lora: LoraConfig) -> dict[str, object]:
     }
 
 
-def writes_copy(base: Base, lora: LoraConfig) -> bool:
+def needs_head_copy(base: Base, lora: LoraConfig) -> bool:
     """Whether the folder needs a copy of the embedding as head, lest PEFT untie a tied one."""
     return "embeddings" in lora.train and base.config.tie_word_embeddings
 

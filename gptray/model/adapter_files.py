@@ -29,9 +29,9 @@ from gptray.model.adapter import (
     Base,
     adapted_parts,
     module_of,
+    needs_head_copy,
     peft_config,
     replaced_parts,
-    writes_copy,
 )
 from gptray.model.adapter_folder import Adapter, check_products, open_adapter
 from gptray.model.frozen_base import load_base
@@ -86,11 +86,11 @@ def save_adapter(model: GPT, folder: Path, base: Base, lora: LoraConfig) -> None
     for part in adapted_parts(base, lora.targets):
         a, b = _pair(model, part)
         tensors[PREFIX + module_of(part) + A] = a
-        tensors[PREFIX + module_of(part) + B] = _rows(b, part, model.config, to_file)
+        tensors[PREFIX + module_of(part) + B] = _reordered(b, part, model.config, to_file)
     for part in replaced_parts(base, lora.train):
         weight = parameters[part.parameter].detach()[part.start : part.start + part.rows]
         tensors[PREFIX + part.name] = to_file(weight, part, model.config)
-    if writes_copy(base, lora):
+    if needs_head_copy(base, lora):
         tensors[PREFIX + HEAD] = model.head.detach()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     metadata = {"format": "pt", BASE_SHA256: base.sha256, BASE_QUANTIZED: base.quantized}
@@ -117,8 +117,8 @@ def load_adapter(model: GPT, folder: Path, base: Base) -> None:
         a, b = _pair(model, part)
         name = PREFIX + module_of(part)
         a.copy_(stored[name + A])
-        b.copy_(_rows(stored[name + B], part, model.config, from_file))
-    for part, weight in _own(adapter.replaced, parameters):
+        b.copy_(_reordered(stored[name + B], part, model.config, from_file))
+    for part, weight in _present(adapter.replaced, parameters):
         weight.copy_(from_file(stored[PREFIX + part.name], part, model.config))
 
 
@@ -198,7 +198,7 @@ def load_low_rank(base: Base, adapter: Adapter) -> dict[str, LowRank]:
         a, b = torch.cat(each), torch.zeros(outputs[parameter], sum(map(len, each)))
         for part, ranks in zip(own, torch.split(b, list(map(len, each)), 1), strict=True):
             narrow = stored[PREFIX + module_of(part) + B].float()
-            rows = _rows(narrow, part, base.config, from_file)
+            rows = _reordered(narrow, part, base.config, from_file)
             ranks[part.start : part.start + part.rows] = adapter.lora_of(part).scale * rows
         found[parameter] = LowRank(a, b)
     return found
@@ -221,11 +221,14 @@ def _pair(model: GPT, part: Part) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rows(
-    b: Tensor, part: Part, config: ModelConfig, turn: Callable[[Tensor, Part, ModelConfig], Tensor]
+def _reordered(
+    b: Tensor,
+    part: Part,
+    config: ModelConfig,
+    convert: Callable[[Tensor, Part, ModelConfig], Tensor],
 ) -> Tensor:
     """B with its outputs in the file's or the network's order; B is never transposed."""
-    return turn(b, part, config) if part.layout == "by_head" else b
+    return convert(b, part, config) if part.layout == "by_head" else b
 
 
 @torch.no_grad()
@@ -236,18 +239,20 @@ def _merge(
     config = base.config
     if adapter.quantized != "none":
         importance = base_importance(base, adapter.quantized)
-        for part, weight in _own(base.linear, parameters):
+        for part, weight in _present(base.linear, parameters):
             counts = importance.get(part.parameter)
             weight.copy_(quantize(weight, adapter.quantized, counts).dequantize())
-    for part, weight in _own(adapter.adapted, parameters):
+    for part, weight in _present(adapter.adapted, parameters):
         name = PREFIX + module_of(part)
-        b = _rows(stored[name + B], part, config, from_file)
+        b = _reordered(stored[name + B], part, config, from_file)
         weight.addmm_(b.float(), stored[name + A].float(), alpha=adapter.lora_of(part).scale)
-    for part, weight in _own(adapter.replaced, parameters):
+    for part, weight in _present(adapter.replaced, parameters):
         weight.copy_(from_file(stored[PREFIX + part.name], part, config))
 
 
-def _own(parts: Iterable[Part], parameters: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
+def _present(
+    parts: Iterable[Part], parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[Part, Tensor]]:
     """Yield the parts that lie in `parameters`, each with its rows."""
     for part in parts:
         if part.parameter in parameters:

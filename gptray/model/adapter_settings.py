@@ -67,7 +67,7 @@ def own_settings(
     alphas = _by_pattern(path, raw, "alpha_pattern", _alpha)
     found = {}
     for module in modules:
-        own = {"rank": _first_fit(ranks, module), "alpha": _first_fit(alphas, module)}
+        own = {"rank": _first_match(ranks, module), "alpha": _first_match(alphas, module)}
         if changes := {key: value for key, value in own.items() if value is not None}:
             found[module] = lora.model_copy(update=changes)
     return found
@@ -90,5 +90,5 @@ def _by_pattern(
     return found
 
 
-def _first_fit(numbers: Mapping[re.Pattern[str], float], module: str) -> float | None:
+def _first_match(numbers: Mapping[re.Pattern[str], float], module: str) -> float | None:
     return next((one for pattern, one in numbers.items() if pattern.match(module)), None)

@@ -75,7 +75,7 @@ def _mask(scores: Tensor, start: int, first: int, window: int) -> None:
 def _forward(given: Given) -> list[Tensor]:
     """The output (B, T, C), and for the backward pass the heads, then each block's probabilities
     and, with dropout, its mask."""
-    (qkv,), (n_head, dropout, window) = given.tensors, _read(given.numbers)
+    (qkv,), (n_head, dropout, window) = given.tensors, _settings(given.numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     heads = _heads(qkv, n_head)
     q, k, v = heads.unbind(0)
@@ -97,7 +97,7 @@ def _forward(given: Given) -> list[Tensor]:
 
 def _backward(grad: Tensor, given: Given, saved: list[Tensor]) -> list[Tensor]:
     """The gradient of qkv (B, T, 3C): four GEMMs per block, none to recompute the scores."""
-    (heads, *kept), (H, dropout, window) = saved, _read(given.numbers)
+    (heads, *kept), (H, dropout, window) = saved, _settings(given.numbers)
     q, k, v = heads.unbind(0)
     B, T, D = grad.size(0), q.size(1), q.size(2)
     grad = grad.reshape(B, T, H, D).transpose(1, 2).reshape(B * H, T, D)
@@ -123,7 +123,7 @@ def _backward(grad: Tensor, given: Given, saved: list[Tensor]) -> list[Tensor]:
 
 
 def _shapes(given: Given) -> list[Tensor]:
-    (qkv,), (n_head, dropout, window) = given.tensors, _read(given.numbers)
+    (qkv,), (n_head, dropout, window) = given.tensors, _settings(given.numbers)
     B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
     blocks = _blocks(T, window)
     shapes = [(B * n_head, stop - start, stop - first) for start, stop, first in blocks]
@@ -131,7 +131,7 @@ def _shapes(given: Given) -> list[Tensor]:
     return [qkv.new_empty(B, T, C), qkv.new_empty(3, B * n_head, T, C // n_head), *kept]
 
 
-def _read(numbers: list[float]) -> tuple[int, float, int]:
+def _settings(numbers: list[float]) -> tuple[int, float, int]:
     """The number of heads, dropout, and the window or 0."""
     n_head, dropout, window = numbers
     return int(n_head), dropout, int(window)

@@ -40,7 +40,7 @@ class SoftTargets:
     share: float
 
 
-def taught_cross_entropy(
+def distillation_loss(
     x: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets, *, valid: int
 ) -> Tensor:
     """The loss to minimise, and that of the text alone: (2,) fp32; only the first has a gradient.
@@ -49,7 +49,7 @@ def taught_cross_entropy(
     (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T); the
     second is the cross-entropy with the target. Arguments as in `linear_cross_entropy`.
     """
-    losses: Tensor = _TaughtCrossEntropy.apply(x, weight, targets, soft, valid)  # type: ignore[no-untyped-call]
+    losses: Tensor = _DistillationLoss.apply(x, weight, targets, soft, valid)  # type: ignore[no-untyped-call]
     return losses
 
 
@@ -63,7 +63,7 @@ def _teachers_probabilities(soft: SoftTargets, rows: slice, valid: int) -> Tenso
     return total.div_(len(soft.hidden))
 
 
-class _TaughtCrossEntropy(torch.autograd.Function):
+class _DistillationLoss(torch.autograd.Function):
     """Computes the gradient in the forward pass, as `linear_cross_entropy` does."""
 
     @staticmethod

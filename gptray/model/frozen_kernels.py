@@ -53,7 +53,7 @@ def _forward(
     """The output, the activation's slopes if there is one, and u = x A^T (..., R)."""
     weight, u, up = _weight(layer, x), x.new_empty(*x.shape[:-1], 0), None
     if layer.adapters:
-        u, up = product(_read(x, layer.adapters), _down(layer.adapters)), _up(layer)
+        u, up = product(_dropped_out(x, layer.adapters), _down(layer.adapters)), _up(layer)
     rows, K = weight.shape
     N, M = rows // 2 if activation == SWIGLU else rows, x.numel() // K
     y, slopes = x.new_empty(*x.shape[:-1], N), None
@@ -80,7 +80,7 @@ def _backward(
     grads = list[Tensor]()
     if adapters:
         grad_u, down, mask = input_gradient(grad, _up(layer)), _down(adapters), adapters.mask
-        (grad_a,) = weight_gradients(grad_u, _read(x, adapters), has_bias=False)
+        (grad_a,) = weight_gradients(grad_u, _dropped_out(x, adapters), has_bias=False)
         (grad_b,) = weight_gradients(u, grad, has_bias=False)
         grads = [grad_a[: len(adapters.a)], _adapted(grad_b, adapters)]
     (N, K), R = weight.shape, u.size(-1)
@@ -96,7 +96,7 @@ def _weight(layer: FrozenLayer, x: Tensor) -> Tensor:
     return whole.contiguous()
 
 
-def _read(x: Tensor, adapters: Adapters) -> Tensor:
+def _dropped_out(x: Tensor, adapters: Adapters) -> Tensor:
     return x if adapters.mask is None else x * adapters.mask
 
 

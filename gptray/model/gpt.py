@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
 from gptray.model.attention import causal_attention
-from gptray.model.distillation import SoftTargets, taught_cross_entropy
+from gptray.model.distillation import SoftTargets, distillation_loss
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
 from gptray.model.quantized_linear import QuantizedLinear
@@ -271,7 +271,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) for idx (B, T), or with targets (B, T) the mean cross-entropy in fp32.
 
-        With `soft` targets, two losses: see `taught_cross_entropy`. Padding has logits of -inf.
+        With `soft` targets, two losses: see `distillation_loss`. Padding has logits of -inf.
         """
         x, weight, valid = self.hidden(idx), self.head, self.valid_vocab_size
         if targets is None:
@@ -281,7 +281,7 @@ class GPT(nn.Module):
             return logits
         rows, targets = x.flatten(0, 1), targets.flatten()  # (B T, C), (B T)
         if soft:
-            return taught_cross_entropy(rows, weight, targets, soft, valid=valid)
+            return distillation_loss(rows, weight, targets, soft, valid=valid)
         return self.head_loss(rows, weight, targets, valid=valid, native=self.native_head)
 
     @torch.no_grad()

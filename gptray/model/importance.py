@@ -50,7 +50,7 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
     x, angles = _embedded(model)
     for layer, block in enumerate(model.transformer.h):
         hooks = [
-            module.register_forward_pre_hook(_keeping(found, f"transformer.h.{layer}.{name}"))
+            module.register_forward_pre_hook(_recorder(found, f"transformer.h.{layer}.{name}"))
             for name, module in block.named_modules()
             if isinstance(module, Linear)
         ]
@@ -103,14 +103,14 @@ def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     return x + model.full_tensor(transformer.wpe.weight)[:length], None
 
 
-def _keeping(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+def _recorder(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
     """A hook that records the importance of a linear layer's inputs."""
 
-    def keep(_: nn.Module, read: tuple[Tensor]) -> None:
+    def record(_: nn.Module, read: tuple[Tensor]) -> None:
         energy = read[0].flatten(0, -2).square().mean(0)
         shares = energy / energy.mean().log2().round().exp2()
         # If all inputs are 0, or one is not finite, all count the same.
         shares = shares.nan_to_num(nan=1.0).clamp_min(_LEAST)
         found[f"{name}.weight"] = shares.log2().round().exp2().float()
 
-    return keep
+    return record

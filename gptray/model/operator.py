@@ -65,7 +65,7 @@ class Operator:
 
             @staticmethod
             def backward(ctx: OperatorContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-                found = backward(grads[0], *_kept(ctx))
+                found = backward(grads[0], *_saved(ctx))
                 return None, None, *found, *[None] * ctx.constant_count
 
         @torch.library.custom_op(f"gptray::{name}", mutates_args=())
@@ -84,7 +84,7 @@ class Operator:
         def differentiate(
             ctx: OperatorContext, grads: Tensors
         ) -> tuple[Tensors, list[None], list[None] | None]:
-            (tensors, constants, numbers), kept = _kept(ctx)
+            (tensors, constants, numbers), kept = _saved(ctx)
             found = compiled_backward(grads[0], tensors, constants, kept, numbers)
             # PyTorch takes an empty list of numbers for a list of tensors.
             return found, [None] * ctx.constant_count, None if ctx.numbers else []
@@ -111,7 +111,7 @@ def _like_inputs(grad: Tensor, inputs: Tensors, *rest: object) -> Tensors:
     return [x.new_empty(x.shape) for x in inputs]
 
 
-def _kept(ctx: OperatorContext) -> tuple[Given, Tensors]:
+def _saved(ctx: OperatorContext) -> tuple[Given, Tensors]:
     """The arguments, and the tensors that forward saved."""
     saved, stop = list(ctx.saved_tensors), ctx.count + ctx.constant_count
     return Given(saved[: ctx.count], saved[ctx.count : stop], ctx.numbers), saved[stop:]

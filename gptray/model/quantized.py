@@ -51,8 +51,8 @@ class QuantizedWeight:
     """A weight (out, in) in `kind`, int8, int4 or iq4_nl.
 
     values: int8 (out, in). For 4 bits (out, in / 2, rounded up), two codes per byte, the first in
-    the
-    lower half: for int4 uint8, a code is the value plus 8; for iq4_nl int8, an index of CODES.
+        the lower half: for int4 uint8, a code is the value plus 8; for iq4_nl int8, an index of
+        CODES.
     scales: fp16 (out, groups); the last group may be short.
     """
 

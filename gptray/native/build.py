@@ -62,7 +62,7 @@ def build_library(*, key: str) -> Path:
         raise RunFailed(f"{why}; set {key}=torch to do without it")
     remedy = f"set XDG_CACHE_HOME to another folder, or {key}=torch to do without it"
     name, folder = library_name(), cache_folder()
-    _close(folder)
+    _make_private(folder)
     found = cached_library(name)
     if found:
         return found
@@ -163,7 +163,7 @@ def cached_library(name: str) -> Path | None:
     return None
 
 
-def _close(folder: Path) -> None:
+def _make_private(folder: Path) -> None:
     """Remove other users' permission to write to the user's own cache folder."""
     if _is_own(folder) and _not_private(folder):
         with suppress(OSError):  # the folder is then refused on use

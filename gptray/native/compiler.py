@@ -43,12 +43,12 @@ def options(*, tiles: bool) -> tuple[str, ...]:
 
 def uses_tiles() -> bool:
     """Whether the native library can use tiles: processor, Linux and compiler support them."""
-    return may_use_tiles() and _knows_tiles(tuple(compiler()))
+    return may_use_tiles() and _accepts_tiles(tuple(compiler()))
 
 
 @cache
-def _knows_tiles(command: tuple[str, ...]) -> bool:
-    if _knows(command, options(tiles=True)):
+def _accepts_tiles(command: tuple[str, ...]) -> bool:
+    if _accepts(command, options(tiles=True)):
         return True
     log.warning(
         "the native library is built without AMX: the compiler %s does not support %s",
@@ -58,7 +58,7 @@ def _knows_tiles(command: tuple[str, ...]) -> bool:
     return False
 
 
-def _knows(command: Sequence[str], asked: Sequence[str]) -> bool:
+def _accepts(command: Sequence[str], asked: Sequence[str]) -> bool:
     """Whether a compiler accepts these options."""
     line = [*command, *asked, "-E", "-x", "c++", os.devnull]
     return subprocess.run(line, capture_output=True, check=False).returncode == 0
@@ -75,7 +75,7 @@ def why_no_library() -> str | None:
     if shutil.which(command[0]) is None:
         return f"there is no C++ compiler {command[0]} on this machine"
     asked = options(tiles=False)
-    if not _knows(command, asked):
+    if not _accepts(command, asked):
         return f"the compiler {shlex.join(command)} does not support {' '.join(asked)}"
     return None
 

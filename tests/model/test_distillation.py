@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gptray.model import loss as module
-from gptray.model.distillation import SoftTargets, taught_cross_entropy
+from gptray.model.distillation import SoftTargets, distillation_loss
 from gptray.model.loss import UNCOUNTED, linear_cross_entropy
 
 N, C, V, VALID = 23, 16, 31, 29
@@ -36,7 +36,7 @@ def test_pieces_equal_the_formula_of_whole_logits(
         ],
     )
     soft = SoftTargets(hidden, heads, share)
-    losses = taught_cross_entropy(x, weight, targets, soft, valid=VALID)
+    losses = distillation_loss(x, weight, targets, soft, valid=VALID)
     (3 * losses[0]).backward()  # type: ignore[no-untyped-call]
     ours = [losses.detach(), x.grad, weight.grad]
 
@@ -58,5 +58,5 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     x, weight = some(N, C, seed=0).requires_grad_(), some(V, C, seed=1)
     targets = torch.zeros(N, dtype=torch.int64)
     soft = SoftTargets([some(N, 8, seed=3)], [some(V, 8, seed=5)], 0.5)
-    taught_cross_entropy(x, weight, targets, soft, valid=V)[0].backward()  # type: ignore[no-untyped-call]
+    distillation_loss(x, weight, targets, soft, valid=V)[0].backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and bool(x.grad.abs().sum() > 0)
