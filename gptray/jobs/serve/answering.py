@@ -63,7 +63,7 @@ class Answering:
         except (UserError, RunFailed) as error:
             if self._model is None:
                 raise
-            log.error("%s stays: %s", self._model["model"], error)
+            log.error("still serving %s: %s", self._model["model"], error)
             return
         if self._watching:
             self._watching.cancel()
