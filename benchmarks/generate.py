@@ -41,6 +41,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp": "swiglu", "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False,
     },
 }  # fmt: skip
+SHAPES["tiny-llama"] = SHAPES["llama-135m"] | {
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 64,
+}
 N_POSITIONS = 1024
 # Prompts are drawn from this many words.
 WORDS = 49_000
@@ -68,11 +74,11 @@ OF_BACKENDS = (
 Run = Callable[[int, int], None]
 
 
-def prompts(batch: int, salt: int) -> list[list[int]]:
+def prompts(batch: int, salt: int, length: int = PROMPT_TOKENS) -> list[list[int]]:
     import numpy as np
 
     rng = np.random.default_rng(salt)
-    return cast(list[list[int]], rng.integers(WORDS, size=(batch, PROMPT_TOKENS)).tolist())
+    return cast(list[list[int]], rng.integers(WORDS, size=(batch, length)).tolist())
 
 
 def gptray_run(model_dir: str, precision: str) -> Run:

@@ -11,8 +11,8 @@ facts: the GPU's GEMM rate, memory bandwidth and attention kernels, with and wit
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
     batch, on the GPU and on the CPU?
 train: GPT-2 124M's step against a loop like nanoGPT's and transformers' GPT-2, in turns.
-gen: decoding against transformers' generate and the bound set by memory bandwidth, and one step
-    under the profiler.
+gen: decoding with GPT-2 124M and SmolLM2's shape against transformers' generate and the bound set
+    by memory bandwidth, long prompts, and one step under the profiler.
 quant: matrix products with int8, int4 and iq4_nl weights, and the engine's steps with them, against
     bf16, for 1, 8, 32 and 256 sequences.
 serve: the engine thread with many streams, without HTTP.

@@ -30,6 +30,8 @@ from gptray.generation.settings import Sampling
 
 __all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder", "step_seconds"]
 
+# Tokens of a long prompt.
+LONG_PROMPT = 960
 # Generates for one batch.
 Run = Callable[[], None]
 
@@ -51,13 +53,35 @@ def generate(bench: Bench) -> None:
     bench.say(f"gen: a token after each of {batches[-1]} prompts: {seconds * 1e3:.2f} ms")
     for batch in (batches[0], batches[-1]):
         decode_step(bench, engine, batch)
+    del engine, peer
+    generate_llama(bench, batches, new_tokens)
 
 
-def contest(bench: Bench, engine: Engine, peer: Any, batch: int, new_tokens: int) -> None:
+def generate_llama(bench: Bench, batches: tuple[int, ...], new_tokens: int) -> None:
+    """The same with SmolLM2's shape, and with long prompts, of which attention is a good part."""
+    folder = model_folder(bench, "tiny-llama" if bench.tiny else "llama-135m")
+    engine = engine_of(bench, folder, max(batches), precision="bf16")
+    peer = transformers_model(bench, folder)
+    for batch in batches:
+        contest(bench, engine, peer, batch, new_tokens, of="llama, ")
+    contest(bench, engine, peer, batches[1], 1, of="llama, long prompts, ", length=LONG_PROMPT)
+    decode_step(bench, engine, batches[-1], of="llama, ")
+
+
+def contest(
+    bench: Bench,
+    engine: Engine,
+    peer: Any,
+    batch: int,
+    new_tokens: int,
+    *,
+    of: str = "",
+    length: int = PROMPT_TOKENS,
+) -> None:
     """Time both in turns: a warm-up round and three that count, including prefill."""
     runs = {
-        "gptray": gptray_run(engine, batch, new_tokens),
-        "transformers": transformers_run(bench, peer, batch, new_tokens),
+        "gptray": gptray_run(engine, batch, new_tokens, length),
+        "transformers": transformers_run(bench, peer, batch, new_tokens, length),
     }
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(2 if bench.tiny else 4):
@@ -69,20 +93,21 @@ def contest(bench: Bench, engine: Engine, peer: Any, batch: int, new_tokens: int
         seconds = float(np.median(times))
         rate, step = batch * new_tokens / seconds, seconds / new_tokens
         figures = {"tokens_per_s": round(rate, 1), "ms_per_step": round(step * 1e3, 3)}
-        bench.keep(f"gen: {name} bf16, B={batch}", figures)
-        bench.say(f"gen: {name + ' bf16':20} B={batch:<4}{rate:12,.0f} tok/s"
+        bench.keep(f"gen: {of}{name} bf16, B={batch}", figures)
+        bench.say(f"gen: {of + name + ' bf16':20} B={batch:<4}{rate:12,.0f} tok/s"
                   f"{step * 1e3:9.3f} ms a step, prompts included")  # fmt: skip
     ratios = [t / o for o, t in zip(taken["gptray"], taken["transformers"], strict=True)]
     ratio = round(float(np.median(ratios)), 2)
-    bench.keep(f"gen: gptray/transformers, B={batch}", ratio)
-    bench.say(f"gen: gptray/transformers  B={batch:<4}{ratio:12.2f} x")
+    bench.keep(f"gen: {of}gptray/transformers, B={batch}", ratio)
+    bench.say(f"gen: {of}gptray/transformers  B={batch:<4}{ratio:12.2f} x")
 
 
-def model_folder(bench: Bench) -> Path:
-    """A folder of GPT-2 124M with random weights, made once."""
-    folder = bench.scratch / "model"
+def model_folder(bench: Bench, shape: str = "") -> Path:
+    """A folder of a model with random weights, GPT-2 124M by default, made once."""
+    shape = shape or ("tiny" if bench.tiny else "124m")
+    folder = bench.scratch / shape
     if not folder.exists():
-        make_model("tiny" if bench.tiny else "124m", folder)
+        make_model(shape, folder)
     return folder
 
 
@@ -100,13 +125,13 @@ def engine_of(
     return engine
 
 
-def gptray_run(engine: Engine, batch: int, new_tokens: int) -> Run:
+def gptray_run(engine: Engine, batch: int, new_tokens: int, length: int = PROMPT_TOKENS) -> Run:
     sampling = Sampling(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, top_k=TOP_K, ignore_eos=True
     )
 
     def run() -> None:
-        done = engine.run([Sequence(ids, sampling) for ids in prompts(batch, 0)])
+        done = engine.run([Sequence(ids, sampling) for ids in prompts(batch, 0, length)])
         assert all(len(generation.tokens) == new_tokens for generation in done)
 
     return run
@@ -121,8 +146,8 @@ def transformers_model(bench: Bench, folder: Path) -> Any:
     return model.to(bench.device).eval()
 
 
-def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int) -> Run:
-    ids = torch.tensor(prompts(batch, 0), device=bench.device)
+def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int, length: int) -> Run:
+    ids = torch.tensor(prompts(batch, 0, length), device=bench.device)
 
     def run() -> None:
         hf_generate(model, ids, new_tokens)
@@ -139,15 +164,15 @@ def floor_seconds(bench: Bench, batch: int, new_tokens: int, bandwidth: float) -
     return 2 * (weights + batch * cached) / bandwidth
 
 
-def decode_step(bench: Bench, engine: Engine, batch: int) -> None:
+def decode_step(bench: Bench, engine: Engine, batch: int, *, of: str = "") -> None:
     """Time the steps of a full batch, and profile one."""
     seen: dict[str, Any] = {}
     seconds = step_seconds(
         bench, engine, batch, lambda: seen.update(profiled_step(bench, engine.step))
     )
-    bench.keep(f"gen: decode step, B={batch}", {"ms": round(seconds * 1e3, 3), **seen})
+    bench.keep(f"gen: {of}decode step, B={batch}", {"ms": round(seconds * 1e3, 3), **seen})
     words = ", ".join(f"{value} {what.replace('_', ' ')}" for what, value in seen.items())
-    bench.say(f"gen: decode step B={batch}: {seconds * 1e3:.2f} ms; of one profiled: {words}")
+    bench.say(f"gen: {of}decode step B={batch}: {seconds * 1e3:.2f} ms; of one profiled: {words}")
 
 
 def step_seconds(

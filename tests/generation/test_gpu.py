@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ SETTINGS = [
     {"repetition_penalty": 1.2, "top_k": 20},
     {"logprobs": 2},
 ]
+# Of GPT-2's network, and of Llama's with all that its families add.
+NETWORKS: list[dict[str, Any]] = [
+    {},
+    {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "n_head": 4, "n_kv_head": 2,
+     "qk_norm": True, "sliding_window": 90},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +86,9 @@ def test_random_numbers_are_those_of_a_cpu() -> None:
     assert torch.equal(numbers.cpu(), expected)
 
 
-def test_texts_in_fp32_are_those_of_a_cpu(tokenizer: Tokenizer) -> None:
-    model = random_gpt(tokenizer, n_embd=64, n_positions=200)
+@pytest.mark.parametrize("fields", NETWORKS, ids=str)
+def test_texts_in_fp32_are_those_of_a_cpu(fields: dict[str, Any], tokenizer: Tokenizer) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200, **fields)
     requests = requests_for(tokenizer, 64)
     expected = generated(model, tokenizer, requests, "torch")
     # With 64 slots a step reads several passes of prompts, with 16 none fills one.
@@ -93,11 +101,13 @@ def test_texts_in_fp32_are_those_of_a_cpu(tokenizer: Tokenizer) -> None:
             assert [d.token for d in one.scored] == [d.token for d in other.scored]
 
 
+@pytest.mark.parametrize("fields", NETWORKS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_to_the_bit_those_of_a_row_alone(
-    tokenizer: Tokenizer, dtype: torch.dtype
+    tokenizer: Tokenizer, dtype: torch.dtype, fields: dict[str, Any]
 ) -> None:
-    model = random_gpt(tokenizer, n_layer=3, n_embd=60, n_head=4, n_positions=200).cuda()
+    shape: dict[str, Any] = {"n_layer": 3, "n_embd": 56, "n_head": 4, "n_positions": 200} | fields
+    model = random_gpt(tokenizer, **shape).cuda()
     prompts = [list(request.prompt) for request in requests_for(tokenizer, 40)]
 
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
@@ -111,8 +121,11 @@ def test_logits_are_to_the_bit_those_of_a_row_alone(
         assert torch.equal(logits_of([prompts[i]])[0], together[i])
 
 
-def test_a_text_in_bf16_does_not_depend_on_its_neighbours(tokenizer: Tokenizer) -> None:
-    model = random_gpt(tokenizer, n_embd=64, n_positions=200).cuda()
+@pytest.mark.parametrize("fields", NETWORKS, ids=str)
+def test_a_text_in_bf16_does_not_depend_on_its_neighbours(
+    fields: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200, **fields).cuda()
     requests = requests_for(tokenizer, 40)
     together = generated(model, tokenizer, requests, "graph", dtype=torch.bfloat16)
     engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
