@@ -18,13 +18,14 @@ class Family:
     """A family of networks: Hugging Face's names to GGUF's; weights without .weight and .bias.
 
     model_type, architecture: Hugging Face's and llama.cpp's name of it. numbers: of config.json, to
-    what follows the architecture in GGUF's keys. layers: what stands before a block's number.
-    names: what is outside of blocks; in_block: what is in one. biased: of in_block, linear layers
-    that may have a bias there. transposed: linear layers that Hugging Face stores (in, out), and
-    GGUF (out, in). rotated: rows of heads that GGUF has pair by pair, first half and second half
-    in turns, to config.json's number of the heads. by_head: rows of queries, keys and values that
-    Hugging Face has head by head, GGUF kind by kind. whole: of names, tables that llama.cpp keeps
-    in fp32. is_rotary: its positions have the numbers of `gptray.gguf_network`. is_strict:
+    what follows the architecture in GGUF's keys; optional: those that a file may leave out. layers:
+    what stands before a block's number. names: what is outside of blocks; in_block: what is in one.
+    biased: of in_block, linear layers that may have a bias there. transposed: linear layers that
+    Hugging Face stores (in, out), and GGUF (out, in). rotated: rows of heads that GGUF has pair by
+    pair, first half and second half in turns, to config.json's number of the heads. by_head: rows
+    of queries, keys and values that Hugging Face has head by head, GGUF kind by kind. whole: of
+    names, tables that llama.cpp keeps in fp32. scalings: of rotary positions, those that llama.cpp
+    computes. is_rotary: its positions have the numbers of `gptray.gguf_network`. is_strict:
     llama.cpp asks for every bias, and for a head even if it is the embedding.
     """
 
@@ -34,11 +35,13 @@ class Family:
     layers: str
     names: Mapping[str, str]
     in_block: Mapping[str, str]
+    optional: Mapping[str, str] = field(default_factory=dict)
     biased: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     rotated: Mapping[str, str] = field(default_factory=dict)
     by_head: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    scalings: tuple[str, ...] = ("linear", "yarn")
     is_rotary: bool = True
     is_strict: bool = False
 
@@ -147,8 +150,21 @@ _LLAMA = Family(
         "self_attn.q_proj": "num_attention_heads",
         "self_attn.k_proj": "num_key_value_heads",
     },
+    scalings=("linear", "yarn", "llama3"),
 )
-_QWEN2 = replace(_LLAMA, model_type="qwen2", architecture="qwen2", biased=_QKV, rotated={})
+_QWEN2 = replace(
+    _LLAMA,
+    model_type="qwen2",
+    architecture="qwen2",
+    biased=_QKV,
+    rotated={},
+    scalings=("linear", "yarn"),
+)
+_NORMED = {
+    **_LLAMA.in_block,
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
 
 # The first of an architecture is what its files are read as.
 FAMILIES = (
@@ -160,11 +176,7 @@ FAMILIES = (
         _QWEN2,
         model_type="qwen3",
         architecture="qwen3",
-        in_block={
-            **_LLAMA.in_block,
-            "self_attn.q_norm": "attn_q_norm",
-            "self_attn.k_norm": "attn_k_norm",
-        },
+        in_block=_NORMED,
         biased=(),
     ),
     Family(
@@ -193,6 +205,42 @@ FAMILIES = (
         + ("mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm"),
         by_head=("attention.query_key_value",),
         is_strict=True,
+    ),
+    # llama.cpp leaves out the positions of every fourth layer; so does a config.json without
+    # no_rope_layers.
+    replace(
+        _LLAMA, model_type="smollm3", architecture="smollm3", biased=(), scalings=("linear", "yarn")
+    ),
+    replace(
+        _LLAMA,
+        model_type="exaone4",
+        architecture="exaone4",
+        optional={"sliding_window": "attention.sliding_window"},
+        in_block={
+            **{name: one for name, one in _NORMED.items() if name != "input_layernorm"},
+            "post_attention_layernorm": "post_attention_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        biased=(),
+        rotated={},
+    ),
+    replace(
+        _LLAMA,
+        model_type="phi3",
+        architecture="phi3",
+        numbers={key: name for key, name in _LLAMA.numbers.items() if key != "head_dim"},
+        optional={"sliding_window": "attention.sliding_window"},
+        in_block={
+            "input_layernorm": "attn_norm",
+            "self_attn.qkv_proj": "attn_qkv",
+            "self_attn.o_proj": "attn_output",
+            "post_attention_layernorm": "ffn_norm",
+            "mlp.gate_up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
+        },
+        biased=(),
+        rotated={},
+        scalings=("longrope",),
     ),
 )
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))

@@ -74,7 +74,7 @@ def weights_of(
     """
     family, found = family_of_file(fields), dict[str, Weight]()
     for entry in entries:
-        if entry.name == FACTORS or (entry.name == HEAD and config["tie_word_embeddings"]):
+        if entry.name in FACTORS or (entry.name == HEAD and config["tie_word_embeddings"]):
             continue
         named = family.hf_name(entry.name)
         if named is None:
@@ -103,14 +103,17 @@ def has_own_head(path: Path, entries: Sequence[Entry]) -> bool:
     return not all(np.array_equal(one, other) for one, other in pairs)
 
 
-def rotary_factors(path: Path, entries: Sequence[Entry]) -> list[float] | None:
-    """The tensor of Llama 3's scaling. Raises UserError for one of an absurd size."""
-    entry = next((entry for entry in entries if entry.name == FACTORS), None)
-    if entry is None:
-        return None
-    if len(entry.shape) != 1 or entry.shape[0] > _MOST_FACTORS or entry.kind:
-        raise UserError(f"{FACTORS} has shape {list(entry.shape)}")
-    return [float(one) for part in _parts(path, Weight(entry, False, None)) for one in part.flat]
+def rotary_tensors(path: Path, entries: Sequence[Entry]) -> dict[str, list[float]]:
+    """The tensors of FACTORS that there are. Raises UserError for one of an absurd size."""
+    found = {}
+    for entry in entries:
+        if entry.name not in FACTORS:
+            continue
+        if len(entry.shape) != 1 or entry.shape[0] > _MOST_FACTORS or entry.kind:
+            raise UserError(f"{entry.name} has shape {list(entry.shape)}")
+        parts = _parts(path, Weight(entry, False, None))
+        found[entry.name] = [float(one) for part in parts for one in part.flat]
+    return found
 
 
 def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> None:

@@ -48,6 +48,7 @@ ALIASES = {
     "model.rope_scaling": "rope_parameters",
     "model.mlp": "activation activation_function hidden_act mlp_class act_fn",
     "model.qkv_bias": "attention_bias bias qkv_proj_bias",
+    "model.no_rope_layers": "no_rope_layer_interval nope_layers",
     "model.qk_norm": "query_key_norm use_qk_norm norm_qk",
     "model.sliding_window": "sliding_window_size attention_window window_size",
     "model.layer_types": "sliding_window_pattern attention_types",

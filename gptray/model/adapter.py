@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.model.families import Family
+from gptray.model.family import Family
 from gptray.model.hf_config import family_in
 from gptray.model.parameters import HEAD, Part, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256

@@ -7,55 +7,10 @@ transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from gptray.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of config.json: its default where a file leaves it out.
-
-    words: what values of a choice are called there, several times where they have several names.
-    also: further keys that are written with the same value.
-    """
-
-    name: str
-    default: object
-    words: Mapping[str, str] | None = None
-    also: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model_type.
-
-    architecture: transformers' class; None: transformers does not know it. keys: the fields of
-    ModelConfig that it leaves open. always: those that it does not. fixed: what else a file may
-    say, since this network does it; the first value is the default. windows: how sliding windows
-    are written. rope_base, rope_part: of rotary positions, for files without rope_parameters; no
-    rope_part: whole heads are rotated. prefix, layers: what names of weights and of layers begin
-    with. modules: the modules of `gptray.model.parameters` -> theirs; several lie side by side in
-    ours. transposed: linear layers are stored (in, out). by_head: q, k and v are side by side for
-    each head, not each for all heads. even_heads: n_head must divide n_embd even with a head_dim.
-    """
-
-    architecture: str | None
-    keys: Mapping[str, Key]
-    always: Mapping[str, object]
-    modules: Mapping[str, tuple[str, ...]]
-    prefix: str
-    layers: str
-    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    windows: Literal["none", "all", "from a layer", "by layer"] = "none"
-    rope_base: str = "rope_theta"
-    rope_part: Key | None = None
-    transposed: bool = False
-    by_head: bool = False
-    even_heads: bool = False
-
+from gptray.model.family import Family, Key
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
@@ -199,7 +154,7 @@ GPT_NEOX = Family(
     },
     prefix="gpt_neox.",
     layers="layers.",
-    rope_base="rotary_emb_base",
+    rope_base=Key("rotary_emb_base", 10000.0),
     rope_part=Key("rotary_pct", 0.25),
     by_head=True,
 )
@@ -224,6 +179,48 @@ EXAONE4 = replace(
     even_heads=False,
 )
 
+SMOLLM3 = replace(
+    LLAMA,
+    architecture="SmolLM3ForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "vocab_size": Key("vocab_size", 128256),
+        "n_positions": Key("max_position_embeddings", 32768),
+        "n_embd": Key("hidden_size", 2048),
+        "n_layer": Key("num_hidden_layers", 36),
+        "n_head": Key("num_attention_heads", 16),
+        "n_kv_head": Key("num_key_value_heads", 4),
+        "no_rope_layers": Key("no_rope_layers", None),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    fixed={"use_sliding_window": (False,)},
+    rope_base=Key("rope_theta", 2000000.0),
+    unrotated=Key("no_rope_layer_interval", 4),
+    even_heads=False,
+)
+
+PHI3 = replace(
+    MISTRAL,
+    architecture="Phi3ForCausalLM",
+    keys={name: key for name, key in _LLAMA_KEYS.items() if name != "head_dim"}
+    | {
+        "vocab_size": Key("vocab_size", 32064),
+        "n_positions": Key("max_position_embeddings", 4096),
+        "n_embd": Key("hidden_size", 3072),
+        "n_inner": Key("intermediate_size", 8192),
+        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
+        "dropout": Key("resid_pdrop", 0.0, also=("embd_pdrop", "attention_dropout")),
+    },
+    modules={
+        **LLAMA.modules,
+        "attn.c_attn": ("self_attn.qkv_proj",),
+        "mlp.c_fc": ("mlp.gate_up_proj",),
+    },
+    window=None,
+    rope_part=Key("partial_rotary_factor", 1.0),
+    scalings=("longrope",),
+)
+
 # By model_type, in the order in which a network's family is looked for.
 KNOWN: dict[str, Family] = {
     "gpt2": GPT2,
@@ -233,6 +230,8 @@ KNOWN: dict[str, Family] = {
     "qwen3": QWEN3,
     "gpt_neox": GPT_NEOX,
     "exaone4": EXAONE4,
+    "smollm3": SMOLLM3,
+    "phi3": PHI3,
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
 from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
-from gptray.gguf_network import FACTORS, llama3_factors, rotary_fields
+from gptray.gguf_network import rotary_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
@@ -57,7 +57,9 @@ def family_of(model: StoredModel) -> Family:
 
 def _check_computed(config: ModelConfig, family: Family) -> None:
     """Refuse what llama.cpp does not compute. Raises UserError."""
-    windows = [config.window(layer) for layer in range(config.n_layer)]
+    layers = range(config.n_layer)
+    windows, rotates = ([one(layer) for layer in layers] for one in (config.window, config.rotates))
+    rotated = [family.architecture != "smollm3" or layer % 4 < 3 for layer in layers]
     refused = None
     if any(one is not None and one < config.n_positions for one in windows):
         refused = f"sliding windows, and this model has one of {config.sliding_window} tokens"
@@ -65,6 +67,10 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
         refused = f"{config.mlp} in the MLP"
     elif family.is_strict and not (config.qkv_bias and config.attn_out_bias and config.mlp_bias):
         refused = "layers without a bias"
+    elif family.is_rotary and rotates != rotated:
+        refused = "these layers without positions"
+    elif config.rope_scaling and (kind := config.rope_scaling["rope_type"]) not in family.scalings:
+        refused = f"rope_scaling of rope_type {kind}"
     if refused:
         raise UserError(
             f"llama.cpp's {family.architecture} does not support {refused}; export.format=hf does"
@@ -92,7 +98,7 @@ def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
 
 
 def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[GgufTensor]:
-    """The tensors of a network's GGUF file, but for Llama 3's scaling of positions.
+    """The tensors of a network's GGUF file, but for scalings of positions.
 
     Vectors and position tables stay in fp32. q8_0, q4_0 and iq4_nl need rows of a multiple of 32
     weights; other matrices are fp16 then, as in llama.cpp's own converters. Beside 4 bits embedding
@@ -123,8 +129,5 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
 
 
 def gguf_vectors(config: ModelConfig) -> dict[str, list[float]]:
-    """What a GGUF file has as tensors and Hugging Face as numbers: Llama 3's scaling."""
-    scaling = config.rope_scaling
-    if not scaling or scaling["rope_type"] != "llama3":
-        return {}
-    return {FACTORS: llama3_factors(config.rope_theta, config.rotary_width, scaling)}
+    """What a GGUF file has as tensors and Hugging Face as numbers: scalings of positions."""
+    return rotary_factors(config.rope_theta, config.rotary_width, config.rope_scaling)

@@ -6,6 +6,7 @@ Without torch, so a dry run answers at once.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,14 +14,15 @@ from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
 from gptray.config.model_section import FULL, ROPE_SCALINGS, SLIDING
-from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE, Family
+from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE
+from gptray.model.family import Family, Key
 from gptray.model.usage import one_or_all
 from gptray.stored import is_whole, read_foreign
 
 # Of a dimension; what is beyond is no network.
 _MOST = 2**31 - 1
 # transformers' defaults.
-_THETA, _WINDOW, _WINDOWS_FROM, _PATTERN = 10000.0, 4096, 28, 4
+_WINDOWS_FROM, _PATTERN = 28, 4
 _ORIGINAL = "original_max_position_embeddings"
 
 Raw = Mapping[str, object]
@@ -81,6 +83,7 @@ def hf_config(
         "vocab_size": vocab_size,
         "bos_token_id": bos_token_id,
         "eos_token_id": one_or_all(eos_ids),
+        "pad_token_id": None,  # some classes would have one beyond a smaller vocabulary
         "dtype": "float32",
     }
 
@@ -115,6 +118,8 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
     if family.always.get("positions") == "rotary":
         values |= _rope(raw, family, values)
     values |= _windows(raw, family, values["n_layer"])
+    if family.unrotated:
+        values["no_rope_layers"] = _rotating(raw, family.unrotated, values["n_layer"])
     return ModelConfig.model_validate(values, strict=True)
 
 
@@ -126,7 +131,7 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
         raise _Unlike(f"rope_scaling={given!r:.60} is not a JSON object")
     scaling = {key: value for key, value in given.items() if value is not None}
     part = family.rope_part
-    theta = scaling.pop("rope_theta", raw.get(family.rope_base, _THETA))
+    theta = scaling.pop("rope_theta", raw.get(family.rope_base.name, family.rope_base.default))
     key, default = (part.name, part.default) if part else ("partial_rotary_factor", 1.0)
     share = scaling.pop("partial_rotary_factor", raw.get(key, default))
     if part is None and share not in (1, None):
@@ -138,12 +143,22 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
         raise _Unlike("rope_parameters for each kind of layer are not supported")
     if kind in ("default", "dynamic"):  # dynamic NTK scaling begins where the context ends
         return fields
-    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        kinds = ", ".join(ROPE_SCALINGS)
+    if "short_factor" in scaling and kind in ("su", "yarn"):
+        kind = "longrope"  # as older files call it
+    if not isinstance(kind, str) or kind not in family.scalings:
+        kinds = ", ".join(family.scalings)
         raise _Unlike(f"rope_scaling of rope_type {kind!r:.60} is not supported, only {kinds}")
     if kind != "linear":
         own = scaling.get(_ORIGINAL, values["n_positions"])
         scaling[_ORIGINAL] = raw.get(_ORIGINAL) or own
+    if kind == "longrope":
+        # Longer texts turn by long_factor, and also the tokens that they begin with.
+        most, context = values["n_positions"], scaling[_ORIGINAL]
+        if is_whole(most, least=1) and is_whole(context, least=2):
+            factor = scaling.setdefault("factor", most / context)
+            if isinstance(factor, (int, float)):
+                scaling.setdefault("attention_factor", _longrope_scale(factor, context))
+            fields["n_positions"] = min(most, context)
     needed, optional = ROPE_SCALINGS[kind]
     # Other keys say where a model comes from, such as YaRN's `finetuned`.
     scaling = {key: value for key, value in scaling.items() if key in {*needed, *optional}}
@@ -153,11 +168,16 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
 
 
+def _longrope_scale(factor: float, context: int) -> float:
+    """What LongRoPE multiplies cosines and sines by (Ding et al. 2024)."""
+    return math.sqrt(1 + math.log(factor) / math.log(context)) if factor > 1 else 1.0
+
+
 def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
     """The fields of sliding windows."""
     if family.windows == "none":
         return {}
-    window = raw.get("sliding_window", _WINDOW)
+    window = raw.get("sliding_window", family.window)
     if family.windows == "all":
         return {"sliding_window": window}
     is_by_layer = family.windows == "by layer"
@@ -165,7 +185,7 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
         return {}
     types = raw.get("layer_types")
     if types is None:
-        layers = range(n_layer if is_whole(n_layer) and n_layer <= _MOST_LAYERS else 0)
+        layers = _layers(n_layer)
         if is_by_layer:
             every = raw.get("sliding_window_pattern", _PATTERN)
             if not is_whole(every, least=1):
@@ -179,8 +199,20 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
     return {"sliding_window": window, "layer_types": types, "global_rope": not is_by_layer}
 
 
-# Whose kinds are listed one by one.
-_MOST_LAYERS = 100_000
+def _rotating(raw: Raw, key: Key, n_layer: object) -> object:
+    """Of each layer whether it has rotary positions."""
+    given, layers = raw.get("no_rope_layers"), _layers(n_layer)
+    if given is None:
+        every = raw.get(key.name, key.default)
+        if not is_whole(every, least=1):
+            raise _Unlike(f"{key.name}={every!r:.60} is not a number of layers")
+        return [int((layer + 1) % every != 0) for layer in layers]
+    return given[: len(layers)] if isinstance(given, list) else given
+
+
+def _layers(n_layer: object) -> range:
+    """The layers of a plausible number of them, which are listed one by one."""
+    return range(n_layer if is_whole(n_layer) and n_layer <= 100_000 else 0)
 
 
 def _written(config: ModelConfig, family: Family) -> dict[str, object]:
@@ -202,11 +234,25 @@ def _written(config: ModelConfig, family: Family) -> dict[str, object]:
         written |= dict.fromkeys((key.name, *key.also), value)
     written |= {name: allowed[0] for name, allowed in family.fixed.items()}
     if is_rotary:
-        written |= {family.rope_base: config.rope_theta, "rope_scaling": config.rope_scaling}
+        scaling = config.rope_scaling
+        written |= {family.rope_base.name: config.rope_theta, "rope_scaling": scaling}
+        if stretched := _stretched(config):
+            # Others derive the scale of cosines and sines from these two, not from rope_scaling.
+            written[family.keys["n_positions"].name], written[_ORIGINAL] = stretched
         part = family.rope_part.name if family.rope_part else "partial_rotary_factor"
         if family.rope_part or config.partial_rotary_factor != 1:
             written[part] = config.partial_rotary_factor
     return written | _written_windows(config, family)
+
+
+def _stretched(config: ModelConfig) -> tuple[int, int] | None:
+    """With LongRoPE: the longest context, and the part of it that is computed here."""
+    scaling = config.rope_scaling or {}
+    factor, context = scaling.get("factor"), scaling.get(_ORIGINAL)
+    if scaling.get("rope_type") != "longrope":
+        return None
+    assert isinstance(factor, (int, float)) and isinstance(context, (int, float))
+    return max(round(factor * context), config.n_positions), int(context)
 
 
 def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
@@ -224,14 +270,18 @@ def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
 
 
 # Fields that several values of may mean the same.
-_AS_MEANT = {"sliding_window", "layer_types", "global_rope", "partial_rotary_factor", "rope_theta"}
+_AS_MEANT = {
+    *("sliding_window", "layer_types", "global_rope", "no_rope_layers"),
+    *("partial_rotary_factor", "rope_theta"),
+}
 
 
 def _meaning(config: ModelConfig) -> str:
     """What a network computes, however its config puts it."""
     fields = config.model_dump(include={*SHAPE} - _AS_MEANT - {"initializer_range"})
-    layers = range(config.n_layer)
+    layers, stretched = range(config.n_layer), _stretched(config)
     fields |= {
+        "n_positions": stretched[1] if stretched else config.n_positions,
         "n_inner": config.inner,
         "n_kv_head": config.kv_heads,
         "head_dim": config.head_width,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptray.config import ModelConfig
-from gptray.model.families import Family
+from gptray.model.family import Family
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 # GPT-NeoX's head in files of older releases of transformers.

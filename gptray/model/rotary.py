@@ -55,9 +55,13 @@ def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tupl
     kind = scaling.pop("rope_type", None)
     if kind is None:
         return plain, 1.0
-    numbers = {key: float(value) for key, value in scaling.items()}
+    numbers = {key: float(value) for key, value in scaling.items() if not isinstance(value, list)}
     if kind == "linear":
         return plain / numbers["factor"], 1.0
+    if kind == "longrope":
+        # Of short contexts (Ding et al. 2024); ModelConfig refuses longer ones.
+        short = torch.tensor(scaling["short_factor"], dtype=dtype, device=cpu)
+        return plain / short, numbers["attention_factor"]
     return (_llama3 if kind == "llama3" else _yarn)(plain, numbers, config)
 
 

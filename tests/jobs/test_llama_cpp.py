@@ -95,11 +95,21 @@ def test_greedy_texts_are_the_same(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama with biases", "llama of release 3", "llama, YaRN", "qwen2", "qwen3"]
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ("llama", "llama with biases", "llama of release 3")),
+        *((name, {}) for name in ("llama, YaRN", "qwen2", "qwen3", "smollm3")),
+        ("exaone4 without windows", {}),
+        ("phi3", {"sliding_window": None}),
+        ("phi3, LongRoPE", {"original_max_position_embeddings": 256}),  # its shortest context
+    ],
 )
-def test_other_families_have_the_same_probabilities(tmp_path: Path, name: str) -> None:
+def test_other_families_have_the_same_probabilities(
+    tmp_path: Path, name: str, changes: dict[str, object]
+) -> None:
     tokenizer = char_tokenizer("abcdefghijklmnopqrstuvwxyz .\uc61b\ub0a0")
-    make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id).save_pretrained(tmp_path / "m")
+    theirs = make_hf(name, tokenizer.vocab_size, eos_id=tokenizer.eos_id, **changes)
+    theirs.save_pretrained(tmp_path / "m")
     tokenizer.save(tmp_path / "m")
     llama = Llama(exported(tmp_path / "m", "fp32", tmp_path), context=96)
     ids = tokenizer.encode("the cat sees a dog. \uc61b\ub0a0")
