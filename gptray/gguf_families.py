@@ -25,8 +25,10 @@ class Family:
     pair, first half and second half in turns, to config.json's number of the heads. by_head: rows
     of queries, keys and values that Hugging Face has head by head, GGUF kind by kind. whole: of
     names, tables that llama.cpp keeps in fp32. scalings: of rotary positions, those that llama.cpp
-    computes. is_rotary: its positions have the numbers of `gptray.gguf_network`. is_strict:
-    llama.cpp asks for every bias, and for a head even if it is the embedding.
+    computes. pattern: every how many layers one has no sliding window; None: llama.cpp computes no
+    windows. is_centred: weights of norms are 1 less in Hugging Face's files. is_rotary: its
+    positions have the numbers of `gptray.gguf_network`. is_strict: llama.cpp asks for every bias,
+    and for a head even if it is the embedding.
     """
 
     model_type: str
@@ -42,6 +44,8 @@ class Family:
     by_head: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     scalings: tuple[str, ...] = ("linear", "yarn")
+    pattern: int | None = None
+    is_centred: bool = False
     is_rotary: bool = True
     is_strict: bool = False
 
@@ -241,6 +245,24 @@ FAMILIES = (
         biased=(),
         rotated={},
         scalings=("longrope",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="gemma3_text",
+        architecture="gemma3",
+        numbers={**_LLAMA.numbers, "query_pre_attn_scalar": "attention.key_length"},
+        optional={"sliding_window": "attention.sliding_window"},
+        in_block={
+            **_NORMED,
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        biased=(),
+        rotated={},
+        scalings=("linear",),
+        pattern=6,
+        is_centred=True,
     ),
 )
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))

@@ -19,6 +19,8 @@ _SHAPELESS = ("vocab_size", "tensor_data_layout", "attention.value_length")
 # Elsewhere these values change nothing.
 _UNLIKE = (("attention.causal", False), ("attention.scale", 1.0))
 _KV_HEADS, _HEAD_WIDTH = "num_key_value_heads", "head_dim"
+# Of Gemma 3: what llama.cpp takes for another width where there are so many layers.
+_SCORES, OTHER_SCORES = "query_pre_attn_scalar", 62
 # Of rotary positions: tensors with Llama 3's scaling and LongRoPE's two, and fields, after the
 # architecture.
 LLAMA3, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
@@ -78,6 +80,8 @@ def network_json(
             raise UserError(f"it has no {key}")
         if not isinstance(number, (int, float)) or (isinstance(number, int) and number < 0):
             raise UserError(f"its {key} is {number!r:.40}, no number of a network")
+    if _SCORES in numbers and numbers["num_hidden_layers"] == OTHER_SCORES:
+        numbers[_SCORES] = width
     if numbers.get(_KV_HEADS) == 0:
         raise UserError(f"its {family.numbers[_KV_HEADS]} is 0")
     head = numbers.get(_HEAD_WIDTH, width)
@@ -90,7 +94,7 @@ def network_json(
         numbers["attention_bias"] = "blk.0.attn_q.bias" in names
         numbers["mlp_bias"] = "blk.0.ffn_up.bias" in names
     if family.is_rotary:
-        numbers["rope_parameters"] = rotary_parameters(own, head, factors)
+        numbers["rope_scaling"] = rotary_parameters(own, head, factors)
     return {
         "model_type": family.model_type,
         "vocab_size": rows,
@@ -148,7 +152,7 @@ def _shortest(value: object) -> object:
 def rotary_parameters(
     fields: Mapping[str, object], head: int, factors: Mapping[str, Sequence[float]]
 ) -> dict[str, object]:
-    """rope_parameters of config.json.
+    """rope_scaling of config.json.
 
     fields: GGUF's, by what follows the architecture. head: the width of a head. factors: as
     `network_json`. Raises UserError for a scaling that is not known.

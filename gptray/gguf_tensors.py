@@ -32,11 +32,13 @@ _MOST_FACTORS = 1 << 12
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as it will be stored. order: for each of its rows, the row in the file."""
+    """A weight as it will be stored. order: for each of its rows, the row in the file; less: than
+    the numbers there."""
 
     entry: Entry
     transposed: bool
     order: list[int] | None
+    less: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,7 +87,11 @@ def weights_of(
         if order is not None and len(order) != rows:
             raise UserError(f"{entry.name} has {rows:,} rows, which are not whole heads")
         back = sorted(range(rows), key=order.__getitem__) if order is not None else None
-        found[name] = Weight(entry, part in family.transposed and len(entry.shape) == 2, back)
+        less = 1 if family.is_centred and len(entry.shape) == 1 else 0
+        if less and entry.kind:
+            raise UserError(f"{entry.name} is not stored in fp32")
+        turned = part in family.transposed and len(entry.shape) == 2
+        found[name] = Weight(entry, turned, back, less)
     return found
 
 
@@ -161,7 +167,8 @@ def _parts(source: Path, weight: Weight) -> Iterator[Array]:
     plain = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}.get(kind.name)
     for rows in _raw_rows(source, entry, weight.order):
         if plain is not None:
-            yield rows.view(plain)
+            numbers = rows.view(plain)
+            yield numbers - np.float32(weight.less) if weight.less else numbers
             continue
         try:
             yield gguf.dequantize(rows, kind)

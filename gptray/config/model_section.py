@@ -97,6 +97,12 @@ class ModelConfig(Section):
     post_norm: bool = Field(
         False, description="normalise the outputs of attention and MLP (EXAONE 4), not their inputs"
     )
+    centred_norm: bool = Field(
+        False, description="weights of rmsnorm are kept less 1, and begin at 0 (Gemma)"
+    )
+    sandwich_norm: bool = Field(
+        False, description="normalise inputs and outputs of attention and MLP (Gemma 3)"
+    )
     residual: bool = Field(True, description="false: ablation, no skip connections")
     parallel_residual: bool = Field(
         False, description="attention and MLP read the same input (GPT-NeoX)"
@@ -108,6 +114,11 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=1.0)] = Field(
         10000.0, description="base of the rotations' wavelengths"
     )
+    local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="that of layers with a sliding window, without rope_scaling (Gemma 3); "
+        "null: as all",
+    )
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="share of each head that is rotated"
     )
@@ -117,8 +128,9 @@ class ModelConfig(Section):
         "longrope, with the keys of Hugging Face's rope_scaling, such as {rope_type: linear, "
         "factor: 2}; of longrope only the part for short contexts is computed",
     )
-    mlp: Literal["gelu_new", "gelu", "swiglu"] = Field(
-        "gelu_new", description="gelu_new: GPT-2's, by tanh; gelu: exact; swiglu: gated (Llama)"
+    mlp: Literal["gelu_new", "gelu", "swiglu", "geglu"] = Field(
+        "gelu_new",
+        description="gelu_new: GPT-2's, by tanh; gelu: exact; gated: swiglu (Llama), geglu (Gemma)",
     )
     qkv_bias: bool = Field(True, description="bias of queries, keys and values")
     attn_out_bias: bool = Field(True, description="bias of attention's output layer")
@@ -141,6 +153,9 @@ class ModelConfig(Section):
         None,
         description="1 for each layer with positions, 0 for one without (SmolLM3); null: all 1",
     )
+    scale_embedding: bool = Field(
+        False, description="multiply embeddings by the square root of n_embd (Gemma)"
+    )
     tie_word_embeddings: bool = Field(
         True, description="share one weight between the embedding and the head"
     )
@@ -148,7 +163,8 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
-        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, SmolLM3 or Phi-3, or a hub id",
+        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, SmolLM3, Phi-3 or Gemma 3, or a "
+        "hub id",
     )
     resize_vocab: bool = Field(
         False,
@@ -180,6 +196,16 @@ class ModelConfig(Section):
         return self.n_inner or 4 * self.n_embd
 
     @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return self.n_embd**0.5 if self.scale_embedding else 1.0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first layer makes gates too."""
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
     def rotary_width(self) -> int:
         """How much of a head is rotated."""
         is_rotary = self.positions == "rotary"
@@ -207,7 +233,8 @@ class ModelConfig(Section):
         if self.n_head % self.kv_heads:
             yield f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.kv_heads}"
         if self.positions != "rotary":
-            for key in ("partial_rotary_factor", "rope_scaling", "global_rope", "no_rope_layers"):
+            scaling = ("partial_rotary_factor", "rope_scaling", "local_rope_theta")
+            for key in (*scaling, "global_rope", "no_rope_layers"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     yield f"model.{key} needs model.positions=rotary"
         elif self.rotary_width < 2 or self.rotary_width % 2:
@@ -222,6 +249,10 @@ class ModelConfig(Section):
                 yield f"model.{key} has {len(each)} entries for model.n_layer={self.n_layer}"
         if SLIDING in (self.layer_types or ()) and self.sliding_window is None:
             yield f"model.layer_types has {SLIDING}; set model.sliding_window too"
+        if self.centred_norm and self.norm != "rmsnorm":
+            yield "model.centred_norm needs model.norm=rmsnorm"
+        if self.post_norm and self.sandwich_norm:
+            yield "model.sandwich_norm includes model.post_norm; set one of them"
         yield from self._broken_longrope()
 
     def _broken_longrope(self) -> Iterator[str]:

@@ -50,6 +50,7 @@ class PackedGPT:
     ) -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
+        self._scale = model.config.embedding_scale
         config, full = model.config, model.full_tensor
         wte = full(transformer.wte.weight)
         self._rotary = transformer.rotary
@@ -81,14 +82,17 @@ class PackedGPT:
         self, tokens: Tensor, positions: Tensor, attend: Attend, run: Run = run_plain
     ) -> Tensor:
         """What the last block gives for N tokens at their positions, (N, C)."""
-        x, angles = F.embedding(tokens, self._wte), None
+        x, angles = F.embedding(tokens, self._wte), list[Angles | None]()
+        if self._scale != 1:
+            x = x * self._scale
         if self._rotary:
-            angles = self._rotary.at(positions, self.dtype)
+            angles += self._rotary.at(positions, self.dtype)
         if self._wpe is not None:
+            angles += [None] * len(self._blocks)
             x = x + F.embedding(positions, self._wpe)
         x = x.to(self.dtype)
-        for layer, block in enumerate(self._blocks):
-            x = block(x, angles, partial(attend, layer), run)
+        for layer, (block, own) in enumerate(zip(self._blocks, angles, strict=True)):
+            x = block(x, own, partial(attend, layer), run)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -124,17 +128,18 @@ class _Queries:
 
 @dataclass(frozen=True)
 class _Block:
-    ln_1: Norm
+    before_attn: Norm
+    after_attn: Norm
     c_attn: Layer
     queries: _Queries
     attn_proj: Layer
-    ln_2: Norm
+    before_mlp: Norm
+    after_mlp: Norm
     c_fc: Layer
     mlp_proj: Layer
-    is_gated: bool
+    gated: str | None
     residual: bool
     parallel: bool
-    post_norm: bool
 
     @property
     def products(self) -> list[Product]:
@@ -144,17 +149,17 @@ class _Block:
     def __call__(
         self, x: Tensor, angles: Angles | None, attend: Callable[[Tensor], Tensor], run: Run
     ) -> Tensor:
-        first, second = (_same, _same) if self.post_norm else (self.ln_1, self.ln_2)
-        qkv = self.queries(run(self.c_attn, first(x)), angles)
-        y = self._add(run, self.attn_proj, attend(qkv), self.ln_1, x if self.residual else None)
-        inner = run(self.c_fc, second(x if self.parallel else y))
-        if self.is_gated:
-            inner = activation(inner, "swiglu")
+        qkv = self.queries(run(self.c_attn, self.before_attn(x)), angles)
+        to = x if self.residual else None
+        y = self._add(run, self.attn_proj, attend(qkv), self.after_attn, to)
+        inner = run(self.c_fc, self.before_mlp(x if self.parallel else y))
+        if self.gated:
+            inner = activation(inner, self.gated)
         to = y if self.residual or self.parallel else None
-        return self._add(run, self.mlp_proj, inner, self.ln_2, to)
+        return self._add(run, self.mlp_proj, inner, self.after_mlp, to)
 
     def _add(self, run: Run, proj: Layer, inner: Tensor, norm: Norm, to: Tensor | None) -> Tensor:
-        if not self.post_norm:
+        if norm is _same:
             return run(proj, inner, to)
         made = norm(run(proj, inner))
         return made if to is None else to + made
@@ -168,7 +173,7 @@ def _norm(module: nn.Module | None, full: FullTensor, dtype: torch.dtype, scale:
     if module is None or isinstance(module, nn.Identity):
         return _same
     if isinstance(module, RMSNorm):
-        weight = (full(module.weight) * scale).to(dtype)
+        weight = ((full(module.weight) + module.less) * scale).to(dtype)
         return partial(rms_norm, weight=weight, eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
     weight, bias = full(module.weight).to(dtype), full(module.bias).to(dtype)
@@ -215,18 +220,20 @@ def _block(
         config.head_width,
         _norm(attention.q_norm, full, dtype, scale),
         _norm(attention.k_norm, full, dtype),
-        attention.rotates,
+        config.rotates(layer),
     )
+    norms = [_norm(norm, full, dtype) for norm in block.norms]
     return _Block(
-        ln_1=_norm(block.ln_1, full, dtype),
+        before_attn=norms[0],
+        after_attn=norms[1],
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
         queries=queries,
         attn_proj=packed(attention.c_proj),
-        ln_2=_norm(block.ln_2, full, dtype),
+        before_mlp=norms[2],
+        after_mlp=norms[3],
         c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
         mlp_proj=packed(block.mlp.c_proj),
-        is_gated=config.mlp == "swiglu",
+        gated=config.mlp if config.is_gated else None,
         residual=config.residual,
         parallel=config.parallel_residual,
-        post_norm=config.post_norm,
     )

@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # In the metadata of the weights' file.
 BASE_SHA256, BASE_QUANTIZED = "base_sha256", "base_quantized"
-_NORMS = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
+_NORMS = ("ln_1", "ln_2", "ln_1_out", "ln_2_out", "ln_f", "q_norm", "k_norm")
 _HEAD = HEAD.removesuffix(".weight")
 _EMBEDDINGS = ("wte", "wpe", _HEAD)
 

@@ -45,7 +45,6 @@ GPT2 = Family(
     layers="h.",
     transposed=True,
 )
-
 _LLAMA_KEYS = {
     "vocab_size": Key("vocab_size", 32000),
     "n_positions": Key("max_position_embeddings", 2048),
@@ -64,23 +63,24 @@ _LLAMA_KEYS = {
 _PLAIN_BIASES: dict[str, object] = {"qkv_bias": False, "attn_out_bias": False, "mlp_bias": False}
 _ATTENTION_BIAS = {name: Key("attention_bias", False) for name in ("qkv_bias", "attn_out_bias")}
 _RMS_ROTARY: dict[str, object] = {"norm": "rmsnorm", "positions": "rotary"}
+_LLAMA_MODULES: dict[str, tuple[str, ...]] = {
+    "wte": ("embed_tokens",),
+    "ln_f": ("norm",),
+    "ln_1": ("input_layernorm",),
+    "ln_2": ("post_attention_layernorm",),
+    "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.q_norm": ("self_attn.q_norm",),
+    "attn.k_norm": ("self_attn.k_norm",),
+    "attn.c_proj": ("self_attn.o_proj",),
+    "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.c_proj": ("mlp.down_proj",),
+}
 
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     keys=_LLAMA_KEYS | _ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False)},
     always=_RMS_ROTARY,
-    modules={
-        "wte": ("embed_tokens",),
-        "ln_f": ("norm",),
-        "ln_1": ("input_layernorm",),
-        "ln_2": ("post_attention_layernorm",),
-        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn.q_norm": ("self_attn.q_norm",),
-        "attn.k_norm": ("self_attn.k_norm",),
-        "attn.c_proj": ("self_attn.o_proj",),
-        "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.c_proj": ("mlp.down_proj",),
-    },
+    modules=_LLAMA_MODULES,
     prefix="model.",
     layers="layers.",
     even_heads=True,
@@ -170,12 +170,10 @@ EXAONE4 = replace(
         "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
     },
     always=_RMS_ROTARY | _PLAIN_BIASES | {"qk_norm": True, "post_norm": True},
-    modules={
-        **LLAMA.modules,
-        "ln_1": ("post_attention_layernorm",),
-        "ln_2": ("post_feedforward_layernorm",),
-    },
+    modules=_LLAMA_MODULES
+    | {"ln_1": ("post_attention_layernorm",), "ln_2": ("post_feedforward_layernorm",)},
     windows="by layer",
+    global_rope=False,
     even_heads=False,
 )
 
@@ -211,14 +209,49 @@ PHI3 = replace(
         "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
         "dropout": Key("resid_pdrop", 0.0, also=("embd_pdrop", "attention_dropout")),
     },
-    modules={
-        **LLAMA.modules,
-        "attn.c_attn": ("self_attn.qkv_proj",),
-        "mlp.c_fc": ("mlp.gate_up_proj",),
-    },
+    modules=_LLAMA_MODULES
+    | {"attn.c_attn": ("self_attn.qkv_proj",), "mlp.c_fc": ("mlp.gate_up_proj",)},
     window=None,
     rope_part=Key("partial_rotary_factor", 1.0),
     scalings=("longrope",),
+)
+
+GEMMA3 = replace(
+    LLAMA,
+    architecture="Gemma3ForCausalLM",
+    keys={
+        **_LLAMA_KEYS,
+        **_ATTENTION_BIAS,
+        "vocab_size": Key("vocab_size", 262208),
+        "n_positions": Key("max_position_embeddings", 131072),
+        "n_embd": Key("hidden_size", 2304),
+        "n_layer": Key("num_hidden_layers", 26),
+        "n_head": Key("num_attention_heads", 8),
+        "n_kv_head": Key("num_key_value_heads", 4),
+        "head_dim": Key("head_dim", 256),
+        "n_inner": Key("intermediate_size", 9216),
+        "mlp": Key("hidden_activation", "gelu_pytorch_tanh", words={"gelu_pytorch_tanh": "geglu"}),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    always=_RMS_ROTARY
+    | {"mlp_bias": False, "qk_norm": True}
+    | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
+    fixed={
+        "final_logit_softcapping": (None,),
+        "attn_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False, None),
+    },
+    modules=_LLAMA_MODULES
+    | {
+        "ln_1_out": ("post_attention_layernorm",),
+        "ln_2": ("pre_feedforward_layernorm",),
+        "ln_2_out": ("post_feedforward_layernorm",),
+    },
+    windows="by layer",
+    pattern=6,
+    rope_base=Key("rope_theta", 1000000.0),
+    local_base=Key("rope_local_base_freq", 10000.0),
+    scores=Key("query_pre_attn_scalar", 256),
 )
 
 # By model_type, in the order in which a network's family is looked for.
@@ -232,6 +265,7 @@ KNOWN: dict[str, Family] = {
     "exaone4": EXAONE4,
     "smollm3": SMOLLM3,
     "phi3": PHI3,
+    "gemma3_text": GEMMA3,
 }
 
 
@@ -248,17 +282,17 @@ SHAPE = tuple(
 )
 # Any other mix of choices, in the config's own words.
 OWN = "gptray"
+_OWN_MODULES = (*_MODULES, "ln_1_out", "ln_2_out", "attn.q_norm", "attn.k_norm")
 _OWN = Family(
     architecture=None,
     keys={"vocab_size": Key("vocab_size", None)}
     | {name: Key(name, ModelConfig.model_fields[name].default) for name in SHAPE},
     always={},
-    modules={name: (name,) for name in (*_MODULES, "attn.q_norm", "attn.k_norm")},
+    modules={name: (name,) for name in _OWN_MODULES},
     prefix="transformer.",
     layers="h.",
 )
-FAMILIES: dict[str, Family] = {
-    **KNOWN,
+FAMILIES: dict[str, Family] = KNOWN | {
     "gptray-gpt2-nonorm": _ablation(norm="none"),
     "gptray-gpt2-noresidual": _ablation(residual=False),
     "gptray-gpt2-nonorm-noresidual": _ablation(norm="none", residual=False),

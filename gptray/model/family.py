@@ -30,10 +30,12 @@ class Family:
     architecture: transformers' class; None: transformers does not know it. keys: the fields of
     ModelConfig that it leaves open. always: those that it does not. fixed: what else a file may
     say, since this network does it; the first value is the default. windows: how sliding windows
-    are written; window: one where a file says none. rope_base, rope_part: of rotary positions, for
-    files without rope_parameters; no rope_part: whole heads are rotated. scalings: of rotary
-    positions, that its class takes. unrotated: every how many layers one has no positions, for
-    files without no_rope_layers. prefix, layers: what names of weights and of layers begin
+    are written; window: one where a file says none; pattern: every how many layers one has none,
+    for files without layer_types; global_rope: whether that has positions. rope_base, local_base,
+    rope_part: of rotary positions, for files without rope_parameters; no rope_part: whole heads are
+    rotated. scores: a number whose root scores are divided by, the width of a head. scalings: of
+    rotary positions, that its class takes. unrotated: every how many layers one has no positions,
+    for files without no_rope_layers. prefix, layers: what names of weights and of layers begin
     with. modules: the modules of `gptray.model.parameters` -> theirs; several lie side by side in
     ours. transposed: linear layers are stored (in, out). by_head: q, k and v are side by side for
     each head, not each for all heads. even_heads: n_head must divide n_embd even with a head_dim.
@@ -48,8 +50,12 @@ class Family:
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     windows: Literal["none", "all", "from a layer", "by layer"] = "none"
     window: int | None = 4096
+    pattern: int = 4
+    global_rope: bool = True
     rope_base: Key = Key("rope_theta", 10000.0)
     rope_part: Key | None = None
+    local_base: Key | None = None
+    scores: Key | None = None
     scalings: tuple[str, ...] = tuple(ROPE_SCALINGS)
     unrotated: Key | None = None
     transposed: bool = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
 from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
-from gptray.gguf_network import rotary_factors, rotary_fields
+from gptray.gguf_network import OTHER_SCORES, rotary_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
@@ -26,7 +26,8 @@ BLOCKS = {
 class GgufTensor:
     """A tensor of a GGUF file; `shape` is NumPy's, with rows last.
 
-    turned: stored transposed. order: for each of its rows, the row as it is stored.
+    turned: stored transposed. order: for each of its rows, the row as it is stored. more: than the
+    numbers there.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GgufTensor:
     precision: str
     turned: bool
     order: list[int] | None
+    more: int = 0
 
     @property
     def size(self) -> int:
@@ -61,7 +63,9 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
     windows, rotates = ([one(layer) for layer in layers] for one in (config.window, config.rotates))
     rotated = [family.architecture != "smollm3" or layer % 4 < 3 for layer in layers]
     refused = None
-    if any(one is not None and one < config.n_positions for one in windows):
+    if family.pattern and (other := _other_gemma(config, family.pattern)):
+        refused = other
+    elif not family.pattern and any(one and one < config.n_positions for one in windows):
         refused = f"sliding windows, and this model has one of {config.sliding_window} tokens"
     elif family.architecture == "gpt2" and config.mlp != "gelu_new":
         refused = f"{config.mlp} in the MLP"
@@ -75,6 +79,16 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
         raise UserError(
             f"llama.cpp's {family.architecture} does not support {refused}; export.format=hf does"
         )
+
+
+def _other_gemma(config: ModelConfig, pattern: int) -> str | None:
+    """What of a network llama.cpp's gemma3 does otherwise."""
+    has_window = [config.window(layer) is not None for layer in range(config.n_layer)]
+    if has_window != [(layer + 1) % pattern != 0 for layer in range(config.n_layer)]:
+        return f"sliding windows in other layers than all but every {pattern}th"
+    if config.local_rope_theta != 10000:
+        return f"local_rope_theta={config.local_rope_theta}"
+    return f"{OTHER_SCORES} layers" if config.n_layer == OTHER_SCORES else None
 
 
 def own_network(model: StoredModel) -> UserError:
@@ -92,6 +106,8 @@ def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
         fields["feed_forward_length"] = config.inner
     if "head_dim" in family.numbers:
         fields["attention.value_length"] = config.head_width
+    if family.pattern:
+        fields["attention.sliding_window"] = config.sliding_window
     if family.is_rotary:
         fields |= rotary_fields(config.rope_theta, config.rotary_width, config.rope_scaling)
     return {f"{family.architecture}.{key}": value for key, value in fields.items()}
@@ -121,7 +137,8 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
         elif precision in FOUR_BITS and gguf_name in (EMBEDDING, HEAD):
             own = "q8_0"
         order = family.row_order(part, shape[0], numbers)
-        tensors.append(GgufTensor(gguf_name, stored, shape, own, turned, order))
+        more = 1 if family.is_centred and len(shape) == 1 else 0
+        tensors.append(GgufTensor(gguf_name, stored, shape, own, turned, order, more))
     if family.is_strict and HEAD not in {one.name for one in tensors}:
         embedding = next(one for one in tensors if one.name == EMBEDDING)
         tensors.append(replace(embedding, name=HEAD))

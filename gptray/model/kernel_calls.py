@@ -22,7 +22,7 @@ def panels(columns: int, words: int) -> Tensor:
 
 
 def gated_columns(columns: int) -> int:
-    """The columns of a SwiGLU's panels, which have a half for gates and one for inputs each."""
+    """The columns of a gated layer's panels, each a half of gates and one of inputs."""
     return -(-columns // (PANEL // 2)) * PANEL
 
 

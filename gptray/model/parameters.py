@@ -26,6 +26,9 @@ IGNORED = (
 )
 
 
+Turned = Literal["", "transposed", "by_head"]
+
+
 @dataclass(frozen=True)
 class Part:
     """A tensor of a weight file: rows `start` to `start + rows` of a parameter.
@@ -38,7 +41,7 @@ class Part:
     parameter: str
     start: int
     rows: int
-    turned: Literal["", "transposed", "by_head"] = ""
+    turned: Turned = ""
 
     @property
     def is_linear(self) -> bool:
@@ -57,10 +60,11 @@ class Module:
 
 
 def block_modules(config: ModelConfig) -> list[Module]:
-    """The modules of one block, in the network's order."""
+    """The modules of one block, in the network's order but for norms of outputs."""
     width, head, inner = config.n_embd, config.head_width, config.inner
     queries, keys = config.n_head * head, config.kv_heads * head
-    gated = (inner, inner) if config.mlp == "swiglu" else (inner,)
+    gated = (inner, inner) if config.is_gated else (inner,)
+    outputs = ("ln_1_out", "ln_2_out") if config.sandwich_norm else ()
     heads = [Module(f"attn.{name}", (head,), (), False) for name in ("q_norm", "k_norm")]
     return [
         *_norm("ln_1", config),
@@ -70,6 +74,7 @@ def block_modules(config: ModelConfig) -> list[Module]:
         *_norm("ln_2", config),
         Module("mlp.c_fc", gated, (width,), config.mlp_bias),
         Module("mlp.c_proj", (width,), (inner,), config.mlp_bias),
+        *(norm for name in outputs for norm in _norm(name, config)),
     ]
 
 
@@ -129,7 +134,7 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
     is_linear = bool(layer and module.inputs)
     start = 0
     for name, size in zip(names, sizes, strict=True):
-        turned: Literal["", "transposed", "by_head"] = ""
+        turned: Turned = ""
         if family.by_head and module.name == "attn.c_attn":
             turned = "by_head"
         weight = [size, *module.inputs]

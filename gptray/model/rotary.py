@@ -26,15 +26,28 @@ class Rotary:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        self._frequencies, self._scale = frequencies(config, dtype)
+        self._kinds = [frequencies(config, dtype)]
+        self._kind_of = [0] * config.n_layer
+        if config.local_rope_theta:
+            plain = {"rope_theta": config.local_rope_theta, "rope_scaling": None}
+            self._kinds.append(frequencies(config.model_copy(update=plain), dtype))
+            windows = map(config.window, range(config.n_layer))
+            self._kind_of = [0 if window is None else 1 for window in windows]
+        self._rotates = [config.rotates(layer) for layer in range(config.n_layer)]
 
-    def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """The angles of whole-numbered positions (T,)."""
-        # Without a wait for all that a GPU has been given before.
-        turns = self._frequencies.to(positions.device, non_blocking=True)
-        angles = positions.to(turns.dtype)[:, None] * turns
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        return cos.to(dtype), sin.to(dtype)
+    def at(self, positions: Tensor, dtype: torch.dtype) -> list[Angles | None]:
+        """Each layer's angles of whole-numbered positions (T,); None: it does not rotate."""
+        made = [_angles(positions, *kind, dtype) for kind in self._kinds]
+        both = zip(self._kind_of, self._rotates, strict=True)
+        return [made[kind] if rotates else None for kind, rotates in both]
+
+
+def _angles(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> Angles:
+    # Without a wait for all that a GPU has been given before.
+    turns = frequencies.to(positions.device, non_blocking=True)
+    angles = positions.to(turns.dtype)[:, None] * turns
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:

@@ -26,7 +26,7 @@ inline Floats silu(Floats x) {
   return x / (all(1.f) + e);
 }
 
-// What stands in one block of outputs; of SWIGLU see linear_decode.h.
+// What stands in one block of outputs; of gates see linear_decode.h.
 inline Floats activate(int activation, Floats x) {
   return activation == GELU_TANH ? gelu(x) : activation == GELU ? gelu_exact(x) : x;
 }

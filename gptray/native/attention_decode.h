@@ -115,8 +115,8 @@ inline void prepare(float *head, const Norm &norm, const Model &model, const Blo
   const int half = block.rotary / 2;
   for (int i = 0; i < half; i += LANES) {
     const Mask mask = lanes(half - i);
-    const Floats cos = load(model.cos + (size_t)position * half + i, mask);
-    const Floats sin = load(model.sin + (size_t)position * half + i, mask);
+    const Floats cos = load(block.cos + (size_t)position * half + i, mask);
+    const Floats sin = load(block.sin + (size_t)position * half + i, mask);
     const Floats first = load(head + i, mask), second = load(head + half + i, mask);
     store(head + i, fmsub(first, cos, second * sin), mask);
     store(head + half + i, fmadd(second, cos, first * sin), mask);

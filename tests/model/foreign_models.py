@@ -89,6 +89,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
                     "rope_parameters": _LONGROPE},
     ),
 }  # fmt: skip
+SHAPES |= {
+    "gemma3_text": (
+        "Gemma3Text",
+        _GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5,
+                    "layer_types": _BY_LAYER,
+                    "rope_parameters": {"full_attention": _LINEAR,
+                                        "sliding_attention": {"rope_theta": 50.0}}},
+    ),
+    "gemma3_text, six layers": (
+        "Gemma3Text",
+        _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7,
+                    "num_hidden_layers": 6},
+    ),
+}  # fmt: skip
 # Choices that no family has together.
 MIXES: list[dict[str, object]] = [
     {"norm": "rmsnorm", "n_kv_head": 2, "tie_word_embeddings": False},
@@ -100,11 +114,25 @@ MIXES: list[dict[str, object]] = [
         "qk_norm": True,
     },
     {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {
+        "positions": "rotary",
+        "local_rope_theta": 50.0,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    {
+        "norm": "rmsnorm",
+        "centred_norm": True,
+        "sandwich_norm": True,
+        "mlp": "geglu",
+        "scale_embedding": True,
+        "qk_norm": True,
+    },
     {"post_norm": True, "parallel_residual": True, "residual": False, "head_dim": 6},
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
-FAMILIES += ["smollm3", "phi3"]
+FAMILIES += ["smollm3", "phi3", "gemma3_text"]
 
 
 @torch.no_grad()
@@ -117,7 +145,8 @@ def make_hf(name: str, vocab_size: int, *, eos_id: int = 0, **changes: Any) -> P
     config = getattr(transformers, f"{kind}Config")(**given)
     torch.manual_seed(1)
     ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    model: PreTrainedModel = getattr(transformers, kind + ending)(config)
+    name_of_class = kind.removesuffix("Text") + ending
+    model: PreTrainedModel = getattr(transformers, name_of_class)(config)
     model.train(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:

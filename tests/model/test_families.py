@@ -153,6 +153,19 @@ def test_longrope_is_read_from_the_older_keys(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(logits, theirs(some_ids()).logits, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_gemmas_positions_are_read_from_the_older_keys(tmp_path: Path) -> None:
+    make_hf("gemma3_text, six layers", VOCAB_SIZE).save_pretrained(tmp_path)
+    bases = {"rope_theta": 700.0, "rope_local_base_freq": 30.0, "sliding_window_pattern": 3}
+    edit(tmp_path, rope_parameters=None, layer_types=None, **bases)
+    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    model = load_pretrained(tmp_path).eval()
+    windows = [model.config.window(layer) for layer in range(6)]
+    assert windows == [7, 7, None] * 2 and model.config.rope_scaling
+    torch.testing.assert_close(model(some_ids()), theirs(some_ids()).logits, atol=1e-4, rtol=0)
+
+
 def test_with_longrope_the_original_context_is_read_and_the_whole_one_saved(tmp_path: Path) -> None:
     make_hf("phi3, LongRoPE", VOCAB_SIZE).save_pretrained(tmp_path)
     shape = read_shape(tmp_path)
@@ -223,6 +236,9 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "exaone4": llama | {"qk_norm": True, "post_norm": True},
         "smollm3": llama | {"no_rope_layers": [1, 0]},
         "phi3": llama | {"partial_rotary_factor": 0.5},
+        "gemma3_text": llama
+        | {"mlp": "geglu", "qk_norm": True}
+        | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
     }
     assert found.keys() == KNOWN.keys()
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
@@ -280,6 +296,16 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": 3}}, "long_factor must be a list"),
         ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": [0] * 4}}, "must be a number"),
         ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": [10**400]}}, "rope_scaling"),
+        ("gemma3_text", {"model_type": "gemma3"}, "'gemma3' is not one of gpt2, llama"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not"),
+        ("gemma3_text", {"query_pre_attn_scalar": 168}, "=168 is not supported, only the 16 of"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "only 'gelu_pytorch_tanh'"),
+        ("gemma3_text", {"rope_scaling": 3}, "are not JSON objects"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "'linear' of sliding_attention is not supported, only 'default'",
+        ),
         ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ],
 )  # fmt: skip
