@@ -251,7 +251,11 @@ FAMILIES = (
         model_type="gemma3_text",
         architecture="gemma3",
         numbers={**_LLAMA.numbers, "query_pre_attn_scalar": "attention.key_length"},
-        optional={"sliding_window": "attention.sliding_window"},
+        optional={
+            "sliding_window": "attention.sliding_window",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
+            "rope_local_base_freq": "rope.freq_base_swa",
+        },
         in_block={
             **_NORMED,
             "post_attention_layernorm": "post_attention_norm",

@@ -82,6 +82,19 @@ def test_a_sliding_window_is_read(tmp_path: Path, name: str, windows: list[int])
     assert [config.window(layer) for layer in range(2)] == windows
 
 
+def test_gemmas_positions_are_read_and_its_other_scores_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path, "gemma3_text, six layers", small_tokenizer())
+    keys = {"attention.sliding_window_pattern": 2, "rope.freq_base_swa": 50.0}
+    config = load_pretrained(changed(path, {f"gemma3.{key}": keys[key] for key in keys})).config
+    assert [config.window(layer) for layer in range(6)] == [7, None] * 3
+    assert (config.local_rope_theta, config.rope_theta) == (50.0, 1000000.0)
+    # Of the largest one llama.cpp divides scores by another root than that of a head's width.
+    wider = {f"attention.{part}_length": 16 for part in ("key", "value")}
+    largest = {"block_count": 62, "rope.dimension_count": 16, **wider}
+    with pytest.raises(UserError, match="query_pre_attn_scalar=8 is not supported, only the 16 of"):
+        load_pretrained(changed(path, {f"gemma3.{key}": largest[key] for key in largest}))
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "gpt_neox", "smollm3"])
 def test_a_scaling_for_which_llama_cpp_has_no_tensor_there_is_refused(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]

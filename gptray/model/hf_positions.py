@@ -110,7 +110,7 @@ def _by_kind(raw: Raw, key: Key) -> tuple[object, dict[str, object]]:
         raise Unlike(f"rope_parameters={kinds!r:.60} are not JSON objects")
     if (kind := local.get("rope_type", "default")) != "default":
         raise Unlike(f"rope_type {kind!r:.60} of {SLIDING} is not supported, only 'default'")
-    theta = local.get("rope_theta", raw.get(key.name, key.default))
+    theta = local.get("rope_theta") or raw.get(key.name) or key.default
     return {**whole, **scaling}, {"local_rope_theta": theta}
 
 
@@ -133,7 +133,7 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
     if types is None:
         layers = _layers(n_layer)
         if is_by_layer:
-            every = raw.get("sliding_window_pattern", family.pattern)
+            every = raw.get("sliding_window_pattern") or family.pattern
             if not is_whole(every, least=1):
                 raise Unlike(f"sliding_window_pattern={every!r:.60} needs layer_types")
             types = [SLIDING if (layer + 1) % every else FULL for layer in layers]
