@@ -169,6 +169,19 @@ _NORMED = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
 }
+_EXAONE4 = replace(
+    _LLAMA,
+    model_type="exaone4",
+    architecture="exaone4",
+    optional={"sliding_window": "attention.sliding_window"},
+    in_block={
+        **{name: one for name, one in _NORMED.items() if name != "input_layernorm"},
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    biased=(),
+    rotated={},
+)
 
 # The first of an architecture is what its files are read as.
 FAMILIES = (
@@ -215,18 +228,13 @@ FAMILIES = (
     replace(
         _LLAMA, model_type="smollm3", architecture="smollm3", biased=(), scalings=("linear", "yarn")
     ),
+    _EXAONE4,
     replace(
-        _LLAMA,
-        model_type="exaone4",
-        architecture="exaone4",
-        optional={"sliding_window": "attention.sliding_window"},
-        in_block={
-            **{name: one for name, one in _NORMED.items() if name != "input_layernorm"},
-            "post_attention_layernorm": "post_attention_norm",
-            "post_feedforward_layernorm": "post_ffw_norm",
-        },
-        biased=(),
-        rotated={},
+        _EXAONE4,
+        model_type="olmo2",
+        architecture="olmo2",
+        optional={},
+        scalings=("linear", "yarn"),
     ),
     replace(
         _LLAMA,

@@ -31,6 +31,7 @@ REFUSED = {
     "qwen2 with windows": "does not support sliding windows",
     "gpt_neox in series": "llama.cpp's gptneox does not support layers without a bias",
     "exaone4": "does not support sliding windows",
+    "olmo2 with biases": "llama.cpp's olmo2 does not support a bias of",
     "smollm3, its first layer without positions": "these layers without positions",
     "phi3": "does not support sliding windows",
     "gemma3_text": "sliding windows in other layers than all but every 6th",

@@ -138,6 +138,9 @@ class ModelConfig(Section):
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys (Qwen3, EXAONE 4)"
     )
+    wide_qk_norm: bool = Field(
+        False, description="qk_norm of all heads' queries and keys at once (OLMo 2)"
+    )
     sliding_window: PositiveInt | None = Field(
         None,
         description="tokens that attention looks back over, including the current one; null: all",
@@ -163,7 +166,7 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
-        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, SmolLM3, Phi-3 or Gemma 3, or a "
+        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo 2, SmolLM3, Phi-3 or Gemma 3, or a "
         "hub id",
     )
     resize_vocab: bool = Field(
@@ -186,6 +189,12 @@ class ModelConfig(Section):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Of the norms of queries and of keys."""
+        heads = (self.n_head, self.kv_heads) if self.wide_qk_norm else (1, 1)
+        return heads[0] * self.head_width, heads[1] * self.head_width
 
     @property
     def kv_heads(self) -> int:
@@ -251,6 +260,8 @@ class ModelConfig(Section):
             yield f"model.layer_types has {SLIDING}; set model.sliding_window too"
         if self.centred_norm and self.norm != "rmsnorm":
             yield "model.centred_norm needs model.norm=rmsnorm"
+        if self.wide_qk_norm and not self.qk_norm:
+            yield "model.wide_qk_norm needs model.qk_norm=true"
         if self.post_norm and self.sandwich_norm:
             yield "model.sandwich_norm includes model.post_norm; set one of them"
         yield from self._broken_longrope()

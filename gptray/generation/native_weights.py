@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.model.gpt import GPT, Attention, Block
+from gptray.model.attention import Attention
+from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm
 from gptray.model.quantized import QuantizedWeight, head_kind, quantize
@@ -91,6 +92,7 @@ class NativeWeights:
             ACTIVATIONS[config.mlp],
             config.residual,
             config.parallel_residual,
+            config.wide_qk_norm,
             config.embedding_scale,
         )
 

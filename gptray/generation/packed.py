@@ -112,14 +112,20 @@ class _Queries:
     q_norm: Norm
     k_norm: Norm
     rotates: bool
+    is_wide: bool
 
     def __call__(self, qkv: Tensor, angles: Angles | None) -> Tensor:
         """q, k, v (N, (H + 2 K) E)."""
         if self.q_norm is _same and not self.rotates:
             return qkv
+        if self.is_wide:
+            K = self.kv_heads * self.width
+            parts = torch.split(qkv, [qkv.size(1) - 2 * K, K, K], dim=1)
+            qkv = torch.cat((self.q_norm(parts[0]), self.k_norm(parts[1]), parts[2]), dim=1)
         heads = qkv.view(len(qkv), -1, self.width)
         q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if not self.is_wide:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
             assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)
@@ -221,6 +227,7 @@ def _block(
         _norm(attention.q_norm, full, dtype, scale),
         _norm(attention.k_norm, full, dtype),
         config.rotates(layer),
+        config.wide_qk_norm,
     )
     norms = [_norm(norm, full, dtype) for norm in block.norms]
     return _Block(

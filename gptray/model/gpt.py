@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
-from gptray.model.attention import causal_attention
+from gptray.model.attention import Attention
 from gptray.model.distillation import SoftTargets, taught_cross_entropy
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout, norm_of
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
 from gptray.model.quantized_linear import QuantizedLinear
-from gptray.model.rotary import Angles, Rotary, rotate
+from gptray.model.rotary import Angles, Rotary
 from gptray.model.usage import Usage
 
 
@@ -35,56 +35,6 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
 
 
 _NO_NORM = nn.Identity()
-
-
-class Attention(nn.Module):
-    """Causal self-attention; kv_heads below n_head: heads of queries share keys and values."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.head_width = head_width = config.head_width
-        self.dropout, self.native = config.dropout, False
-        self.window = config.window(layer)
-        qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
-        self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            self.q_norm, self.k_norm = (RMSNorm(config, head_width) for _ in range(2))
-        self.c_proj = Linear(config.n_head * head_width, config.n_embd, bias=config.attn_out_bias)
-
-    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
-        is_full = self.window is None or self.window >= x.size(1)
-        if self.native and is_full and not p:
-            y = self._native(qkv, angles)
-        else:
-            qkv = self._full_heads(qkv, angles)
-            y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
-        return dropout(self.c_proj(y), p)
-
-    def _native(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        norms, eps = None, 0.0
-        if self.q_norm and self.k_norm:
-            norms, eps = (self.q_norm.factors, self.k_norm.factors), self.q_norm.eps
-        heads = self.n_head, self.kv_heads
-        return kernels.attention(qkv, *heads, angles=angles, norms=norms, eps=eps)
-
-    def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """q, k and v of n_head heads each, normalised and rotated, (B, T, 3 n_head head_width)."""
-        is_grouped = self.kv_heads != self.n_head
-        if not (is_grouped or angles or self.q_norm):
-            return qkv
-        heads = qkv.view(*qkv.shape[:-1], -1, self.head_width)
-        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=-2)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if angles:
-            q, k = rotate(q, angles), rotate(k, angles)
-        if is_grouped:
-            k, v = (part.repeat_interleave(self.n_head // self.kv_heads, dim=-2) for part in (k, v))
-        return torch.cat((q, k, v), dim=-2).flatten(-2)
 
 
 class MLP(nn.Module):

@@ -65,7 +65,8 @@ def block_modules(config: ModelConfig) -> list[Module]:
     queries, keys = config.n_head * head, config.kv_heads * head
     gated = (inner, inner) if config.is_gated else (inner,)
     outputs = ("ln_1_out", "ln_2_out") if config.sandwich_norm else ()
-    heads = [Module(f"attn.{name}", (head,), (), False) for name in ("q_norm", "k_norm")]
+    both = zip(("q_norm", "k_norm"), config.qk_norm_widths, strict=True)
+    heads = [Module(f"attn.{name}", (one,), (), False) for name, one in both]
     return [
         *_norm("ln_1", config),
         Module("attn.c_attn", (queries, keys, keys), (width,), config.qkv_bias),

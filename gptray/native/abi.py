@@ -131,6 +131,7 @@ class Model(Structure):
         ("activation", c_int32),
         ("residual", c_int32),
         ("parallel", c_int32),
+        ("wide_qk_norm", c_int32),
         ("scale", c_float),
     )
 

@@ -154,7 +154,8 @@ extern "C" const char *decode_abi() {
                  ABI_FIELD(Model, ln_f), ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer),
                  ABI_FIELD(Model, n_embd), ABI_FIELD(Model, n_head), ABI_FIELD(Model, kv_heads),
                  ABI_FIELD(Model, head_width), ABI_FIELD(Model, activation),
-                 ABI_FIELD(Model, residual), ABI_FIELD(Model, parallel), ABI_FIELD(Model, scale)) +
+                 ABI_FIELD(Model, residual), ABI_FIELD(Model, parallel),
+                 ABI_FIELD(Model, wide_qk_norm), ABI_FIELD(Model, scale)) +
       ABI_STRUCT(Cache, ABI_FIELD(Cache, keys), ABI_FIELD(Cache, values), ABI_FIELD(Cache, length),
                  ABI_FIELD(Cache, kind)) +
       ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),

@@ -52,6 +52,7 @@ struct Model {
   Linear head;
   int32_t n_layer, n_embd, n_head, kv_heads, head_width, activation;
   int32_t residual, parallel;  // as in ModelConfig
+  int32_t wide_qk_norm;        // q_norm and k_norm are of all heads at once
   float scale;                 // of embeddings
 };
 

@@ -100,6 +100,7 @@ def test_greedy_texts_are_the_same(trained: Path, tmp_path: Path) -> None:
         *((name, {}) for name in ("llama", "llama with biases", "llama of release 3")),
         *((name, {}) for name in ("llama, YaRN", "qwen2", "qwen3", "smollm3")),
         ("exaone4 without windows", {}),
+        ("olmo2", {}),
         ("gemma3_text, six layers", {}),
         ("phi3", {"sliding_window": None}),
         ("phi3, LongRoPE", {"original_max_position_embeddings": 256}),  # its shortest context

@@ -71,6 +71,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Exaone4",
         _GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
+    "olmo2": ("Olmo2", _GROUPED),
+    "olmo2 with biases": (
+        "Olmo2", _SHAPE | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
     "smollm3": ("SmolLM3", _GROUPED | {"num_hidden_layers": 4}),
     "smollm3, its first layer without positions": (
         "SmolLM3",
@@ -120,6 +124,7 @@ MIXES: list[dict[str, object]] = [
         "sliding_window": 3,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    {"qk_norm": True, "wide_qk_norm": True, "n_kv_head": 2},
     {
         "norm": "rmsnorm",
         "centred_norm": True,
@@ -132,7 +137,7 @@ MIXES: list[dict[str, object]] = [
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
-FAMILIES += ["smollm3", "phi3", "gemma3_text"]
+FAMILIES += ["olmo2", "smollm3", "phi3", "gemma3_text"]
 
 
 @torch.no_grad()
