@@ -18,14 +18,17 @@ class Family:
     """A model family: maps Hugging Face's names to GGUF's, without .weight and .bias.
 
     model_type, architecture: its names in Hugging Face and llama.cpp. numbers: keys of config.json
-    to GGUF's keys after the architecture. layers: the prefix of a block's number. names, in_block:
-    modules outside of blocks, and in one. biased: modules of in_block that may have a bias in
-    llama.cpp. transposed: linear layers that Hugging Face stores (in, out) and GGUF (out, in).
-    rotated: weights whose rows GGUF interleaves within a head (0, half, 1, half + 1, ...), and
-    config.json's key for their number of heads. by_head: weights whose queries, keys and values
-    Hugging Face stores head by head, and GGUF one after the other. whole: tables of names that
-    llama.cpp keeps in fp32. is_rotary: it has the rotary fields of `gptray.gguf_network`.
-    is_strict: llama.cpp needs every bias, and a head even if it is the embedding.
+    to GGUF's keys after the architecture. optional: likewise, for keys that a file may omit.
+    layers: the prefix of a block's number. names, in_block: modules outside of blocks, and in one.
+    biased: modules of in_block that may have a bias in llama.cpp. transposed: linear layers that
+    Hugging Face stores (in, out) and GGUF (out, in). rotated: weights whose rows GGUF interleaves
+    within a head (0, half, 1, half + 1, ...), and config.json's key for their number of heads.
+    by_head: weights whose queries, keys and values Hugging Face stores head by head, and GGUF one
+    after the other. whole: tables of names that llama.cpp keeps in fp32. scalings: the scalings of
+    rotary positions that llama.cpp computes. pattern: every pattern-th layer has no sliding window;
+    None: llama.cpp computes no windows. is_centred: Hugging Face stores weights of norms minus 1.
+    is_rotary: it has the rotary fields of `gptray.gguf_network`. is_strict: llama.cpp needs every
+    bias, and a head even if it is the embedding.
     """
 
     model_type: str
@@ -34,11 +37,15 @@ class Family:
     layers: str
     names: Mapping[str, str]
     in_block: Mapping[str, str]
+    optional: Mapping[str, str] = field(default_factory=dict)
     biased: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     rotated: Mapping[str, str] = field(default_factory=dict)
     by_head: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    pattern: int | None = None
+    is_centred: bool = False
     is_rotary: bool = True
     is_strict: bool = False
 
@@ -147,8 +154,34 @@ _LLAMA = Family(
         "self_attn.q_proj": "num_attention_heads",
         "self_attn.k_proj": "num_key_value_heads",
     },
+    scalings=("linear", "yarn", "llama3"),
 )
-_QWEN2 = replace(_LLAMA, model_type="qwen2", architecture="qwen2", biased=_QKV, rotated={})
+_QWEN2 = replace(
+    _LLAMA,
+    model_type="qwen2",
+    architecture="qwen2",
+    biased=_QKV,
+    rotated={},
+    scalings=("linear", "yarn"),
+)
+_NORMED = {
+    **_LLAMA.in_block,
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+_EXAONE4 = replace(
+    _LLAMA,
+    model_type="exaone4",
+    architecture="exaone4",
+    optional={"sliding_window": "attention.sliding_window"},
+    in_block={
+        **{name: one for name, one in _NORMED.items() if name != "input_layernorm"},
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+    biased=(),
+    rotated={},
+)
 
 # Files of an architecture are read as its first family.
 FAMILIES = (
@@ -160,11 +193,7 @@ FAMILIES = (
         _QWEN2,
         model_type="qwen3",
         architecture="qwen3",
-        in_block={
-            **_LLAMA.in_block,
-            "self_attn.q_norm": "attn_q_norm",
-            "self_attn.k_norm": "attn_k_norm",
-        },
+        in_block=_NORMED,
         biased=(),
     ),
     Family(
@@ -193,6 +222,59 @@ FAMILIES = (
         + ("mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm"),
         by_head=("attention.query_key_value",),
         is_strict=True,
+    ),
+    # llama.cpp leaves out the positions of every fourth layer; so does a config.json without
+    # no_rope_layers.
+    replace(
+        _LLAMA, model_type="smollm3", architecture="smollm3", biased=(), scalings=("linear", "yarn")
+    ),
+    _EXAONE4,
+    replace(
+        _EXAONE4,
+        model_type="olmo2",
+        architecture="olmo2",
+        optional={},
+        scalings=("linear", "yarn"),
+    ),
+    replace(
+        _LLAMA,
+        model_type="phi3",
+        architecture="phi3",
+        numbers={key: name for key, name in _LLAMA.numbers.items() if key != "head_dim"},
+        optional={"sliding_window": "attention.sliding_window"},
+        in_block={
+            "input_layernorm": "attn_norm",
+            "self_attn.qkv_proj": "attn_qkv",
+            "self_attn.o_proj": "attn_output",
+            "post_attention_layernorm": "ffn_norm",
+            "mlp.gate_up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
+        },
+        biased=(),
+        rotated={},
+        scalings=("longrope",),
+    ),
+    replace(
+        _LLAMA,
+        model_type="gemma3_text",
+        architecture="gemma3",
+        numbers={**_LLAMA.numbers, "query_pre_attn_scalar": "attention.key_length"},
+        optional={
+            "sliding_window": "attention.sliding_window",
+            "sliding_window_pattern": "attention.sliding_window_pattern",
+            "rope_local_base_freq": "rope.freq_base_swa",
+        },
+        in_block={
+            **_NORMED,
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        biased=(),
+        rotated={},
+        scalings=("linear",),
+        pattern=6,
+        is_centred=True,
     ),
 )
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))

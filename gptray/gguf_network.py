@@ -1,6 +1,7 @@
 """Converts a GGUF file's network to config.json, and rotary positions in both directions.
 
-Llama 3's scaling is not a field in GGUF but a tensor: the factor of each pair's wavelength.
+Llama 3's scaling and LongRoPE are not fields in GGUF but tensors: the factors of each pair's
+wavelength.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gptray.config import UserError
+from gptray.config.model_section import RopeScaling
 from gptray.gguf_families import ARCHITECTURES, EMBEDDING, FAMILIES, Family
 from gptray.gguf_header import Entry
 
@@ -17,19 +19,24 @@ _IGNORED = ("vocab_size", "tensor_data_layout", "attention.value_length")
 # Keys for which these values are not neutral, as they are for others.
 _NOT_NEUTRAL = (("attention.causal", False), ("attention.scale", 1.0))
 _KV_HEADS, _HEAD_WIDTH = "num_key_value_heads", "head_dim"
-# Rotary positions: the tensor with Llama 3's scaling, and keys after the architecture.
-FACTORS = "rope_freqs.weight"
+# For Gemma 3 with this many layers, llama.cpp divides scores by another width.
+_SCORES, OTHER_SCORES = "query_pre_attn_scalar", 62
+# Rotary positions: the tensors with Llama 3's scaling and LongRoPE's two, and keys after the
+# architecture.
+LLAMA3, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+FACTORS = (LLAMA3, SHORT, LONG)
 _BASE, _ROTARY_WIDTH, _KIND = "rope.freq_base", "rope.dimension_count", "rope.scaling.type"
 _FACTOR, _OLD_FACTOR = "rope.scaling.factor", "rope.scale_linear"
+_SCALE = "rope.scaling.attn_factor"
 _YARN = {
     "original_max_position_embeddings": "rope.scaling.original_context_length",
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
-_ROTARY = (_BASE, _ROTARY_WIDTH, _KIND, _FACTOR, _OLD_FACTOR, *_YARN.values())
+_ROTARY = (_BASE, _ROTARY_WIDTH, _KIND, _FACTOR, _OLD_FACTOR, _SCALE, *_YARN.values())
 _CONTEXT = "original_max_position_embeddings"
 # Those of every Llama since 3.1; another context is in a field.
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_SLOPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
 
 
@@ -48,15 +55,16 @@ def network_json(
     entries: Sequence[Entry],
     *,
     tied: bool,
-    factors: Sequence[float] | None,
+    factors: Mapping[str, Sequence[float]],
 ) -> dict[str, object]:
     """The network's config.json.
 
-    tied: the embedding is also the head. factors: the tensor with Llama 3's scaling. Raises
-    UserError for a missing field or an unknown network.
+    tied: the embedding is also the head. factors: the file's tensors of FACTORS. Raises UserError
+    for a missing field or an unknown network.
     """
     family = family_of_file(fields)
     own = _own_fields(fields, family)
+    optional = {name: own.get(key) or None for name, key in family.optional.items()}
     rows = next((one.shape[0] for one in entries if one.name == EMBEDDING and one.shape), None)
     if rows is None:
         raise UserError(f"it has no {EMBEDDING}")
@@ -66,11 +74,12 @@ def network_json(
         numbers["attention_bias"] = "blk.0.attn_q.bias" in names
         numbers["mlp_bias"] = "blk.0.ffn_up.bias" in names
     if family.is_rotary:
-        numbers["rope_parameters"] = rotary_parameters(own, head, factors)
+        numbers["rope_scaling"] = rotary_parameters(own, head, factors)
     return {
         "model_type": family.model_type,
         "vocab_size": rows,
         **numbers,
+        **optional,
         "tie_word_embeddings": tied,
     }
 
@@ -91,6 +100,8 @@ def _numbers(own: Mapping[str, object], family: Family) -> tuple[dict[str, objec
             raise UserError(f"it has no {key}")
         if not isinstance(number, (int, float)) or (isinstance(number, int) and number < 0):
             raise UserError(f"its {key} is {number!r:.40}, which is not valid")
+    if _SCORES in numbers and numbers["num_hidden_layers"] == OTHER_SCORES:
+        numbers[_SCORES] = width
     if numbers.get(_KV_HEADS) == 0:
         raise UserError(f"its {family.numbers[_KV_HEADS]} is 0")
     head = numbers.get(_HEAD_WIDTH, width)
@@ -126,7 +137,8 @@ def _own_fields(fields: Mapping[str, object], family: Family) -> dict[str, objec
         for key, value in fields.items()
         if key.startswith(prefix)
     }
-    known = {*family.numbers.values(), *_IGNORED, *(_ROTARY if family.is_rotary else ())}
+    known = {*family.numbers.values(), *family.optional.values(), *_IGNORED}
+    known |= {*_ROTARY} if family.is_rotary else set()
     for key, value in own.items():
         if key in known and isinstance(value, list):
             raise UserError(
@@ -146,12 +158,12 @@ def _shortest(value: object) -> object:
 
 
 def rotary_parameters(
-    fields: Mapping[str, object], head: int, factors: Sequence[float] | None
+    fields: Mapping[str, object], head: int, factors: Mapping[str, Sequence[float]]
 ) -> dict[str, object]:
-    """The rope_parameters of config.json.
+    """The rope_scaling of config.json.
 
-    fields: GGUF's, by their keys after the architecture. head: the width of a head. factors: the
-    tensor with Llama 3's scaling. Raises UserError for an unknown scaling.
+    fields: GGUF's, by their keys after the architecture. head: the width of a head. factors: as in
+    `network_json`. Raises UserError for an unknown scaling.
     """
     base, rotary_width = fields.get(_BASE, 10000.0), fields.get(_ROTARY_WIDTH, head)
     if (
@@ -164,9 +176,18 @@ def rotary_parameters(
         )
     plain = {"rope_theta": base, "partial_rotary_factor": rotary_width / head}
     kind, factor = fields.get(_KIND), fields.get(_FACTOR, fields.get(_OLD_FACTOR))
-    if factors is not None:
-        context = fields.get(_YARN[_CONTEXT], _LLAMA3_CONTEXT)
-        return {**plain, **_llama3_of(factors, base, rotary_width, context)}
+    context, scale = fields.get(_YARN[_CONTEXT]), fields.get(_SCALE, 1.0)
+    if SHORT in factors and LONG in factors:
+        both = {"short_factor": [*factors[SHORT]], "long_factor": [*factors[LONG]]}
+        longrope = {**plain, **both, "attention_factor": scale, _CONTEXT: context}
+        return {**longrope, "rope_type": "longrope"}
+    if scale != 1:
+        raise UserError(f"its {_SCALE} is {scale!r:.40}, which is not supported")
+    if LLAMA3 in factors:
+        return {
+            **plain,
+            **_llama3_of(factors[LLAMA3], base, rotary_width, context or _LLAMA3_CONTEXT),
+        }
     if kind == "none" or (kind is None and factor in (None, 0.0, 1.0)):
         return {**plain, "rope_type": "default"}
     if kind == "yarn":
@@ -177,9 +198,7 @@ def rotary_parameters(
     raise UserError(f"its {_KIND} {kind!r:.40} is not supported; none, linear and yarn are")
 
 
-def rotary_fields(
-    base: float, rotary_width: int, scaling: Mapping[str, str | bool | int | float] | None
-) -> dict[str, object]:
+def rotary_fields(base: float, rotary_width: int, scaling: RopeScaling | None) -> dict[str, object]:
     """GGUF's rotary fields, by their keys after the architecture.
 
     rotary_width: rotated dimensions of a head. scaling: Hugging Face's rope_scaling. Raises
@@ -189,27 +208,42 @@ def rotary_fields(
     if not scaling:
         return fields
     kind = scaling["rope_type"]
+    numbers = {name: value for name, value in scaling.items() if isinstance(value, (int, float))}
     if kind == "llama3":
-        if any(scaling[name] != number for name, number in _LLAMA3.items()):
+        if any(numbers[name] != number for name, number in _LLAMA3_SLOPE.items()):
             raise UserError(
                 "GGUF files can hold Llama 3's rope_scaling only with factors of 1 and 4"
             )
-        return fields | {_YARN[_CONTEXT]: int(scaling[_CONTEXT])}
-    fields |= {_KIND: kind, _FACTOR: float(scaling["factor"])}
-    for name in scaling.keys() - {"rope_type", "factor"}:
+        return fields | {_YARN[_CONTEXT]: int(numbers[_CONTEXT])}
+    if kind == "longrope":
+        shared = {_KIND: kind, _YARN[_CONTEXT]: int(numbers[_CONTEXT])}
+        return fields | shared | {_SCALE: float(numbers["attention_factor"])}
+    fields |= {_KIND: kind, _FACTOR: float(numbers["factor"])}
+    for name in numbers.keys() - {"factor"}:
         if name not in _YARN:
             raise UserError(f"GGUF files cannot hold rope_scaling's {name}")
-        value = scaling[name]
+        value = numbers[name]
         fields[_YARN[name]] = int(value) if name.startswith("original") else float(value)
     return fields
 
 
-def llama3_factors(
-    base: float, rotary_width: int, scaling: Mapping[str, str | bool | int | float]
-) -> list[float]:
+def rotary_factors(
+    base: float, rotary_width: int, scaling: RopeScaling | None
+) -> dict[str, list[float]]:
+    """The tensors of a scaling that fields cannot hold."""
+    match scaling or {}:
+        case {"rope_type": "llama3"} as llama3:
+            return {LLAMA3: _llama3_factors(base, rotary_width, llama3)}
+        case {"short_factor": list(short), "long_factor": list(long)}:
+            return {SHORT: short, LONG: long}
+    return {}
+
+
+def _llama3_factors(base: float, rotary_width: int, scaling: RopeScaling) -> list[float]:
     """The factors by which Llama 3's scaling lengthens each wavelength, (rotary_width / 2,)."""
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    context, factor = float(scaling[_CONTEXT]), float(scaling["factor"])
+    numbers = {name: value for name, value in scaling.items() if isinstance(value, (int, float))}
+    low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+    context, factor = numbers[_CONTEXT], numbers["factor"]
     factors = []
     for pair in range(rotary_width // 2):
         turns = context / (2 * math.pi * base ** (2 * pair / rotary_width))
@@ -227,9 +261,9 @@ def _llama3_of(
     if fits and all(factor == 1 for factor in factors):
         return {"rope_type": "default"}
     if fits and 1 <= largest < math.inf and isinstance(context, int):
-        scaling = {"factor": round(largest, 4), **_LLAMA3, _CONTEXT: context}
-        expected = llama3_factors(base, rotary_width, scaling)
+        scaling: RopeScaling = {"factor": round(largest, 4), **_LLAMA3_SLOPE, _CONTEXT: context}
+        expected = _llama3_factors(base, rotary_width, scaling)
         pairs = zip(factors, expected, strict=True)
         if all(math.isclose(found, factor, rel_tol=1e-4) for found, factor in pairs):
             return {"rope_type": "llama3", **scaling}
-    raise UserError(f"its {FACTORS} is not a scaling like Llama 3's")
+    raise UserError(f"its {LLAMA3} is not a scaling like Llama 3's")

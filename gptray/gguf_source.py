@@ -20,7 +20,7 @@ from gptray.gguf_network import network_json
 from gptray.gguf_tensors import (
     check_entries,
     has_own_head,
-    rotary_factors,
+    rotary_tensors,
     weights_of,
     write_weights,
 )
@@ -75,7 +75,7 @@ def _fill(draft: Path, path: Path, size: int) -> None:
     try:
         fields, entries = read_header(path)
         check_entries(entries, size)
-        tied, factors = not has_own_head(path, entries), rotary_factors(path, entries)
+        tied, factors = not has_own_head(path, entries), rotary_tensors(path, entries)
         network = network_json(fields, entries, tied=tied, factors=factors)
         weights = weights_of(fields, entries, network)
         files = _files(fields, network)

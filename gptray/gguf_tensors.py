@@ -32,11 +32,13 @@ _MAX_FACTORS = 1 << 12
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to store. order: for each of its rows, the row in the GGUF file."""
+    """A weight to store. order: for each of its rows, the row in the GGUF file. less: subtract it
+    from the file's numbers."""
 
     entry: Entry
     transposed: bool
     order: list[int] | None
+    less: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ def weights_of(
     """
     family, found = family_of_file(fields), dict[str, Weight]()
     for entry in entries:
-        if entry.name == FACTORS or (entry.name == HEAD and config["tie_word_embeddings"]):
+        if entry.name in FACTORS or (entry.name == HEAD and config["tie_word_embeddings"]):
             continue
         named = family.hf_name(entry.name)
         if named is None:
@@ -82,7 +84,11 @@ def weights_of(
         if order is not None and len(order) != rows:
             raise UserError(f"{entry.name} has {rows:,} rows, which are not whole heads")
         back = sorted(range(rows), key=order.__getitem__) if order is not None else None
-        found[name] = Weight(entry, part in family.transposed and len(entry.shape) == 2, back)
+        less = 1 if family.is_centred and len(entry.shape) == 1 else 0
+        if less and entry.kind:
+            raise UserError(f"{entry.name} is not stored in fp32")
+        turned = part in family.transposed and len(entry.shape) == 2
+        found[name] = Weight(entry, turned, back, less)
     return found
 
 
@@ -100,14 +106,17 @@ def has_own_head(path: Path, entries: Sequence[Entry]) -> bool:
     return not all(np.array_equal(one, other) for one, other in pairs)
 
 
-def rotary_factors(path: Path, entries: Sequence[Entry]) -> list[float] | None:
-    """The tensor with Llama 3's scaling, if any. Raises UserError for an absurd shape."""
-    entry = next((entry for entry in entries if entry.name == FACTORS), None)
-    if entry is None:
-        return None
-    if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS or entry.kind:
-        raise UserError(f"{FACTORS} has shape {list(entry.shape)}")
-    return [float(one) for part in _parts(path, Weight(entry, False, None)) for one in part.flat]
+def rotary_tensors(path: Path, entries: Sequence[Entry]) -> dict[str, list[float]]:
+    """The tensors of FACTORS that the file has. Raises UserError for an absurd shape."""
+    found = {}
+    for entry in entries:
+        if entry.name not in FACTORS:
+            continue
+        if len(entry.shape) != 1 or entry.shape[0] > _MAX_FACTORS or entry.kind:
+            raise UserError(f"{entry.name} has shape {list(entry.shape)}")
+        parts = _parts(path, Weight(entry, False, None))
+        found[entry.name] = [float(one) for part in parts for one in part.flat]
+    return found
 
 
 def write_weights(path: Path, source: Path, weights: Mapping[str, Weight]) -> None:
@@ -155,7 +164,8 @@ def _parts(source: Path, weight: Weight) -> Iterator[Array]:
     plain = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}.get(kind.name)
     for rows in _raw_rows(source, entry, weight.order):
         if plain is not None:
-            yield rows.view(plain)
+            numbers = rows.view(plain)
+            yield numbers - np.float32(weight.less) if weight.less else numbers
             continue
         try:
             yield gguf.dequantize(rows, kind)

@@ -14,6 +14,8 @@ from gptray.config.values import Positive, PositiveInt, Probability, Section
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+# Scalings' lists, with a number for each pair of rotated dimensions.
+_BY_PAIR = ("short_factor", "long_factor")
 # By rope_type: the other keys that a scaling requires, and those that it allows.
 ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -22,8 +24,9 @@ ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (),
     ),
     "yarn": (("factor", "original_max_position_embeddings"), _YARN),
+    "longrope": ((*_BY_PAIR, "factor", "attention_factor", "original_max_position_embeddings"), ()),
 }
-RopeScaling = dict[str, str | bool | int | float]
+RopeScaling = dict[str, str | bool | int | float | list[float]]
 
 
 def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
@@ -43,8 +46,11 @@ def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
         )
     for key in given - {"truncate"}:
         value = scaling[key]
-        if isinstance(value, (bool, str)) or not 1e-6 <= value <= 1e10:
-            raise ValueError(f"{key} must be a number from 1e-6 to 1e10")
+        if isinstance(value, list) is not (key in _BY_PAIR):
+            raise ValueError(f"{key} must be a {'list' if key in _BY_PAIR else 'number'}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (bool, str)) or not 1e-6 <= number <= 1e10:
+                raise ValueError(f"{key} must be a number from 1e-6 to 1e10")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError("truncate must be true or false")
     return scaling
@@ -54,6 +60,13 @@ def known_layers(layers: list[str] | None) -> list[str] | None:
     """Check each layer's kind of attention."""
     if layers is not None and not {*layers} <= {FULL, SLIDING}:
         raise ValueError(f"each layer must be {FULL} or {SLIDING}")
+    return layers
+
+
+def known_flags(layers: list[int] | None) -> list[int] | None:
+    """Check what says of each layer whether it does something."""
+    if layers is not None and not {*layers} <= {0, 1}:
+        raise ValueError("each layer must be 1 or 0")
     return layers
 
 
@@ -84,6 +97,12 @@ class ModelConfig(Section):
     post_norm: bool = Field(
         False, description="normalise the outputs of attention and MLP (EXAONE 4), not their inputs"
     )
+    centred_norm: bool = Field(
+        False, description="weights of rmsnorm are kept less 1, and begin at 0 (Gemma)"
+    )
+    sandwich_norm: bool = Field(
+        False, description="normalise inputs and outputs of attention and MLP (Gemma 3)"
+    )
     residual: bool = Field(True, description="false: ablation, no skip connections")
     parallel_residual: bool = Field(
         False, description="attention and MLP read the same input (GPT-NeoX)"
@@ -95,22 +114,32 @@ class ModelConfig(Section):
     rope_theta: Annotated[float, Field(gt=1.0)] = Field(
         10000.0, description="base of the rotations' wavelengths"
     )
+    local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
+        None,
+        description="that of layers with a sliding window, without rope_scaling (Gemma 3); "
+        "null: as all",
+    )
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="share of each head that is rotated"
     )
     rope_scaling: Annotated[RopeScaling | None, AfterValidator(known_scaling)] = Field(
         None,
-        description="stretch positions to longer contexts: rope_type linear, llama3 or yarn, "
-        "with the keys of Hugging Face's rope_scaling, such as {rope_type: linear, factor: 2}",
+        description="stretch positions to longer contexts: rope_type linear, llama3, yarn or "
+        "longrope, with the keys of Hugging Face's rope_scaling, such as {rope_type: linear, "
+        "factor: 2}; of longrope only the part for short contexts is computed",
     )
-    mlp: Literal["gelu_new", "gelu", "swiglu"] = Field(
-        "gelu_new", description="gelu_new: GPT-2's, by tanh; gelu: exact; swiglu: gated (Llama)"
+    mlp: Literal["gelu_new", "gelu", "swiglu", "geglu"] = Field(
+        "gelu_new",
+        description="gelu_new: GPT-2's, by tanh; gelu: exact; gated: swiglu (Llama), geglu (Gemma)",
     )
     qkv_bias: bool = Field(True, description="bias of queries, keys and values")
     attn_out_bias: bool = Field(True, description="bias of attention's output layer")
     mlp_bias: bool = Field(True, description="bias of the MLP's layers")
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys (Qwen3, EXAONE 4)"
+    )
+    wide_qk_norm: bool = Field(
+        False, description="qk_norm of all heads' queries and keys at once (OLMo 2)"
     )
     sliding_window: PositiveInt | None = Field(
         None,
@@ -123,6 +152,13 @@ class ModelConfig(Section):
     global_rope: bool = Field(
         True, description=f"false: layers of {FULL} have no positions (EXAONE 4)"
     )
+    no_rope_layers: Annotated[list[int] | None, AfterValidator(known_flags)] = Field(
+        None,
+        description="1 for each layer with positions, 0 for one without (SmolLM3); null: all 1",
+    )
+    scale_embedding: bool = Field(
+        False, description="multiply embeddings by the square root of n_embd (Gemma)"
+    )
     tie_word_embeddings: bool = Field(
         True, description="share one weight between the embedding and the head"
     )
@@ -130,7 +166,8 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
-        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX or EXAONE 4, or a hub id",
+        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo 2, SmolLM3, Phi-3 or Gemma 3, or a "
+        "hub id",
     )
     resize_vocab: bool = Field(
         False,
@@ -154,12 +191,28 @@ class ModelConfig(Section):
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Of the norms of queries and of keys."""
+        heads = (self.n_head, self.kv_heads) if self.wide_qk_norm else (1, 1)
+        return heads[0] * self.head_width, heads[1] * self.head_width
+
+    @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
     @property
     def inner(self) -> int:
         return self.n_inner or 4 * self.n_embd
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by."""
+        return self.n_embd**0.5 if self.scale_embedding else 1.0
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP's first layer makes gates too."""
+        return self.mlp in ("swiglu", "geglu")
 
     @property
     def rotary_width(self) -> int:
@@ -174,7 +227,9 @@ class ModelConfig(Section):
 
     def rotates(self, layer: int) -> bool:
         """Whether a layer rotates its queries and keys."""
-        return self.rotary_width > 0 and (self.global_rope or self.window(layer) is not None)
+        is_left_out = self.no_rope_layers is not None and not self.no_rope_layers[layer]
+        is_local = self.global_rope or self.window(layer) is not None
+        return self.rotary_width > 0 and is_local and not is_left_out
 
     def broken_rules(self) -> Iterator[str]:
         if self.resize_vocab and self.init_from is None:
@@ -187,7 +242,8 @@ class ModelConfig(Section):
         if self.n_head % self.kv_heads:
             yield f"model.n_head={self.n_head} must be divisible by model.n_kv_head={self.kv_heads}"
         if self.positions != "rotary":
-            for key in ("partial_rotary_factor", "rope_scaling", "global_rope"):
+            scaling = ("partial_rotary_factor", "rope_scaling", "local_rope_theta")
+            for key in (*scaling, "global_rope", "no_rope_layers"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     yield f"model.{key} needs model.positions=rotary"
         elif self.rotary_width < 2 or self.rotary_width % 2:
@@ -196,10 +252,32 @@ class ModelConfig(Section):
                 f"not {self.rotary_width} of {self.head_width} numbers (model.head_dim, "
                 "model.partial_rotary_factor)"
             )
-        if self.layer_types is not None and len(self.layer_types) != self.n_layer:
-            yield (
-                f"model.layer_types has {len(self.layer_types)} entries for "
-                f"model.n_layer={self.n_layer}"
-            )
+        for key in ("layer_types", "no_rope_layers"):
+            each: list[object] | None = getattr(self, key)
+            if each is not None and len(each) != self.n_layer:
+                yield f"model.{key} has {len(each)} entries for model.n_layer={self.n_layer}"
         if SLIDING in (self.layer_types or ()) and self.sliding_window is None:
             yield f"model.layer_types has {SLIDING}; set model.sliding_window too"
+        if self.centred_norm and self.norm != "rmsnorm":
+            yield "model.centred_norm needs model.norm=rmsnorm"
+        if self.wide_qk_norm and not self.qk_norm:
+            yield "model.wide_qk_norm needs model.qk_norm=true"
+        if self.post_norm and self.sandwich_norm:
+            yield "model.sandwich_norm includes model.post_norm; set one of them"
+        yield from self._broken_longrope()
+
+    def _broken_longrope(self) -> Iterator[str]:
+        scaling = self.rope_scaling or {}
+        for key in _BY_PAIR:
+            each = scaling.get(key)
+            if isinstance(each, list) and len(each) != self.rotary_width // 2:
+                yield (
+                    f"model.rope_scaling's {key} has {len(each)} numbers for "
+                    f"{self.rotary_width // 2} pairs"
+                )
+        most = scaling["original_max_position_embeddings"] if "short_factor" in scaling else None
+        if isinstance(most, (int, float)) and self.n_positions > most:
+            yield (
+                f"model.n_positions={self.n_positions} is more than the {most:g} for which "
+                "rope_type longrope is computed here"
+            )

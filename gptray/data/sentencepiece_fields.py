@@ -14,6 +14,13 @@ from gptray.gguf_pieces import MARK
 log = logging.getLogger("gptray")
 
 _MARKS: Step = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
+# Gemma's, after its normalizer: there is no space left.
+_CUTS_NOTHING: Step = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 _PREPENDS: Step = {"type": "Prepend", "prepend": MARK}
 
 
@@ -85,7 +92,7 @@ def _prefix(parts: TokenizerParts, normalizer: Step | None, names: Sequence[str]
     other ways of treating spaces.
     """
     before = parts["pre_tokenizer"]
-    if before is None and normalizer == _MARKS:
+    if before in (None, _CUTS_NOTHING) and normalizer == _MARKS:
         return False
     if before is None and normalizer == {"type": "Sequence", "normalizers": [_PREPENDS, _MARKS]}:
         return True

@@ -27,7 +27,7 @@ BLOCK_KEYS, WARPS = 64, 2
 # Rows that share a tile: the fewest that tensor cores take. Warps for 64 x 128 numbers of theirs.
 TILE_ROWS, TILE_WARPS = 16, 4
 # Numbers of a program.
-_PHILOX_BLOCK, _SWIGLU_BLOCK = 128, 1024
+_PHILOX_BLOCK, _GATED_BLOCK = 128, 1024
 _formulas = ContextVar("_formulas", default=False)
 
 
@@ -92,6 +92,9 @@ def _stored(
     positions: Tensor,
 ) -> tuple[Tensor, int]:
     """Store keys and values; return where each row's H E queries begin, and how far apart."""
+    if queries.is_wide:
+        qkv = queries.wide_norm(qkv, rms_norm)
+    has_norms = queries.norms is not None and not queries.is_wide
     N, (_, K, P, E), H = len(qkv), keys.shape, queries.n_head
     heads, width = {"H": H, "K": K, "E": E}, (H + 2 * K) * E
     if queries.is_plain:
@@ -102,11 +105,11 @@ def _stored(
     q = qkv.new_empty(N, H * E)
     cos, sin = angles if angles and queries.rotates else (qkv, qkv)
     kernels.layers.turn_kernel[(N, H + 2 * K)](
-        *(qkv, qkv if queries.norms is None else queries.norms, cos, sin),
+        *(qkv, queries.norms if has_norms else qkv, cos, sin),
         *(q, keys, values, slots, positions, P, queries.eps),
         **heads,
         BLOCK_E=_power_of_2(E),
-        HAS_NORMS=queries.norms is not None,
+        HAS_NORMS=has_norms,
         HALF=cos.size(1) if queries.rotates else 0,
         num_warps=1,
     )
@@ -118,22 +121,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     kernels = kernels_for(x)
     if kernels is None:
         return layers.rms_norm(x, weight, eps)
-    out, (N, C) = torch.empty_like(x), x.shape
+    x, (N, C) = x.contiguous(), x.shape
+    out = torch.empty_like(x)
     block = _power_of_2(C)
     warps = min(8, max(1, block // 512))
     kernels.layers.rms_norm_kernel[(N,)](x, weight, out, C, eps, BLOCK=block, num_warps=warps)
     return out
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """`gptray.model.layers.activation` of that name, of x (N, 2 W)."""
+def gated(x: Tensor, kind: str) -> Tensor:
+    """`gptray.model.layers.activation` of swiglu or geglu, of x (N, 2 W)."""
     kernels = kernels_for(x)
     if kernels is None:
-        return layers.activation(x, "swiglu")
+        return layers.activation(x, kind)
     N, width = len(x), x.size(1) // 2
     out = x.new_empty(N, width)
-    grid = (-(-out.numel() // _SWIGLU_BLOCK),)
-    kernels.layers.swiglu_kernel[grid](x, out, N, width, BLOCK=_SWIGLU_BLOCK)
+    grid = (-(-out.numel() // _GATED_BLOCK),)
+    kernels.layers.gated_kernel[grid](
+        x, out, N, width, IS_SWIGLU=kind == "swiglu", BLOCK=_GATED_BLOCK
+    )
     return out
 
 

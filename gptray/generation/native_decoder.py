@@ -170,7 +170,7 @@ class NativeAdapter(PackedAdapter):
     ) -> None:
         self._kept: list[Tensor] = []
         self._rooms = rooms
-        self._kind, self._is_gated = kind, config.mlp == "swiglu"
+        self._kind, self._is_gated = kind, config.is_gated
         table = [self._packed(*one) for one in enumerate(numbered(layers, config))]
         self.rank = max(one.rank for one in table)
         end = self._packed(len(table), None)

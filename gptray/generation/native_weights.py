@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.config import ModelConfig
-from gptray.model.gpt import GPT, Attention, Block
+from gptray.model.attention import Attention
+from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm
 from gptray.model.quantized import QuantizedWeight, head_kind, quantize
+from gptray.model.rotary import Angles
 from gptray.native import abi
 from gptray.native.abi import GROUP, LANES, PANEL
 
@@ -25,7 +26,12 @@ QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4, "iq4_nl": abi.IQ4_NL}
 ROOM_BYTES = 32 << 20
 # Of what the library reads at once, in bytes.
 ALIGNMENT = 64
-ACTIVATIONS = {"gelu_new": abi.GELU_TANH, "gelu": abi.GELU, "swiglu": abi.SWIGLU}
+ACTIVATIONS = {
+    "gelu_new": abi.GELU_TANH,
+    "gelu": abi.GELU,
+    "swiglu": abi.SWIGLU,
+    "geglu": abi.GEGLU,
+}
 
 
 class Rooms:
@@ -65,16 +71,17 @@ class NativeWeights:
         wte, head = self._embedding_and_head()
         found = input_importance(model, self._quantize)
         self._importance = {one: found.get(name) for name, one in model.named_parameters()}
-        blocks = [self._block(block, config, layer) for layer, block in enumerate(transformer.h)]
-        wpe = cos = sin = None
+        wpe, angles = None, list[Angles | None]()
         if transformer.rotary:
-            every = torch.arange(config.n_positions)
-            cos, sin = transformer.rotary.at(every, torch.float32)
+            angles += transformer.rotary.at(torch.arange(config.n_positions), torch.float32)
         else:
             wpe = self._full(transformer.wpe.weight)
+            angles += [None] * config.n_layer
+        both = zip(transformer.h, angles, strict=True)
+        blocks = [self._block(block, layer, own) for layer, (block, own) in enumerate(both)]
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
-            *map(self._floats, (wte, wpe, cos, sin)),
+            *map(self._floats, (wte, wpe)),
             self._norm(transformer.ln_f),
             head,
             config.n_layer,
@@ -85,7 +92,8 @@ class NativeWeights:
             ACTIVATIONS[config.mlp],
             config.residual,
             config.parallel_residual,
-            config.post_norm,
+            config.wide_qk_norm,
+            config.embedding_scale,
         )
 
     def _embedding_and_head(self) -> tuple[Tensor | None, abi.Linear]:
@@ -111,10 +119,10 @@ class NativeWeights:
     def _floats(self, tensor: Tensor | None) -> abi.Float | None:
         return None if tensor is None else abi.Float.from_param(self._keep(tensor))
 
-    def _block(self, block: nn.Module, config: ModelConfig, layer: int) -> abi.Block:
+    def _block(self, block: nn.Module, layer: int, angles: Angles | None) -> abi.Block:
         assert isinstance(block, Block)
-        attention = block.attn
-        pack = self._gated if config.mlp == "swiglu" else self._layer
+        config, attention = self._model.config, block.attn
+        pack = self._gated if config.is_gated else self._layer
         # The scores' scale is in the rows that make q, unless a norm comes after them.
         scale: float = config.head_width**-0.5
         linear = (
@@ -126,13 +134,13 @@ class NativeWeights:
         for number, one in enumerate(linear, start=layer * len(linear)):
             one.number = number
         return abi.Block(
-            self._norm(block.ln_1),
-            self._norm(block.ln_2),
+            *map(self._norm, block.norms),
             self._norm(attention.q_norm, scale),
             self._norm(attention.k_norm),
             *linear,
             config.window(layer) or config.n_positions,
-            config.rotary_width if config.rotates(layer) else 0,
+            config.rotary_width if angles else 0,
+            *map(self._floats, angles or (None, None)),
         )
 
     def _norm(self, module: nn.Module | None, scale: float = 1.0) -> abi.Norm:
@@ -140,7 +148,8 @@ class NativeWeights:
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
         bias = self._full(module.bias) if isinstance(module, nn.LayerNorm) else None
-        weight = self._full(module.weight) * scale
+        less = module.less if isinstance(module, RMSNorm) else 0.0
+        weight = (self._full(module.weight) + less) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 
     def _linear(

@@ -60,6 +60,7 @@ class PackedGPT:
     ) -> None:
         transformer = model.transformer
         self.vocab_size, self.dtype = model.valid_vocab_size, dtype
+        self._scale = model.config.embedding_scale
         config, full = model.config, model.full_tensor
         wte = full(transformer.wte.weight)
         self._rotary = transformer.rotary
@@ -92,14 +93,17 @@ class PackedGPT:
         self, tokens: Tensor, positions: Tensor, attend: Attend, run: Run = run_plain
     ) -> Tensor:
         """What the last block gives for N tokens at their positions, (N, C)."""
-        x, angles = F.embedding(tokens, self._wte), None
+        x, angles = F.embedding(tokens, self._wte), list[Angles | None]()
+        if self._scale != 1:
+            x = x * self._scale
         if self._rotary:
-            angles = self._rotary.at(positions, self.dtype)
+            angles += self._rotary.at(positions, self.dtype)
         if self._wpe is not None:
+            angles += [None] * len(self._blocks)
             x = x + F.embedding(positions, self._wpe)
         x = x.to(self.dtype)
-        for layer, block in enumerate(self._blocks):
-            x = block(x, angles, partial(attend, layer), run)
+        for layer, (block, own) in enumerate(zip(self._blocks, angles, strict=True)):
+            x = block(x, own, partial(attend, layer), run)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -111,17 +115,18 @@ class PackedGPT:
 
 @dataclass(frozen=True)
 class _Block:
-    ln_1: Norm
+    before_attn: Norm
+    after_attn: Norm
     c_attn: Layer
     queries: Queries
     attn_proj: Layer
-    ln_2: Norm
+    before_mlp: Norm
+    after_mlp: Norm
     c_fc: Layer
     mlp_proj: Layer
     gated: Callable[[Tensor], Tensor] | None
     residual: bool
     parallel: bool
-    post_norm: bool
 
     @property
     def products(self) -> list[Product]:
@@ -135,17 +140,16 @@ class _Block:
         attend: Callable[[Tensor, Queries, Angles | None], Tensor],
         run: Run,
     ) -> Tensor:
-        first, second = (_same, _same) if self.post_norm else (self.ln_1, self.ln_2)
-        attended = attend(run(self.c_attn, first(x)), self.queries, angles)
-        y = self._add(run, self.attn_proj, attended, self.ln_1, x if self.residual else None)
-        inner = run(self.c_fc, second(x if self.parallel else y))
+        attended = attend(run(self.c_attn, self.before_attn(x)), self.queries, angles)
+        y = self._add(run, self.attn_proj, attended, self.after_attn, x if self.residual else None)
+        inner = run(self.c_fc, self.before_mlp(x if self.parallel else y))
         if self.gated:
             inner = self.gated(inner)
         to = y if self.residual or self.parallel else None
-        return self._add(run, self.mlp_proj, inner, self.ln_2, to)
+        return self._add(run, self.mlp_proj, inner, self.after_mlp, to)
 
     def _add(self, run: Run, proj: Layer, inner: Tensor, norm: Norm, to: Tensor | None) -> Tensor:
-        if not self.post_norm:
+        if norm is _same:
             return run(proj, inner, to)
         made = norm(run(proj, inner))
         return made if to is None else to + made
@@ -160,11 +164,15 @@ def _norm(module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: boo
         return _same
     if isinstance(module, RMSNorm):
         norm = gpu_kernels.rms_norm if fused else rms_norm
-        return partial(norm, weight=full(module.weight).to(dtype), eps=module.eps)
+        return partial(norm, weight=_factors(module, full).to(dtype), eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
     weight, bias = full(module.weight).to(dtype), full(module.bias).to(dtype)
     shape = list(weight.shape)
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
+
+
+def _factors(norm: RMSNorm, full: FullTensor) -> Tensor:
+    return full(norm.weight) + norm.less
 
 
 def _block(
@@ -203,20 +211,30 @@ def _block(
     factors = torch.ones(attention.c_attn.out_features)
     factors[: config.n_head * config.head_width] = scale
     if attention.q_norm and attention.k_norm:
-        q_weight, k_weight = full(attention.q_norm.weight), full(attention.k_norm.weight)
-        norms, eps = torch.stack((q_weight * scale, k_weight)).to(dtype), attention.q_norm.eps
-    heads = config.n_head, config.kv_heads, config.head_width
-    gated = gpu_kernels.swiglu if fused else partial(activation, kind="swiglu")
+        q_factors, k_factors = (_factors(one, full) for one in (attention.q_norm, attention.k_norm))
+        norms = torch.cat((q_factors * scale, k_factors)).to(dtype)
+        eps = attention.q_norm.eps
+    around = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
+    gated = gpu_kernels.gated if fused else activation
     return _Block(
-        ln_1=_norm(block.ln_1, full, dtype, fused=fused),
+        before_attn=around[0],
+        after_attn=around[1],
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
-        queries=Queries(*heads, norms=norms, eps=eps, rotates=attention.rotates),
+        queries=Queries(
+            config.n_head,
+            config.kv_heads,
+            config.head_width,
+            norms=norms,
+            eps=eps,
+            is_wide=config.wide_qk_norm,
+            rotates=config.rotates(layer),
+        ),
         attn_proj=packed(attention.c_proj),
-        ln_2=_norm(block.ln_2, full, dtype, fused=fused),
+        before_mlp=around[2],
+        after_mlp=around[3],
         c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
         mlp_proj=packed(block.mlp.c_proj),
-        gated=gated if config.mlp == "swiglu" else None,
+        gated=partial(gated, kind=config.mlp) if config.is_gated else None,
         residual=config.residual,
         parallel=config.parallel_residual,
-        post_norm=config.post_norm,
     )

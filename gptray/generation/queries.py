@@ -5,6 +5,7 @@ Shapes: N tokens, H heads, K heads of keys and values, E = head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from gptray.model.rotary import Angles, rotate
 class Queries:
     """H = n_head, K = kv_heads, E = width.
 
-    norms: weights (2, E) of RMSNorms of q and k; q's include the scores' 1 / sqrt(E). None: the
-    weight that makes q includes it.
+    norms: weights of RMSNorms of q and k, one after the other, of a head (2 E,) or, if wide, of all
+    heads ((H + K) E,); q's include the scores' 1 / sqrt(E). None: the weight that makes q includes
+    it.
     """
 
     n_head: int
@@ -27,6 +29,7 @@ class Queries:
     width: int
     norms: Tensor | None = None
     eps: float = 0.0
+    is_wide: bool = False
     rotates: bool = False
 
     @property
@@ -38,11 +41,23 @@ class Queries:
         """q, k, v (N, (H + 2 K) E), with q and k ready for scores."""
         if self.is_plain:
             return qkv
+        if self.is_wide:
+            qkv = self.wide_norm(qkv, rms_norm)
         heads = qkv.view(len(qkv), -1, self.width)
         q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
-        if self.norms is not None:
-            q, k = (rms_norm(x, w, self.eps) for x, w in zip((q, k), self.norms, strict=True))
+        if self.norms is not None and not self.is_wide:
+            q, k = (
+                rms_norm(x, w, self.eps) for x, w in zip((q, k), self.norms.chunk(2), strict=True)
+            )
         if self.rotates:
             assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)
         return torch.cat((q, k, v), dim=1).flatten(1)
+
+    def wide_norm(self, qkv: Tensor, norm: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        """q, k, v with q and k normalised by `norm` over all of their heads."""
+        assert self.norms is not None
+        widths = self.n_head * self.width, self.kv_heads * self.width
+        q, k, v = torch.split(qkv, [*widths, widths[1]], dim=1)
+        q_weight, k_weight = torch.split(self.norms, [*widths])
+        return torch.cat((norm(q, q_weight, self.eps), norm(k, k_weight, self.eps), v), dim=1)

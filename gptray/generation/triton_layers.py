@@ -84,13 +84,15 @@ def rms_norm_kernel(x, weight, out, C, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_kernel(x, out, N, WIDTH, BLOCK: tl.constexpr):
+def gated_kernel(x, out, N, WIDTH, IS_SWIGLU: tl.constexpr, BLOCK: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_real = number < N * WIDTH
     source = x + number // WIDTH * 2 * WIDTH + number % WIDTH
     gate = tl.load(source, mask=is_real, other=0.0).to(tl.float32)
     inner = tl.load(source + WIDTH, mask=is_real, other=0.0).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    # silu(z) = z s(z), and GELU by tanh is z s(2 t), s the logistic function.
+    inside = gate if IS_SWIGLU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    gate = (gate / (1.0 + tl.exp(-inside))).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + number, (gate * inner).to(out.dtype.element_ty), mask=is_real)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptray.config import LoraConfig, ModelConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.model.families import Family
+from gptray.model.family import Family
 from gptray.model.hf_config import family_in
 from gptray.model.parameters import HEAD, Part, stored_parts
 from gptray.model.shape import model_folder, read_shape, weights_sha256
@@ -27,7 +27,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # Keys in the metadata of the weight file.
 BASE_SHA256, BASE_QUANTIZED = "base_sha256", "base_quantized"
-_NORMS = ("ln_1", "ln_2", "ln_f", "q_norm", "k_norm")
+_NORMS = ("ln_1", "ln_2", "ln_1_out", "ln_2_out", "ln_f", "q_norm", "k_norm")
 _HEAD = HEAD.removesuffix(".weight")
 _EMBEDDINGS = ("wte", "wpe", _HEAD)
 

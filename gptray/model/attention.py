@@ -1,4 +1,5 @@
-"""Causal self-attention on packed q, k, v, by the fastest exact method for device and dtype.
+"""Causal self-attention: the module, and the fastest exact method for packed q, k, v by device and
+dtype.
 
 On a CPU, in bf16 or with dropout: batched GEMMs over blocks of queries that never touch a key
 beyond their block. Elsewhere: PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has
@@ -11,13 +12,77 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.model.layers import dropout_mask
+from gptray.config import ModelConfig
+from gptray.model import kernels
+from gptray.model.layers import Linear, RMSNorm, dropout, dropout_mask
 from gptray.model.operator import Given, Operator
+from gptray.model.rotary import Angles, rotate
 
 QUERY_BLOCK = 128
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with kv_heads below n_head, query heads share keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
+        self.head_width = head_width = config.head_width
+        self.dropout, self.native = config.dropout, False
+        self.window = config.window(layer)
+        qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
+        self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
+        self.q_norm = self.k_norm = None
+        self.is_wide = config.wide_qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config, one) for one in config.qk_norm_widths)
+        self.c_proj = Linear(config.n_head * head_width, config.n_embd, bias=config.attn_out_bias)
+
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
+        p = self.dropout if self.training else 0.0
+        qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
+        if self.is_wide:
+            qkv = self._normed(qkv)
+        is_full = self.window is None or self.window >= x.size(1)
+        if self.native and is_full and not p:
+            y = self._native(qkv, angles)
+        else:
+            qkv = self._full_heads(qkv, angles)
+            y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
+        return dropout(self.c_proj(y), p)
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """q, k, v with one norm over all query heads, and one over all key heads."""
+        assert self.q_norm and self.k_norm
+        keys = self.kv_heads * self.head_width
+        q, k, v = torch.split(qkv, [qkv.size(-1) - 2 * keys, keys, keys], dim=-1)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-1)
+
+    def _native(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        norms, eps = None, 0.0
+        if self.q_norm and self.k_norm and not self.is_wide:
+            norms, eps = (self.q_norm.factors, self.k_norm.factors), self.q_norm.eps
+        heads = self.n_head, self.kv_heads
+        return kernels.attention(qkv, *heads, angles=angles, norms=norms, eps=eps)
+
+    def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+        """Normalised and rotated q, k, v with n_head heads each, (B, T, 3 n_head head_width)."""
+        is_grouped = self.kv_heads != self.n_head
+        has_norms = self.q_norm is not None and not self.is_wide
+        if not (is_grouped or angles or has_norms):
+            return qkv
+        heads = qkv.view(*qkv.shape[:-1], -1, self.head_width)
+        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=-2)
+        if self.q_norm and self.k_norm and has_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if angles:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if is_grouped:
+            k, v = (part.repeat_interleave(self.n_head // self.kv_heads, dim=-2) for part in (k, v))
+        return torch.cat((q, k, v), dim=-2).flatten(-2)
 
 
 def causal_attention(

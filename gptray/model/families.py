@@ -7,55 +7,21 @@ Face's transformers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import replace
 
 from gptray.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of config.json, and its default if a file omits it.
-
-    words: the file's names for the values of a choice; a value may have several.
-    also: other keys to write with the same value.
-    """
-
-    name: str
-    default: object
-    words: Mapping[str, str] | None = None
-    also: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model_type.
-
-    architecture: transformers' class; None: transformers has none. keys: the fields of ModelConfig
-    that its config.json sets. always: the fields that are the same in all its models. fixed: other
-    keys of config.json, with the values that gptray supports, the default first. windows: how it
-    writes sliding windows. rope_base, rope_part: its keys for rotary positions in files without
-    rope_parameters; no rope_part: whole heads are rotated. prefix, layers: how the names of weights
-    and of layers begin. modules: its modules for each of `gptray.model.parameters`'s, which may
-    fuse several. transposed: linear layers are stored (in, out). by_head: q, k and v are
-    interleaved head by head. even_heads: n_head must divide n_embd even if head_dim is set.
-    """
-
-    architecture: str | None
-    keys: Mapping[str, Key]
-    always: Mapping[str, object]
-    modules: Mapping[str, tuple[str, ...]]
-    prefix: str
-    layers: str
-    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    windows: Literal["none", "all", "from a layer", "by layer"] = "none"
-    rope_base: str = "rope_theta"
-    rope_part: Key | None = None
-    transposed: bool = False
-    by_head: bool = False
-    even_heads: bool = False
-
+from gptray.model.family import Family, Key
+from gptray.model.llama_families import (
+    EXAONE4,
+    GEMMA3,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+)
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
 
@@ -90,84 +56,6 @@ GPT2 = Family(
     layers="h.",
     transposed=True,
 )
-
-_LLAMA_KEYS = {
-    "vocab_size": Key("vocab_size", 32000),
-    "n_positions": Key("max_position_embeddings", 2048),
-    "n_embd": Key("hidden_size", 4096),
-    "n_layer": Key("num_hidden_layers", 32),
-    "n_head": Key("num_attention_heads", 32),
-    "n_kv_head": Key("num_key_value_heads", None),
-    "head_dim": Key("head_dim", None),
-    "n_inner": Key("intermediate_size", 11008),
-    "layer_norm_epsilon": Key("rms_norm_eps", 1e-6),
-    "initializer_range": Key("initializer_range", 0.02),
-    "dropout": Key("attention_dropout", 0.0),
-    "mlp": Key("hidden_act", "silu", words={"silu": "swiglu"}),
-    "tie_word_embeddings": Key("tie_word_embeddings", False),
-}
-_PLAIN_BIASES: dict[str, object] = {"qkv_bias": False, "attn_out_bias": False, "mlp_bias": False}
-_ATTENTION_BIAS = {name: Key("attention_bias", False) for name in ("qkv_bias", "attn_out_bias")}
-_RMS_ROTARY: dict[str, object] = {"norm": "rmsnorm", "positions": "rotary"}
-
-LLAMA = Family(
-    architecture="LlamaForCausalLM",
-    keys=_LLAMA_KEYS | _ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False)},
-    always=_RMS_ROTARY,
-    modules={
-        "wte": ("embed_tokens",),
-        "ln_f": ("norm",),
-        "ln_1": ("input_layernorm",),
-        "ln_2": ("post_attention_layernorm",),
-        "attn.c_attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn.q_norm": ("self_attn.q_norm",),
-        "attn.k_norm": ("self_attn.k_norm",),
-        "attn.c_proj": ("self_attn.o_proj",),
-        "mlp.c_fc": ("mlp.gate_proj", "mlp.up_proj"),
-        "mlp.c_proj": ("mlp.down_proj",),
-    },
-    prefix="model.",
-    layers="layers.",
-    even_heads=True,
-)
-
-MISTRAL = replace(
-    LLAMA,
-    architecture="MistralForCausalLM",
-    keys=_LLAMA_KEYS
-    | {
-        "n_positions": Key("max_position_embeddings", 4096 * 32),
-        "n_kv_head": Key("num_key_value_heads", 8),
-        "n_inner": Key("intermediate_size", 14336),
-    },
-    always=_RMS_ROTARY | _PLAIN_BIASES,
-    windows="all",
-    even_heads=False,
-)
-
-_QWEN_KEYS = _LLAMA_KEYS | {
-    "vocab_size": Key("vocab_size", 151936),
-    "n_positions": Key("max_position_embeddings", 32768),
-    "n_kv_head": Key("num_key_value_heads", 32),
-    "n_inner": Key("intermediate_size", 22016),
-}
-
-QWEN2 = replace(
-    LLAMA,
-    architecture="Qwen2ForCausalLM",
-    keys=_QWEN_KEYS,
-    always=_RMS_ROTARY | _PLAIN_BIASES | {"qkv_bias": True},
-    windows="from a layer",
-    even_heads=False,
-)
-
-QWEN3 = replace(
-    QWEN2,
-    architecture="Qwen3ForCausalLM",
-    keys=_QWEN_KEYS | _ATTENTION_BIAS | {"head_dim": Key("head_dim", 128)},
-    always=_RMS_ROTARY | {"mlp_bias": False, "qk_norm": True},
-)
-
 GPT_NEOX = Family(
     architecture="GPTNeoXForCausalLM",
     keys={
@@ -199,29 +87,9 @@ GPT_NEOX = Family(
     },
     prefix="gpt_neox.",
     layers="layers.",
-    rope_base="rotary_emb_base",
+    rope_base=Key("rotary_emb_base", 10000.0),
     rope_part=Key("rotary_pct", 0.25),
     by_head=True,
-)
-
-EXAONE4 = replace(
-    LLAMA,
-    architecture="Exaone4ForCausalLM",
-    keys=_LLAMA_KEYS
-    | {
-        "vocab_size": Key("vocab_size", 102400),
-        "n_kv_head": Key("num_key_value_heads", 32),
-        "n_inner": Key("intermediate_size", 16384),
-        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
-    },
-    always=_RMS_ROTARY | _PLAIN_BIASES | {"qk_norm": True, "post_norm": True},
-    modules={
-        **LLAMA.modules,
-        "ln_1": ("post_attention_layernorm",),
-        "ln_2": ("post_feedforward_layernorm",),
-    },
-    windows="by layer",
-    even_heads=False,
 )
 
 # By model_type, in the order in which `family_of` tries them.
@@ -233,6 +101,10 @@ KNOWN: dict[str, Family] = {
     "qwen3": QWEN3,
     "gpt_neox": GPT_NEOX,
     "exaone4": EXAONE4,
+    "olmo2": OLMO2,
+    "smollm3": SMOLLM3,
+    "phi3": PHI3,
+    "gemma3_text": GEMMA3,
 }
 
 
@@ -250,17 +122,17 @@ SHAPE = tuple(
 )
 # Any other combination of fields, under the names of ModelConfig.
 OWN = "gptray"
+_OWN_MODULES = (*_MODULES, "ln_1_out", "ln_2_out", "attn.q_norm", "attn.k_norm")
 _OWN = Family(
     architecture=None,
     keys={"vocab_size": Key("vocab_size", None)}
     | {name: Key(name, ModelConfig.model_fields[name].default) for name in SHAPE},
     always={},
-    modules={name: (name,) for name in (*_MODULES, "attn.q_norm", "attn.k_norm")},
+    modules={name: (name,) for name in _OWN_MODULES},
     prefix="transformer.",
     layers="h.",
 )
-FAMILIES: dict[str, Family] = {
-    **KNOWN,
+FAMILIES: dict[str, Family] = KNOWN | {
     "gptray-gpt2-nonorm": _ablation(norm="none"),
     "gptray-gpt2-noresidual": _ablation(residual=False),
     "gptray-gpt2-nonorm-noresidual": _ablation(norm="none", residual=False),

@@ -27,9 +27,10 @@ from gptray.model.kernel_calls import (
     weight_gradients,
 )
 from gptray.model.operator import Given, Operator
-from gptray.native.abi import GELU, GELU_TANH, NONE, SWIGLU
+from gptray.native.abi import GEGLU, GELU, GELU_TANH, NONE, SWIGLU
 
-_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU}
+_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU, "geglu": GEGLU}
+_GATED = (SWIGLU, GEGLU)
 
 
 def linear(x: Tensor, layer: FrozenLayer) -> Tensor:
@@ -55,12 +56,12 @@ def _forward(
     if layer.adapters:
         u, up = product(_dropped_out(x, layer.adapters), _down(layer.adapters)), _up(layer)
     rows, K = weight.shape
-    N, M = rows // 2 if activation == SWIGLU else rows, x.numel() // K
+    N, M = rows // 2 if activation in _GATED else rows, x.numel() // K
     y, slopes = x.new_empty(*x.shape[:-1], N), None
     if activation != NONE:
         slopes = x.new_empty(*x.shape[:-1], rows)
     R = u.size(-1)
-    scratch = panels(gated_columns(N) if activation == SWIGLU else N, (K + R) // 2)
+    scratch = panels(gated_columns(N) if activation in _GATED else N, (K + R) // 2)
     call("frozen_linear", x, weight, layer.bias, u, up, y, slopes, scratch, M, N, K, R, activation)
     return y, slopes, u
 
@@ -195,7 +196,7 @@ def _mlp_shapes(given: Given) -> list[Tensor]:
     x, *tensors = given.tensors
     activation, first, second = _layers(given, tensors)
     rows = len(first.values)
-    inner = x.new_empty(*x.shape[:-1], rows // 2 if activation == SWIGLU else rows)
+    inner = x.new_empty(*x.shape[:-1], rows // 2 if activation in _GATED else rows)
     y, slopes = (x.new_empty(*x.shape[:-1], width) for width in (len(second.values), rows))
     return [y, inner, slopes, _narrow(x, first), _narrow(x, second)]
 

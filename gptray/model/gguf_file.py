@@ -91,6 +91,8 @@ def _encoded(tensor: GgufTensor, quantized: Quantizer) -> npt.NDArray[np.uint8]:
         return _four_bits(tensor, quantized)
     weight = rounded(tensor.stored, dtype_of(tensor.precision))
     weight = (weight.t() if tensor.transposed else weight).contiguous()
+    if tensor.more:
+        weight = weight + tensor.more
     if tensor.order:
         weight = weight[torch.tensor(tensor.order)]
     assert tuple(weight.shape) == tensor.shape, tensor.name

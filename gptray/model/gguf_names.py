@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
 from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
-from gptray.gguf_network import FACTORS, llama3_factors, rotary_fields
+from gptray.gguf_network import OTHER_SCORES, rotary_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight
@@ -27,6 +27,7 @@ class GgufTensor:
     """A tensor of a GGUF file; `shape` is NumPy's, with rows last.
 
     transposed: the folder stores it transposed. order: for each of its rows, the row in the folder.
+    more: what the file's numbers are above the folder's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class GgufTensor:
     precision: str
     transposed: bool
     order: list[int] | None
+    more: int = 0
 
     @property
     def size(self) -> int:
@@ -57,18 +59,36 @@ def family_of(model: StoredModel) -> Family:
 
 def _check_computed(config: ModelConfig, family: Family) -> None:
     """Raise UserError for a network that llama.cpp cannot compute."""
-    windows = [config.window(layer) for layer in range(config.n_layer)]
+    layers = range(config.n_layer)
+    windows, rotates = ([one(layer) for layer in layers] for one in (config.window, config.rotates))
+    rotated = [family.architecture != "smollm3" or layer % 4 < 3 for layer in layers]
     refused = None
-    if any(one is not None and one < config.n_positions for one in windows):
+    if family.pattern and (other := _other_gemma(config, family.pattern)):
+        refused = other
+    elif not family.pattern and any(one and one < config.n_positions for one in windows):
         refused = f"sliding windows, and this model has one of {config.sliding_window} tokens"
     elif family.architecture == "gpt2" and config.mlp != "gelu_new":
         refused = f"{config.mlp} in the MLP"
     elif family.is_strict and not (config.qkv_bias and config.attn_out_bias and config.mlp_bias):
         refused = "layers without a bias"
+    elif family.is_rotary and rotates != rotated:
+        refused = "these layers without positions"
+    elif config.rope_scaling and (kind := config.rope_scaling["rope_type"]) not in family.scalings:
+        refused = f"rope_scaling of rope_type {kind}"
     if refused:
         raise UserError(
             f"llama.cpp's {family.architecture} does not support {refused}; export.format=hf does"
         )
+
+
+def _other_gemma(config: ModelConfig, pattern: int) -> str | None:
+    """What of a network llama.cpp's gemma3 does otherwise."""
+    has_window = [config.window(layer) is not None for layer in range(config.n_layer)]
+    if has_window != [(layer + 1) % pattern != 0 for layer in range(config.n_layer)]:
+        return f"sliding windows in other layers than all but every {pattern}th"
+    if config.local_rope_theta != 10000:
+        return f"local_rope_theta={config.local_rope_theta}"
+    return f"{OTHER_SCORES} layers" if config.n_layer == OTHER_SCORES else None
 
 
 def own_network(model: StoredModel) -> UserError:
@@ -86,6 +106,8 @@ def gguf_numbers(config: ModelConfig, family: Family) -> dict[str, object]:
         fields["feed_forward_length"] = config.inner
     if "head_dim" in family.numbers:
         fields["attention.value_length"] = config.head_width
+    if family.pattern:
+        fields["attention.sliding_window"] = config.sliding_window
     if family.is_rotary:
         fields |= rotary_fields(config.rope_theta, config.rotary_width, config.rope_scaling)
     return {f"{family.architecture}.{key}": value for key, value in fields.items()}
@@ -115,7 +137,8 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
         elif precision in FOUR_BITS and gguf_name in (EMBEDDING, HEAD):
             own = "q8_0"
         order = family.row_order(part, shape[0], numbers)
-        tensors.append(GgufTensor(gguf_name, stored, shape, own, transposed, order))
+        more = 1 if family.is_centred and len(shape) == 1 else 0
+        tensors.append(GgufTensor(gguf_name, stored, shape, own, transposed, order, more))
     if family.is_strict and HEAD not in {one.name for one in tensors}:
         embedding = next(one for one in tensors if one.name == EMBEDDING)
         tensors.append(replace(embedding, name=HEAD))
@@ -123,8 +146,5 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
 
 
 def gguf_vectors(config: ModelConfig) -> dict[str, list[float]]:
-    """Numbers of config.json that a GGUF file holds as tensors: Llama 3's scaling of positions."""
-    scaling = config.rope_scaling
-    if not scaling or scaling["rope_type"] != "llama3":
-        return {}
-    return {FACTORS: llama3_factors(config.rope_theta, config.rotary_width, scaling)}
+    """What a GGUF file holds as tensors and Hugging Face as numbers: scalings of positions."""
+    return rotary_factors(config.rope_theta, config.rotary_width, config.rope_scaling)

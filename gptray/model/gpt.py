@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, C = n_embd, V rows of the embedding; x is (B, T, C) e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from gptray.config import ModelConfig, UserError
 from gptray.model import kernels
-from gptray.model.attention import causal_attention
+from gptray.model.attention import Attention
 from gptray.model.distillation import SoftTargets, distillation_loss
-from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout
+from gptray.model.layers import LayerNorm, Linear, RMSNorm, activation, dropout, norm_of
 from gptray.model.loss import linear_cross_entropy, token_cross_entropy
 from gptray.model.quantized_linear import QuantizedLinear
-from gptray.model.rotary import Angles, Rotary, rotate
+from gptray.model.rotary import Angles, Rotary
 from gptray.model.usage import Usage
 
 
@@ -34,73 +34,16 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
-def _norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "none":
-        return nn.Identity()
-    kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-    return kind(config.n_embd, eps=config.layer_norm_epsilon)
-
-
-class Attention(nn.Module):
-    """Causal self-attention; with kv_heads below n_head, query heads share keys and values."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.n_head, self.kv_heads = config.n_head, config.kv_heads
-        self.head_width = head_width = config.head_width
-        self.dropout, self.native = config.dropout, False
-        self.window, self.rotates = config.window(layer), config.rotates(layer)
-        qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
-        self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
-        self.q_norm = self.k_norm = None
-        if config.qk_norm:
-            eps = config.layer_norm_epsilon
-            self.q_norm, self.k_norm = (RMSNorm(head_width, eps=eps) for _ in range(2))
-        self.c_proj = Linear(config.n_head * head_width, config.n_embd, bias=config.attn_out_bias)
-
-    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
-        p = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
-        is_full = self.window is None or self.window >= x.size(1)
-        if self.native and is_full and not p:
-            y = self._native(qkv, angles)
-        else:
-            qkv = self._full_heads(qkv, angles)
-            y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
-        return dropout(self.c_proj(y), p)
-
-    def _native(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        norms, eps = None, 0.0
-        if self.q_norm and self.k_norm:
-            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
-        rotation = angles if self.rotates else None
-        heads = self.n_head, self.kv_heads
-        return kernels.attention(qkv, *heads, angles=rotation, norms=norms, eps=eps)
-
-    def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """Normalised and rotated q, k, v with n_head heads each, (B, T, 3 n_head head_width)."""
-        is_grouped = self.kv_heads != self.n_head
-        if not (is_grouped or self.rotates or self.q_norm):
-            return qkv
-        heads = qkv.view(*qkv.shape[:-1], -1, self.head_width)
-        q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=-2)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotates:
-            assert angles is not None
-            q, k = rotate(q, angles), rotate(k, angles)
-        if is_grouped:
-            k, v = (part.repeat_interleave(self.n_head // self.kv_heads, dim=-2) for part in (k, v))
-        return torch.cat((q, k, v), dim=-2).flatten(-2)
+_NO_NORM = nn.Identity()
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; for swiglu, c_fc makes gate and input."""
+    """Two linear layers with an activation between them; a gated c_fc makes gate and input."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout, self.kind, self.native = config.dropout, config.mlp, False
-        outputs = 2 * config.inner if config.mlp == "swiglu" else config.inner
+        outputs = 2 * config.inner if config.is_gated else config.inner
         self.c_fc = Linear(config.n_embd, outputs, bias=config.mlp_bias)
         self.c_proj = Linear(config.inner, config.n_embd, bias=config.mlp_bias)
 
@@ -122,25 +65,28 @@ class Block(nn.Module):
         self.post_norm = config.post_norm
         # `compute`, compiled for training: see `gptray.training.device`.
         self.compiled: Callable[[Tensor, Angles | None], Tensor] | None = None
-        self.ln_1, self.attn = _norm(config), Attention(config, layer)
-        self.ln_2, self.mlp = _norm(config), MLP(config)
+        self.ln_1, self.attn = norm_of(config), Attention(config, layer)
+        self.ln_2, self.mlp = norm_of(config), MLP(config)
+        outputs = norm_of if config.sandwich_norm else lambda _: nn.Identity()
+        self.ln_1_out, self.ln_2_out = outputs(config), outputs(config)
 
     def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         if self.compiled and torch.is_grad_enabled():
             return self.compiled(x, angles)
         return self.compute(x, angles)
 
+    @property
+    def norms(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+        """Before and after attention, before and after the MLP."""
+        if self.post_norm:
+            return _NO_NORM, self.ln_1, _NO_NORM, self.ln_2
+        return self.ln_1, self.ln_1_out, self.ln_2, self.ln_2_out
+
     def compute(self, x: Tensor, angles: Angles | None) -> Tensor:
-        if self.post_norm:
-            attn_out = self.ln_1(self.attn(x, angles))
-        else:
-            attn_out = self.attn(self.ln_1(x), angles)
-        y: Tensor = x + attn_out if self.residual else attn_out
-        mlp_in = x if self.parallel else y
-        if self.post_norm:
-            mlp_out: Tensor = self.ln_2(self.mlp(mlp_in))
-        else:
-            mlp_out = self.mlp(self.ln_2(mlp_in))
+        before_attn, after_attn, before_mlp, after_mlp = self.norms
+        y: Tensor = after_attn(self.attn(before_attn(x), angles))
+        y = x + y if self.residual else y
+        mlp_out: Tensor = after_mlp(self.mlp(before_mlp(x if self.parallel else y)))
         return y + mlp_out if self.residual or self.parallel else mlp_out
 
 
@@ -151,26 +97,30 @@ class Transformer(nn.Module):
         super().__init__()
         self.dropout, self.checkpoint_blocks = config.dropout, config.checkpoint_blocks
         self.rotary = Rotary(config) if config.positions == "rotary" else None
+        self.scale = config.embedding_scale
         self.wte = _embedding(rows, config.n_embd)
         if not self.rotary:
             self.wpe = _embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = _norm(config)
+        self.ln_f = norm_of(config)
 
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         """The normalised output of the last block for idx (B, T), computed in dtype."""
         T, p = idx.size(1), self.dropout if self.training else 0.0
-        x, angles = F.embedding(idx, self.wte.weight), None
+        x = F.embedding(idx, self.wte.weight)
+        angles: Sequence[Angles | None] = [None] * len(self.h)
+        if self.scale != 1:
+            x = x * self.scale
         if self.rotary:
             angles = self.rotary.at(torch.arange(T, device=idx.device), dtype)
         else:
             x = x + self.wpe.weight[:T]
         x = dropout(x.to(dtype), p)
-        for block in self.h:
+        for block, own in zip(self.h, angles, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, use_reentrant=False, preserve_rng_state=p > 0)
+                x = checkpoint(block, x, own, use_reentrant=False, preserve_rng_state=p > 0)
             else:
-                x = block(x, angles)
+                x = block(x, own)
         out: Tensor = self.ln_f(x)
         return out
 
@@ -257,7 +207,7 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:  # of a norm
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.config.centred_norm else 1.0)
             else:
                 # Each block adds to the residual stream twice: keep its variance flat with depth.
                 depth = 2 * self.config.n_layer if name.endswith("c_proj.weight") else 1

@@ -8,7 +8,7 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from gptray.model.gpt import GPT
 from gptray.model.layers import Linear
 from gptray.model.parameters import stored_parts
 from gptray.model.quantized import IN_GROUPS, QuantizedWeight, quantize
-from gptray.model.rotary import Rotary
+from gptray.model.rotary import Angles, Rotary
 from gptray.model.rounding import rounded
 from gptray.model.stored_weights import StoredModel, StoredWeight
 from gptray.model.unread import unread_network
@@ -48,14 +48,14 @@ def input_importance(model: GPT, kind: str) -> dict[str, Tensor]:
         return found
     was_training, _ = model.training, model.eval()
     x, angles = _embedded(model)
-    for layer, block in enumerate(model.transformer.h):
+    for layer, (block, turns) in enumerate(zip(model.transformer.h, angles, strict=True)):
         hooks = [
             module.register_forward_pre_hook(_recorder(found, f"transformer.h.{layer}.{name}"))
             for name, module in block.named_modules()
             if isinstance(module, Linear)
         ]
         own = {name: model.full_tensor(one).double() for name, one in block.named_parameters()}
-        x = functional_call(block, own, (x, angles))
+        x = functional_call(block, own, (x, turns))
         for hook in hooks:
             hook.remove()
     model.train(was_training)
@@ -89,18 +89,19 @@ def quantizer(folder: Path, model: StoredModel, kind: str) -> Quantizer:
     return quantized
 
 
-def _embedded(model: GPT) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """The first block's input for random tokens, (1, T, C) in fp64, and the rotary angles."""
+def _embedded(model: GPT) -> tuple[Tensor, Sequence[Angles | None]]:
+    """The first block's input for random tokens, (1, T, C) in fp64, and each block's rotary
+    angles."""
     transformer, length = model.transformer, min(TOKENS, model.config.n_positions)
     table = model.full_tensor(transformer.wte.weight)
     random = torch.Generator().manual_seed(0)
     idx = torch.randint(len(table), (1, length), generator=random).to(table.device)
-    x = F.embedding(idx, table).double()
+    x = F.embedding(idx, table).double() * model.config.embedding_scale
     if transformer.rotary:
         # Not the network's own angles: they are fp32, which differs between machines.
         rotary = Rotary(model.config, torch.float64)
         return x, rotary.at(torch.arange(length, device=table.device), torch.float64)
-    return x + model.full_tensor(transformer.wpe.weight)[:length], None
+    return x + model.full_tensor(transformer.wpe.weight)[:length], [None] * len(transformer.h)
 
 
 def _recorder(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:

@@ -22,7 +22,7 @@ def panels(columns: int, words: int) -> Tensor:
 
 
 def gated_columns(columns: int) -> int:
-    """The columns of SwiGLU's panels, each of which is half gates and half inputs."""
+    """The columns of a gated layer's panels, each of which is half gates and half inputs."""
     return -(-columns // (PANEL // 2)) * PANEL
 
 

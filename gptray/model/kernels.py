@@ -35,7 +35,8 @@ from gptray.native.abi import NORM_PARTS
 _MLPS = {
     "gelu_new": ("linear_gelu", "input_gradient_gelu"),
     "gelu": ("linear_exact_gelu", "input_gradient_gelu"),
-    "swiglu": ("linear_swiglu", "input_gradient_swiglu"),
+    "swiglu": ("linear_swiglu", "input_gradient_gates"),
+    "geglu": ("linear_geglu", "input_gradient_gates"),
 }
 
 

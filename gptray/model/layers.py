@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.config import ModelConfig
 from gptray.model import frozen_kernels, kernels
 from gptray.model.autograd_context import Context, LinearContext, NormContext
 from gptray.model.frozen_layer import FrozenLayer
@@ -129,23 +130,41 @@ class _CastLayerNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x over its root mean square, times a weight; in its input's dtype (mean in fp32).
 
-    Zhang & Sennrich 2019. `GPT.initialise` sets the weight.
+    Zhang & Sennrich 2019. `GPT.initialise` sets the weight. less: how much less it is kept.
     """
 
     native = False
 
-    def __init__(self, width: int, *, eps: float) -> None:
+    def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.less = config.layer_norm_epsilon, 1.0 if config.centred_norm else 0.0
+
+    @property
+    def factors(self) -> Tensor:
+        """What x is multiplied by."""
+        if not self.less:
+            return self.weight
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # of bf16 it would be rounded
+        return self.weight.to(wide) + self.less
 
     def forward(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.weight
+        weight = self.factors
         if torch.compiler.is_compiling():
             return rms_norm(x, weight, self.eps)
         if self.native:
             return kernels.norm(x, weight, None, self.eps)
         y: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return y
+
+
+def norm_of(config: ModelConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        return RMSNorm(config, config.n_embd)
+    return LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -177,14 +196,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """An MLP's activation: gelu_new, gelu, or swiglu, whose x (..., 2 N) holds gate and input side
-    by side and which returns silu(gate) * input, (..., N) (Shazeer 2020)."""
+    """An MLP's activation: gelu_new, gelu, or for x (..., 2 N), which holds gate and input side by
+    side, silu(gate) * input (swiglu) or gelu_new(gate) * input (geglu), (..., N) (Shazeer 2020)."""
     if kind == "gelu_new":
         return gelu(x)
     if kind == "gelu":
         return F.gelu(x)
     gate, inner = x.chunk(2, dim=-1)
-    return F.silu(gate) * inner
+    return (gelu(gate) if kind == "geglu" else F.silu(gate)) * inner
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gptray.config import ModelConfig
-from gptray.model.families import Family
+from gptray.model.family import Family
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 # GPT-NeoX's head in files from older releases of transformers.
@@ -26,6 +26,9 @@ IGNORED = (
 )
 
 
+Turned = Literal["", "transposed", "by_head"]
+
+
 @dataclass(frozen=True)
 class Part:
     """A tensor of a weight file: rows `start` to `start + rows` of a parameter.
@@ -38,7 +41,7 @@ class Part:
     parameter: str
     start: int
     rows: int
-    layout: Literal["", "transposed", "by_head"] = ""
+    layout: Layout = ""
 
     @property
     def is_linear(self) -> bool:
@@ -57,11 +60,13 @@ class Module:
 
 
 def block_modules(config: ModelConfig) -> list[Module]:
-    """The modules of one block, in the network's order."""
+    """The modules of one block, in the network's order but for norms of outputs."""
     width, head, inner = config.n_embd, config.head_width, config.inner
     queries, keys = config.n_head * head, config.kv_heads * head
-    gated = (inner, inner) if config.mlp == "swiglu" else (inner,)
-    heads = [Module(f"attn.{name}", (head,), (), False) for name in ("q_norm", "k_norm")]
+    gated = (inner, inner) if config.is_gated else (inner,)
+    outputs = ("ln_1_out", "ln_2_out") if config.sandwich_norm else ()
+    both = zip(("q_norm", "k_norm"), config.qk_norm_widths, strict=True)
+    heads = [Module(f"attn.{name}", (one,), (), False) for name, one in both]
     return [
         *_norm("ln_1", config),
         Module("attn.c_attn", (queries, keys, keys), (width,), config.qkv_bias),
@@ -70,6 +75,7 @@ def block_modules(config: ModelConfig) -> list[Module]:
         *_norm("ln_2", config),
         Module("mlp.c_fc", gated, (width,), config.mlp_bias),
         Module("mlp.c_proj", (width,), (inner,), config.mlp_bias),
+        *(norm for name in outputs for norm in _norm(name, config)),
     ]
 
 
@@ -129,7 +135,7 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
     is_linear = bool(layer and module.inputs)
     start = 0
     for name, size in zip(names, sizes, strict=True):
-        layout: Literal["", "transposed", "by_head"] = ""
+        layout: Layout = ""
         if family.by_head and module.name == "attn.c_attn":
             layout = "by_head"
         weight = [size, *module.inputs]

@@ -26,18 +26,31 @@ class Rotary:
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        own, self._scale = frequencies(config, dtype)
-        self._frequencies = {own.device: own}
+        self._kinds = [frequencies(config, dtype)]
+        self._kind_of = [0] * config.n_layer
+        if config.local_rope_theta:
+            plain = {"rope_theta": config.local_rope_theta, "rope_scaling": None}
+            self._kinds.append(frequencies(config.model_copy(update=plain), dtype))
+            windows = map(config.window, range(config.n_layer))
+            self._kind_of = [0 if window is None else 1 for window in windows]
+        self._rotates = [config.rotates(layer) for layer in range(config.n_layer)]
+        # By device: a CUDA graph cannot hold a copy from the host, and an eager step would wait.
+        self._kinds_on = {torch.device("cpu"): self._kinds}
 
-    def at(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """The angles of integer positions (T,)."""
-        # Copied to a GPU once: a CUDA graph cannot hold a copy, and an eager step would wait.
-        if (turns := self._frequencies.get(positions.device)) is None:
-            own = self._frequencies[torch.device("cpu")]
-            turns = self._frequencies[positions.device] = own.to(positions.device)
-        angles = positions.to(turns.dtype)[:, None] * turns
-        cos, sin = angles.cos() * self._scale, angles.sin() * self._scale
-        return cos.to(dtype), sin.to(dtype)
+    def at(self, positions: Tensor, dtype: torch.dtype) -> list[Angles | None]:
+        """Each layer's angles of integer positions (T,); None: it does not rotate."""
+        if (kinds := self._kinds_on.get(positions.device)) is None:
+            kinds = [(one.to(positions.device), scale) for one, scale in self._kinds]
+            self._kinds_on[positions.device] = kinds
+        made = [_angles(positions, *kind, dtype) for kind in kinds]
+        both = zip(self._kind_of, self._rotates, strict=True)
+        return [made[kind] if rotates else None for kind, rotates in both]
+
+
+def _angles(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> Angles:
+    angles = positions.to(frequencies.dtype)[:, None] * frequencies
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
@@ -58,9 +71,13 @@ def frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> tupl
     kind = scaling.pop("rope_type", None)
     if kind is None:
         return plain, 1.0
-    numbers = {key: float(value) for key, value in scaling.items()}
+    numbers = {key: float(value) for key, value in scaling.items() if not isinstance(value, list)}
     if kind == "linear":
         return plain / numbers["factor"], 1.0
+    if kind == "longrope":
+        # Of short contexts (Ding et al. 2024); ModelConfig refuses longer ones.
+        short = torch.tensor(scaling["short_factor"], dtype=dtype, device=cpu)
+        return plain / short, numbers["attention_factor"]
     return (_llama3 if kind == "llama3" else _yarn)(plain, numbers, config)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
-from gptray.model.families import FAMILIES, Family
+from gptray.model.families import FAMILIES
+from gptray.model.family import Family
 from gptray.model.hf_config import read_config
 from gptray.model.packed_weights import GROUP, SCALES, SHAPE, VALUES, Packing, packing_of
 from gptray.model.parameters import HEAD, IGNORED, stored_name, stored_parts

@@ -25,7 +25,7 @@ RANK_STEP = 4
 # Partial sums of a layer norm's gradients over the rows.
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4, IQ4_NL = range(5)
-NONE, GELU_TANH, GELU, SWIGLU = range(4)
+NONE, GELU_TANH, GELU, SWIGLU, GEGLU = range(5)
 
 
 class _Pointer(c_void_p):
@@ -101,8 +101,7 @@ class LowRank(Structure):
 
 class Block(Structure):
     _fields_ = (
-        ("ln_1", Norm),
-        ("ln_2", Norm),
+        *((name, Norm) for name in ("before_attn", "after_attn", "before_mlp", "after_mlp")),
         ("q_norm", Norm),
         ("k_norm", Norm),
         ("c_attn", Linear),
@@ -111,6 +110,8 @@ class Block(Structure):
         ("mlp_proj", Linear),
         ("window", c_int32),
         ("rotary", c_int32),
+        ("cos", Float),
+        ("sin", Float),
     )
 
 
@@ -119,8 +120,6 @@ class Model(Structure):
         ("blocks", POINTER(Block)),
         ("wte", Float),
         ("wpe", Float),
-        ("cos", Float),
-        ("sin", Float),
         ("ln_f", Norm),
         ("head", Linear),
         ("n_layer", c_int32),
@@ -131,7 +130,8 @@ class Model(Structure):
         ("activation", c_int32),
         ("residual", c_int32),
         ("parallel", c_int32),
-        ("post_norm", c_int32),
+        ("wide_qk_norm", c_int32),
+        ("scale", c_float),
     )
 
 
@@ -183,6 +183,7 @@ CONSTANTS = {
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "IQ4_NL": IQ4_NL},
     **{"GROUP": GROUP, "INT8_GROUP": INT8_GROUP},
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
+    "GEGLU": GEGLU,
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
 _SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
@@ -191,14 +192,15 @@ FUNCTIONS: dict[str, Sequence[type]] = {
     # x, weight, bias, y, work; M, N, K
     "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
     # x, weight, bias, y, slope, work; M, N, K
-    "linear_gelu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
-    "linear_exact_gelu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
-    "linear_swiglu": [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
+    **dict.fromkeys(
+        ("linear_gelu", "linear_exact_gelu", "linear_swiglu", "linear_geglu"),
+        [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
+    ),
     # grad, weight, grad_x, work; M, N, K
     "input_gradient": [Half, Float, Half, Words, *_SIZES_OF_3],
     # grad, weight, slope, grad_x, work; M, N, K
     "input_gradient_gelu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
-    "input_gradient_swiglu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
+    "input_gradient_gates": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
     # grad, x, grad_weight, grad_bias, work; M, N, K
     "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],
     # x, weight, bias, u, up, y, slopes, work; M, N, K, R, activation

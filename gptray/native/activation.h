@@ -4,4 +4,6 @@
 
 #include <cstdint>
 
-enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU };
+enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU, GEGLU };
+
+inline bool is_gated(int activation) { return activation == SWIGLU || activation == GEGLU; }

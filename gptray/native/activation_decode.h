@@ -26,7 +26,7 @@ inline Floats silu(Floats x) {
   return x / (splat(1.f) + e);
 }
 
-// For one block of outputs; linear_decode.h handles SWIGLU.
+// For one block of outputs; linear_decode.h handles gates.
 inline Floats activate(int activation, Floats x) {
   return activation == GELU_TANH ? gelu(x) : activation == GELU ? gelu_exact(x) : x;
 }

@@ -110,12 +110,13 @@ void attend_group(int heads, const float *q, const T *keys, const T *values, con
 // pair are R / 2 apart (Su et al. 2021, RoFormer).
 inline void prepare(float *head, const Norm &norm, const Model &model, const Block &block,
                     int position) {
-  if (norm.weight) normalise(head, norm.weight, norm.bias, head, norm.eps, model.head_width);
+  if (norm.weight && !model.wide_qk_norm)
+    normalise(head, norm.weight, norm.bias, head, norm.eps, model.head_width);
   const int half = block.rotary / 2;
   for (int i = 0; i < half; i += LANES) {
     const Mask mask = lanes(half - i);
-    const Floats cos = load(model.cos + (size_t)position * half + i, mask);
-    const Floats sin = load(model.sin + (size_t)position * half + i, mask);
+    const Floats cos = load(block.cos + (size_t)position * half + i, mask);
+    const Floats sin = load(block.sin + (size_t)position * half + i, mask);
     const Floats first = load(head + i, mask), second = load(head + half + i, mask);
     store(head + i, fmsub(first, cos, second * sin), mask);
     store(head + half + i, fmadd(second, cos, first * sin), mask);
@@ -177,6 +178,16 @@ void attention(Team &team, const Model &model, const Step &step, const Cache &ca
                           (T *)cache.keys[number],
                           (T *)cache.values[number],
                           (size_t)cache.length * model.head_width};
+  if (model.wide_qk_norm) {
+    const int queries = model.n_head * layer.E, keys = layer.K * layer.E;
+#pragma omp for schedule(static)
+    for (int row = 0; row < step.rows; ++row) {
+      float *q = layer.queries(row, 0), *k = q + queries;
+      const Norm &q_norm = layer.block.q_norm, &k_norm = layer.block.k_norm;
+      normalise(q, q_norm.weight, nullptr, q, q_norm.eps, queries);
+      normalise(k, k_norm.weight, nullptr, k, k_norm.eps, keys);
+    }
+  }
   // A row may read keys that other rows of its slot write.
   if (!step.apart) {
 #pragma omp for collapse(2) schedule(static)

@@ -26,6 +26,8 @@ void embed(const Model &model, const Step &step) {
       std::copy_n(model.wte + token * C, C, x);
     else
       read_row(model.head, token, x);
+    if (model.scale != 1.f)
+      for (int i = 0; i < C; ++i) x[i] *= model.scale;
     if (!model.wpe) continue;
     const float *position = model.wpe + (size_t)step.positions[row] * C;
     for (int i = 0; i < C; ++i) x[i] += position[i];
@@ -36,9 +38,8 @@ void embed(const Model &model, const Step &step) {
 void update_residual(Team &team, const Model &model, const Step &step, const Linear &layer,
                      const float *rows, const Norm &norm, bool adds) {
   const int C = model.n_embd;
-  const bool is_normed = model.post_norm && norm.weight;
   const float *add = adds ? step.x : nullptr;
-  if (!is_normed)
+  if (!norm.weight)
     return linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
   linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
 #pragma omp for schedule(static)
@@ -51,18 +52,17 @@ void update_residual(Team &team, const Model &model, const Step &step, const Lin
 
 void block(Team &team, const Model &model, const Step &step, const Cache &cache, int number) {
   const Block &b = model.blocks[number];
-  const Norm *before[] = {model.post_norm ? nullptr : &b.ln_1, model.post_norm ? nullptr : &b.ln_2};
   const auto add_attended = [&] {
-    update_residual(team, model, step, b.attn_proj, step.attended, b.ln_1, model.residual);
+    update_residual(team, model, step, b.attn_proj, step.attended, b.after_attn, model.residual);
   };
-  linear(team, b.c_attn, step, step.x, before[0], nullptr, step.rows,
+  linear(team, b.c_attn, step, step.x, &b.before_attn, nullptr, step.rows,
          {step.wide, nullptr, b.c_attn.outputs});
   (cache.kind == BF16 ? attention<uint16_t> : attention<float>)(team, model, step, cache, number);
   if (!model.parallel) add_attended();
-  linear(team, b.c_fc, step, step.x, before[1], nullptr, step.rows,
+  linear(team, b.c_fc, step, step.x, &b.before_mlp, nullptr, step.rows,
          {step.wide, nullptr, b.mlp_proj.inputs, model.activation});
   if (model.parallel) add_attended();
-  update_residual(team, model, step, b.mlp_proj, step.wide, b.ln_2,
+  update_residual(team, model, step, b.mlp_proj, step.wide, b.after_mlp,
                   model.residual || model.parallel);
 }
 
@@ -138,23 +138,25 @@ extern "C" const char *decode_abi() {
       ABI_CONSTANT(LANES) + ABI_CONSTANT(PANEL) + ABI_CONSTANT(RANK_STEP) + ABI_CONSTANT(FP32) +
       ABI_CONSTANT(BF16) + ABI_CONSTANT(INT8) + ABI_CONSTANT(INT4) + ABI_CONSTANT(IQ4_NL) +
       ABI_CONSTANT(GROUP) + ABI_CONSTANT(INT8_GROUP) + ABI_CONSTANT(NONE) +
-      ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) + ABI_CONSTANT(SWIGLU) +
+      ABI_CONSTANT(GELU_TANH) + ABI_CONSTANT(GELU) + ABI_CONSTANT(SWIGLU) + ABI_CONSTANT(GEGLU) +
       ABI_STRUCT(Norm, ABI_FIELD(Norm, weight), ABI_FIELD(Norm, bias), ABI_FIELD(Norm, eps)) +
       ABI_STRUCT(Linear, ABI_FIELD(Linear, weight), ABI_FIELD(Linear, bias),
                  ABI_FIELD(Linear, scale), ABI_FIELD(Linear, inputs), ABI_FIELD(Linear, outputs),
                  ABI_FIELD(Linear, kind), ABI_FIELD(Linear, number)) +
       ABI_STRUCT(LowRank, ABI_FIELD(LowRank, a), ABI_FIELD(LowRank, b), ABI_FIELD(LowRank, rank),
                  ABI_FIELD(LowRank, kind), ABI_FIELD(LowRank, inputs)) +
-      ABI_STRUCT(Block, ABI_FIELD(Block, ln_1), ABI_FIELD(Block, ln_2), ABI_FIELD(Block, q_norm),
-                 ABI_FIELD(Block, k_norm), ABI_FIELD(Block, c_attn), ABI_FIELD(Block, attn_proj),
-                 ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj), ABI_FIELD(Block, window),
-                 ABI_FIELD(Block, rotary)) +
+      ABI_STRUCT(Block, ABI_FIELD(Block, before_attn), ABI_FIELD(Block, after_attn),
+                 ABI_FIELD(Block, before_mlp), ABI_FIELD(Block, after_mlp),
+                 ABI_FIELD(Block, q_norm), ABI_FIELD(Block, k_norm), ABI_FIELD(Block, c_attn),
+                 ABI_FIELD(Block, attn_proj), ABI_FIELD(Block, c_fc), ABI_FIELD(Block, mlp_proj),
+                 ABI_FIELD(Block, window), ABI_FIELD(Block, rotary), ABI_FIELD(Block, cos),
+                 ABI_FIELD(Block, sin)) +
       ABI_STRUCT(Model, ABI_FIELD(Model, blocks), ABI_FIELD(Model, wte), ABI_FIELD(Model, wpe),
-                 ABI_FIELD(Model, cos), ABI_FIELD(Model, sin), ABI_FIELD(Model, ln_f),
-                 ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer), ABI_FIELD(Model, n_embd),
-                 ABI_FIELD(Model, n_head), ABI_FIELD(Model, kv_heads), ABI_FIELD(Model, head_width),
-                 ABI_FIELD(Model, activation), ABI_FIELD(Model, residual),
-                 ABI_FIELD(Model, parallel), ABI_FIELD(Model, post_norm)) +
+                 ABI_FIELD(Model, ln_f), ABI_FIELD(Model, head), ABI_FIELD(Model, n_layer),
+                 ABI_FIELD(Model, n_embd), ABI_FIELD(Model, n_head), ABI_FIELD(Model, kv_heads),
+                 ABI_FIELD(Model, head_width), ABI_FIELD(Model, activation),
+                 ABI_FIELD(Model, residual), ABI_FIELD(Model, parallel),
+                 ABI_FIELD(Model, wide_qk_norm), ABI_FIELD(Model, scale)) +
       ABI_STRUCT(Cache, ABI_FIELD(Cache, keys), ABI_FIELD(Cache, values), ABI_FIELD(Cache, length),
                  ABI_FIELD(Cache, kind)) +
       ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),

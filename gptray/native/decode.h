@@ -19,7 +19,7 @@ struct Norm {
   float eps;
 };
 
-// x (N, inputs) -> x W^T + bias (N, outputs). For SWIGLU, each panel of outputs has 32 gates, then
+// x (N, inputs) -> x W^T + bias (N, outputs). For gates, each panel of outputs has 32 gates, then
 // the values that they gate.
 struct Linear {
   const void *weight;
@@ -38,20 +38,22 @@ struct LowRank {
 };
 
 struct Block {
-  Norm ln_1, ln_2, q_norm, k_norm;
+  Norm before_attn, after_attn, before_mlp, after_mlp, q_norm, k_norm;
   Linear c_attn, attn_proj, c_fc, mlp_proj;
-  int32_t window;  // tokens that attention looks back over, including the current one
-  int32_t rotary;  // R, or 0
+  int32_t window;          // tokens that attention looks back over, including the current one
+  int32_t rotary;          // R, or 0
+  const float *cos, *sin;  // (P, R / 2), or null
 };
 
 struct Model {
   const Block *blocks;
   const float *wte, *wpe;  // (V, C), or null to read head's rows (fp32, bf16); (P, C) or null
-  const float *cos, *sin;  // (P, R / 2), or null
   Norm ln_f;
   Linear head;
   int32_t n_layer, n_embd, n_head, kv_heads, head_width, activation;
-  int32_t residual, parallel, post_norm;  // as in ModelConfig
+  int32_t residual, parallel;  // as in ModelConfig
+  int32_t wide_qk_norm;        // q_norm and k_norm are of all heads at once
+  float scale;                 // of embeddings
 };
 
 struct Cache {  // keys and values of each layer: (slots, K, length, E), fp32 or bf16

@@ -23,15 +23,15 @@ inline LowRankProduct low_rank_product(const Adapter &adapter, const Words *pane
   return {(const int32_t *)adapter.rows, panels, adapter.R / 2, adapter.mask};
 }
 
-// y (M, N), and the slopes of an activation; for SWIGLU, W has 2 N rows.
+// y (M, N), and the slopes of an activation; for gates, W has 2 N rows.
 void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Adapter &adapter,
                   uint16_t *y, uint16_t *slopes, Words *work, int M, int N, int K,
                   Activation activation) {
-  const bool is_gated = activation == SWIGLU;
-  const int columns = is_gated ? gated_panel_count(N) : panel_count(N);
+  const bool gated = is_gated(activation);
+  const int columns = gated ? gated_panel_count(N) : panel_count(N);
   Words *narrow = work + (size_t)columns * BLOCKS * (K / 2);
   const LowRankProduct low = low_rank_product(adapter, narrow);
-  if (is_gated)
+  if (gated)
     pack_gated_rows(w, work, N, K), pack_gated_rows(adapter.matrix, narrow, N, adapter.R);
   else
     pack_rows(w, work, N, K), pack_rows(adapter.matrix, narrow, N, adapter.R);
@@ -41,12 +41,13 @@ void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Ad
     case NONE: return run(to);
     case GELU_TANH: run(WithGelu<gelu_and_slope>{{to, slopes, {}}}); break;
     case GELU: run(WithGelu<exact_gelu_and_slope>{{to, slopes, {}}}); break;
-    case SWIGLU: run(WithSwiglu{{to, slopes, {}}}); break;
+    case SWIGLU: run(WithGates<swiglu>{{to, slopes, {}}}); break;
+    case GEGLU: run(WithGates<geglu>{{to, slopes, {}}}); break;
   }
   end_streams();  // after store_stream
 }
 
-// dx (M, K), times the slopes of the activation that made x, unless it is NONE; for SWIGLU, these
+// dx (M, K), times the slopes of the activation that made x, unless it is NONE; for gates, these
 // and dx are (M, 2 K).
 void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapter,
                      const uint16_t *slopes, uint16_t *dx, Words *work, int M, int N, int K,
@@ -59,7 +60,8 @@ void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapt
   const auto run = [&](auto out) { multiply((const int32_t *)dy, work, M, N / 2, out, low); };
   switch (activation) {
     case NONE: return run(to);
-    case SWIGLU: return run(Gates{to, slopes});
+    case SWIGLU:
+    case GEGLU: return run(Gates{to, slopes});
     default: return run(Sloped{to, slopes});
   }
 }

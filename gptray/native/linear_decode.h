@@ -102,22 +102,23 @@ struct Input {  // packed rows, and the adapters' part of their products
 // The sums of a tile's rows by one panel -> results from row `first` on.
 inline void finish(const Floats (*sums)[BLOCKS], const Linear &linear, int panel, const Input &x,
                    const Results &to, int first, int rows) {
-  const bool is_gated = to.activation == SWIGLU;
-  const int blocks = is_gated ? BLOCKS / 2 : BLOCKS, end = is_gated ? to.stride : linear.outputs;
+  const bool gated = is_gated(to.activation);
+  const int blocks = gated ? BLOCKS / 2 : BLOCKS, end = gated ? to.stride : linear.outputs;
   for (int b = 0; b < blocks; ++b) {
     const int from = panel * PANEL + b * LANES, column = (panel * blocks + b) * LANES;
     if (column >= end) break;
     const Mask mask = lanes(end - column);
     const Outputs outputs(linear, from);
-    const int let_through = is_gated ? from + PANEL / 2 : from;
-    const Outputs gated(linear, let_through);
+    const int let_through = gated ? from + PANEL / 2 : from;
+    const Outputs inputs(linear, let_through);
     for (int r = 0; r < rows; ++r) {
       const int row = first + r;
       const size_t at = (size_t)row * to.stride + column;
       Floats y = expand(x.added, row, from, outputs(sums[r][b]));
-      if (is_gated) {
-        const Floats inner = gated(sums[r][b + BLOCKS / 2]);
-        y = silu(y) * expand(x.added, row, let_through, inner);
+      if (gated) {
+        const Floats inner = inputs(sums[r][b + BLOCKS / 2]);
+        const Floats gate = to.activation == GEGLU ? gelu(y) : silu(y);
+        y = gate * expand(x.added, row, let_through, inner);
       } else {
         y = activate(to.activation, y);
       }

@@ -3,9 +3,8 @@
 
 #pragma once
 
-#include "gelu.h"
+#include "gates.h"
 #include "panels.h"
-#include "swiglu.h"
 
 namespace {
 
@@ -88,9 +87,10 @@ struct WithGelu : Buffered {
   }
 };
 
-// SwiGLU (M, N) of results in panels of gates and inputs, with a bias (2 N) or none; its slopes
-// are (M, 2 N).
-struct WithSwiglu : Buffered {
+// Gated values (M, N) of results in panels of gates and inputs, with a bias (2 N) or none; their
+// slopes are (M, 2 N).
+template <Gated of(Floats, Floats)>
+struct WithGates : Buffered {
   int panels() const { return gated_panel_count(N); }
   Floats start(int column) const {
     const int gate = gate_of(column);
@@ -103,7 +103,7 @@ struct WithSwiglu : Buffered {
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < column + GATES && mask(c); c += LANES) {
-        const Gated result = gated(buffered(r, c), buffered(r, c + GATES));
+        const Gated result = of(buffered(r, c), buffered(r, c + GATES));
         const size_t gate = at(r, gate_of(c)), slopes = 2 * at(r, 0) + gate_of(c);
         store(y + gate, result.value, mask(c));
         store_stream(slope + slopes, result.by_gate, mask(c));

@@ -61,7 +61,20 @@ void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *
 #pragma omp parallel num_threads(threads)
   {
     pack_gated_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2, WithSwiglu{{{y, N, b}, slopes, {}}});
+    multiply((const int32_t *)x, (Words *)work, M, K / 2,
+             WithGates<swiglu>{{{y, N, b}, slopes, {}}});
+    end_streams();
+  }
+}
+
+// Like `linear_swiglu`, with GEGLU.
+void linear_geglu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slopes,
+                  Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_gated_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2,
+             WithGates<geglu>{{{y, N, b}, slopes, {}}});
     end_streams();
   }
 }
@@ -87,8 +100,8 @@ void input_gradient_gelu(const uint16_t *dy, const float *w, const uint16_t *slo
 }
 
 // dx (M, 2 K) = dy w times slopes (M, 2 K); the rest as `input_gradient`.
-void input_gradient_swiglu(const uint16_t *dy, const float *w, const uint16_t *slopes, uint16_t *dx,
-                           Line *work, int M, int N, int K, int threads) {
+void input_gradient_gates(const uint16_t *dy, const float *w, const uint16_t *slopes, uint16_t *dx,
+                          Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, (Words *)work, N, K);
@@ -116,7 +129,7 @@ void frozen_linear(const uint16_t *x, const uint16_t *w, const float *b, const u
 }
 
 // dx = dy (M, N) w (N, K) + mask (M, K) times du (M, R) down (R, K), all times the slopes of an
-// `Activation`, as in `input_gradient_gelu` and `input_gradient_swiglu`; N and R even. nullptr for
+// `Activation`, as in `input_gradient_gelu` and `input_gradient_gates`; N and R even. nullptr for
 // no mask, no slopes, and with R 0 for no du and down. work: K columns, (N + R) / 2 words.
 void frozen_input_gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *du,
                            const float *down, const uint16_t *mask, const uint16_t *slopes,
@@ -196,10 +209,10 @@ void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const 
 const char *train_abi() {
   static const std::string text =
       ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
-      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(input_gradient) +
-      ABI_FUNCTION(input_gradient_gelu) + ABI_FUNCTION(input_gradient_swiglu) +
-      ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
-      ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
+      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(linear_geglu) +
+      ABI_FUNCTION(input_gradient) + ABI_FUNCTION(input_gradient_gelu) +
+      ABI_FUNCTION(input_gradient_gates) + ABI_FUNCTION(weight_gradients) +
+      ABI_FUNCTION(layer_norm) + ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
       ABI_FUNCTION(frozen_input_gradient) + ABI_FUNCTION(attention) +
       ABI_FUNCTION(attention_gradient) + ABI_FUNCTION(head_loss);
   return text.c_str();

@@ -62,7 +62,7 @@ def _block_step(config: Config, rows: int, *, native: bool) -> Step:
     model = _network(config, native=native)
     block, angles = model.transformer.h[0], None
     if rotary := model.transformer.rotary:
-        angles = rotary.at(torch.arange(config.train.block_size), torch.bfloat16)
+        angles = rotary.at(torch.arange(config.train.block_size), torch.bfloat16)[0]
     generator = torch.Generator().manual_seed(0)
     size = (rows, config.train.block_size, config.model.n_embd)
     x = torch.randn(size, generator=generator).to(torch.bfloat16).requires_grad_()

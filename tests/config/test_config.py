@@ -205,6 +205,14 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
     [
         (["model.n_embd=130"], ["model.n_embd=130", "model.n_head=4", "such as 128"]),
         (["train.block_size=300"], ["train.block_size=300", "model.n_positions=128"]),
+        (["model.no_rope_layers=[1, 0]"], ["model.no_rope_layers", "model.positions=rotary"]),
+        (["model.local_rope_theta=50"], ["model.local_rope_theta", "model.positions=rotary"]),
+        (["model.wide_qk_norm=true"], ["model.wide_qk_norm", "model.qk_norm=true"]),
+        (["model.centred_norm=true"], ["model.centred_norm", "model.norm=rmsnorm"]),
+        (
+            ["model.post_norm=true", "model.sandwich_norm=true"],
+            ["model.sandwich_norm", "model.post_norm"],
+        ),
         (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.002"]),
         (
             ["train.global_batch_size=30", "train.micro_batch_size=4", "compute.num_workers=2"],

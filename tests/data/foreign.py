@@ -92,6 +92,17 @@ def llama() -> tokenizers.Tokenizer:
     return backend
 
 
+def gemma() -> tokenizers.Tokenizer:
+    """Gemma's: byte fallback, no space before a text, and a cut at spaces, where none is left."""
+    backend = llama()
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return backend
+
+
 def llama_first() -> tokenizers.Tokenizer:
     """Mistral's: only a text's own start gets a space; bytes are no special tokens."""
     parts = json.loads(llama().to_str())

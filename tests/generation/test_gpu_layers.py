@@ -35,6 +35,16 @@ MIXES: list[dict[str, Any]] = [
     {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "n_kv_head": 2, "qk_norm": True},
     {"positions": "rotary", "partial_rotary_factor": 0.5, "parallel_residual": True},
     {"positions": "rotary", "sliding_window": 70, "n_kv_head": 1, "head_dim": 12},
+    {
+        "positions": "rotary",
+        "norm": "rmsnorm",
+        "qk_norm": True,
+        "wide_qk_norm": True,
+        "mlp": "geglu",
+        "centred_norm": True,
+        "sandwich_norm": True,
+        "scale_embedding": True,
+    },
 ]
 
 
@@ -60,7 +70,7 @@ def test_attention_is_its_formula(
     # heads: n_head, kv_heads, head width
     (H, K, E), P, N = heads, 140, 40
     part = E // 4 * 2  # of a head is rotated
-    norms = numbers(2, E, seed=5).to(dtype) if kind in ("normed", "both") else None
+    norms = numbers(2 * E, seed=5).to(dtype) if kind in ("normed", "both") else None
     queries = Queries(H, K, E, norms, 1e-5, rotates=kind in ("rotated", "both"))
     layout = [(0, 8), (P - 4, 4), (0, 1), (70, 17), (30, 3)]  # starts and counts, by slot
     slots, positions, tiles = list[int](), list[int](), list[int]()
@@ -107,7 +117,7 @@ def test_norms_and_gates_are_their_formulas(dtype: torch.dtype, width: int) -> N
     x, weight = numbers(5, 2 * width).to(dtype), numbers(2 * width, seed=1).to(dtype)
 
     def computed() -> list[torch.Tensor]:
-        return [gpu.rms_norm(x, weight, 1e-5), gpu.swiglu(x)]
+        return [gpu.rms_norm(x, weight, 1e-5), gpu.gated(x, "swiglu"), gpu.gated(x, "geglu")]
 
     given = computed()
     with gpu.formulas():
@@ -133,9 +143,9 @@ def test_a_network_of_kernels_gives_pytorchs_logits(fields: dict[str, Any]) -> N
 def test_kernels_that_are_wrong_here_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = gpu.swiglu
+    right = gpu.gated
     monkeypatch.setattr(
-        gpu, "swiglu", lambda x: right(x) * (1 if gpu.kernels_for(x) is None else 2)
+        gpu, "gated", lambda x, kind: right(x, kind) * (1 if gpu.kernels_for(x) is None else 2)
     )
     model = random_gpt(small_tokenizer(), mlp="swiglu").to(DEVICE)
     assert isinstance(network("graph", model, 2, torch.float32), Decoder)

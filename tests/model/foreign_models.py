@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ _YARN = {
     "original_max_position_embeddings": 24,
 }  # fmt: skip
 _LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 700.0, "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5, 2, 3.0], "long_factor": [2.0, 4.0, 9, 30.0],
+}  # fmt: skip
 _BY_LAYER = ["sliding_attention", "full_attention"]
 
 # By name, which begins with the model_type: transformers' class but for its ending, its config.
@@ -66,6 +71,41 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Exaone4",
         _GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
+    "olmo2": ("Olmo2", _GROUPED),
+    "olmo2 with biases": (
+        "Olmo2", _SHAPE | {"attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "smollm3": ("SmolLM3", _GROUPED | {"num_hidden_layers": 4}),
+    "smollm3, its first layer without positions": (
+        "SmolLM3",
+        _SHAPE | {"num_key_value_heads": 3, "no_rope_layers": [0, 1], "mlp_bias": True,
+                  "tie_word_embeddings": False},
+    ),
+    "phi3": (
+        "Phi3",
+        _GROUPED | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+                    "sliding_window": 11},
+    ),
+    "phi3, LongRoPE": (
+        "Phi3",
+        _GROUPED | {"num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True,
+                    "max_position_embeddings": 900, "original_max_position_embeddings": 96,
+                    "rope_parameters": _LONGROPE},
+    ),
+}  # fmt: skip
+SHAPES |= {
+    "gemma3_text": (
+        "Gemma3Text",
+        _GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5,
+                    "layer_types": _BY_LAYER,
+                    "rope_parameters": {"full_attention": _LINEAR,
+                                        "sliding_attention": {"rope_theta": 50.0}}},
+    ),
+    "gemma3_text, six layers": (
+        "Gemma3Text",
+        _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7,
+                    "num_hidden_layers": 6},
+    ),
 }  # fmt: skip
 # Choices that no family has together.
 MIXES: list[dict[str, object]] = [
@@ -78,10 +118,26 @@ MIXES: list[dict[str, object]] = [
         "qk_norm": True,
     },
     {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {
+        "positions": "rotary",
+        "local_rope_theta": 50.0,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    {"qk_norm": True, "wide_qk_norm": True, "n_kv_head": 2},
+    {
+        "norm": "rmsnorm",
+        "centred_norm": True,
+        "sandwich_norm": True,
+        "mlp": "geglu",
+        "scale_embedding": True,
+        "qk_norm": True,
+    },
     {"post_norm": True, "parallel_residual": True, "residual": False, "head_dim": 6},
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
+FAMILIES += ["olmo2", "smollm3", "phi3", "gemma3_text"]
 
 
 @torch.no_grad()
@@ -89,10 +145,13 @@ def make_hf(name: str, vocab_size: int, *, eos_id: int = 0, **changes: Any) -> P
     """A model whose every weight matters."""
     kind, fields = SHAPES[name]
     ids = {"vocab_size": vocab_size, "bos_token_id": eos_id, "eos_token_id": eos_id}
-    config = getattr(transformers, f"{kind}Config")(**{**fields, **ids, **changes})
+    none = {"pad_token_id": None}  # some classes have one beyond so few tokens
+    given = deepcopy({**fields, **ids, **none, **changes})  # classes write into what is in it
+    config = getattr(transformers, f"{kind}Config")(**given)
     torch.manual_seed(1)
     ending = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
-    model: PreTrainedModel = getattr(transformers, kind + ending)(config)
+    name_of_class = kind.removesuffix("Text") + ending
+    model: PreTrainedModel = getattr(transformers, name_of_class)(config)
     model.train(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:

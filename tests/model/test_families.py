@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptray.config import ModelConfig, UserError
 from gptray.model.families import KNOWN
@@ -24,6 +24,10 @@ from tests.model.foreign_models import FAMILIES, MIXES, SHAPES, make_hf
 
 VOCAB_SIZE = 99
 _YARN = {"type": "yarn", "factor": 4.0}
+_LONGROPE = {
+    "rope_type": "longrope", "partial_rotary_factor": 1.0,
+    "short_factor": [1.0, 2.0, 2.5, 3.0], "long_factor": [2.0, 4.0, 9, 30.0],
+}  # fmt: skip
 
 
 def some_ids(count: int = 96) -> Tensor:
@@ -132,6 +136,59 @@ def test_of_several_keys_for_rotary_positions_that_of_transformers_counts(
     torch.testing.assert_close(logits, theirs(some_ids()).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])
+@torch.no_grad()
+def test_longrope_is_read_from_the_older_keys(kind: str, tmp_path: Path) -> None:
+    make_hf("phi3, LongRoPE", VOCAB_SIZE).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    given = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    scaling = ("short_factor", "long_factor", "original_max_position_embeddings")
+    old = {key: given[key] for key in scaling}
+    edit(tmp_path, rope_parameters=None, rope_scaling={"type": kind, **old})
+    edit(tmp_path, **{key: given[key] for key in ("rope_theta", "partial_rotary_factor")})
+    assert read_shape(tmp_path) == shape
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    logits = load_pretrained(tmp_path).eval()(some_ids())
+    torch.testing.assert_close(logits, theirs(some_ids()).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_gemmas_positions_are_read_from_the_older_keys(tmp_path: Path) -> None:
+    make_hf("gemma3_text, six layers", VOCAB_SIZE).save_pretrained(tmp_path)
+    bases = {"rope_theta": 700.0, "rope_local_base_freq": 30.0, "sliding_window_pattern": 3}
+    edit(tmp_path, rope_parameters=None, layer_types=None, **bases)
+    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    model = load_pretrained(tmp_path).eval()
+    windows = [model.config.window(layer) for layer in range(6)]
+    assert windows == [7, 7, None] * 2 and model.config.rope_scaling
+    torch.testing.assert_close(model(some_ids()), theirs(some_ids()).logits, atol=1e-4, rtol=0)
+
+
+def test_with_longrope_the_original_context_is_read_and_the_whole_one_saved(tmp_path: Path) -> None:
+    make_hf("phi3, LongRoPE", VOCAB_SIZE).save_pretrained(tmp_path)
+    shape = read_shape(tmp_path)
+    assert shape.n_positions == 96
+    saved = ModelConfig.model_validate({**shape.model_dump(), "n_positions": 40})
+    save_pretrained(GPT(saved, vocab_size=VOCAB_SIZE), tmp_path / "again")
+    assert read_shape(tmp_path / "again") == shape
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert written["model_type"] == "phi3" and written["max_position_embeddings"] == 900
+    with pytest.raises(ValueError, match="n_positions=97 is more than the 96 for which"):
+        ModelConfig.model_validate({**shape.model_dump(), "n_positions": 97})
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_what_a_config_leaves_out_is_as_in_transformers(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    ours = read_shape(tmp_path)
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    theirs = read_shape(tmp_path)
+    same = {"n_kv_head": ours.kv_heads, "head_dim": ours.head_width}
+    assert theirs.model_copy(update=same) == ours.model_copy(update=same)
+    assert (theirs.kv_heads, theirs.head_width) == (ours.kv_heads, ours.head_width)
+
+
 def test_yarn_takes_every_key_of_its_own() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
     keys = {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}
@@ -176,6 +233,12 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "qwen3": llama | {"qk_norm": True},
         "gpt_neox": {"positions": "rotary", "parallel_residual": True},
         "exaone4": llama | {"qk_norm": True, "post_norm": True},
+        "olmo2": llama | {"qk_norm": True, "wide_qk_norm": True, "post_norm": True},
+        "smollm3": llama | {"no_rope_layers": [1, 0]},
+        "phi3": llama | {"partial_rotary_factor": 0.5},
+        "gemma3_text": llama
+        | {"mlp": "geglu", "qk_norm": True}
+        | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
     }
     assert found.keys() == KNOWN.keys()
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
@@ -218,6 +281,31 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         ("exaone4", {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ("exaone4", {"layer_types": None, "sliding_window_pattern": "LLLG"}, "needs layer_typ"),
         ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 2}}, "partial_rotary_factor"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for model.n_layer=4"),
+        ("smollm3", {"no_rope_layers": [1, 0, 2, 1]}, "each layer must be 1 or 0"),
+        ("smollm3", {"no_rope_layers": "all"}, "no_rope_layers"),
+        (
+            "smollm3",
+            {"no_rope_layers": None, "no_rope_layer_interval": 0},
+            "no_rope_layer_interval=0 is not",
+        ),
+        ("phi3", {"rope_parameters": {"rope_type": "linear", "factor": 2}}, "only longrope"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "longrope also needs short_"),
+        ("phi3", {"rope_parameters": _LONGROPE | {"short_factor": [1, 2]}}, "2 numbers for 4 p"),
+        ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": 3}}, "long_factor must be a list"),
+        ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": [0] * 4}}, "must be a number"),
+        ("phi3", {"rope_parameters": _LONGROPE | {"long_factor": [10**400]}}, "rope_scaling"),
+        ("gemma3_text", {"model_type": "gemma3"}, "'gemma3' is not one of gpt2, llama"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not"),
+        ("gemma3_text", {"query_pre_attn_scalar": 168}, "=168 is not supported, only the 16 of"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "only 'gelu_pytorch_tanh'"),
+        ("gemma3_text", {"rope_scaling": 3}, "are not JSON objects"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "'linear' of sliding_attention is not supported, only 'default'",
+        ),
         ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ],
 )  # fmt: skip

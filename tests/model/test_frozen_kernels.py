@@ -113,15 +113,15 @@ def test_a_frozen_layer_with_adapters_is_that_of_fp32(
     assert_close(ours, exact, off=0.02 if rows == 1 else 8e-3)
 
 
-@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu", "geglu"])
 @pytest.mark.parametrize("adapted", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize("has_dropout", [False, True])
 def test_a_frozen_mlp_is_that_of_fp32(
     kind: str, adapted: tuple[int, ...], has_dropout: bool
 ) -> None:
     rows, width, inner = 70, 34, 66
-    wide = 2 * inner if kind == "swiglu" else inner
-    halves = (slice(0, inner), slice(inner, wide)) if kind == "swiglu" else (slice(0, inner),)
+    wide = 2 * inner if kind in ("swiglu", "geglu") else inner
+    halves = (slice(0, inner), slice(inner, wide)) if wide > inner else (slice(0, inner),)
     spans = [halves if 0 in adapted else (), (slice(0, width),) if 1 in adapted else ()]
     layers = [frozen(width, wide, spans[0]), frozen(inner, width, spans[1], seed=20)]
     if has_dropout:

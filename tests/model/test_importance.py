@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from gptray.config import ModelConfig
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.importance import input_importance
+from gptray.model.layers import Linear
 from gptray.model.quantized import quantize
 from gptray.model.rotary import Rotary
 from gptray.model.unread import unread_network
@@ -73,6 +75,27 @@ def test_nothing_counts_where_a_row_has_one_scale() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_it_is_of_what_the_network_itself_reads(name: str, tmp_path: Path) -> None:
+    model, read = load_pretrained(base_in(tmp_path, name).folder).eval(), dict[str, Tensor]()
+    counts = input_importance(model, "int4")
+    for key, module in model.named_modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(
+                lambda _, given, key=key: read.update({f"{key}.weight": given[0][0]})
+            )
+    random, rows = torch.Generator().manual_seed(0), len(model.transformer.wte.weight)
+    model(torch.randint(rows, (1, model.config.n_positions), generator=random))
+    assert read.keys() == counts.keys()
+    for key, rows_read in read.items():
+        energy = rows_read.square().mean(0)
+        shares = energy / energy.mean().log2().round().exp2()
+        # Powers of two, and no share is below the least.
+        off = (counts[key].log2() - shares.clamp(min=2.0**-10).log2()).abs().max()
+        assert off < 0.51, key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_it_depends_on_the_weights_alone(name: str, tmp_path: Path, threads: None) -> None:
     folder = base_in(tmp_path, name).folder
     expected = input_importance(load_pretrained(folder).eval(), "int4")
@@ -87,10 +110,12 @@ def test_it_depends_on_the_weights_alone(name: str, tmp_path: Path, threads: Non
 
 def test_angles_are_as_exact_as_what_is_computed_with_them() -> None:
     config = ModelConfig(n_head=2, n_embd=32, positions="rotary")
-    (cos, sin), pairs = Rotary(config, torch.float64).at(torch.arange(300), torch.float64), 8
-    angles = [[place / 10000 ** (pair / pairs) for pair in range(pairs)] for place in range(300)]
+    angles, pairs = Rotary(config, torch.float64).at(torch.arange(300), torch.float64)[0], 8
+    assert angles
+    cos, sin = angles
+    turns = [[place / 10000 ** (pair / pairs) for pair in range(pairs)] for place in range(300)]
     for found, exact in ((cos, math.cos), (sin, math.sin)):
-        expected = torch.tensor([list(map(exact, row)) for row in angles], dtype=torch.float64)
+        expected = torch.tensor([list(map(exact, row)) for row in turns], dtype=torch.float64)
         assert float((found - expected).abs().max()) < 1e-12
 
 

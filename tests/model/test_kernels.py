@@ -169,14 +169,14 @@ def plain_mlp(x: Tensor, *weights: Tensor, kind: str) -> Tensor:
     return F.linear(activation(F.linear(x, *weights[:half]), kind), *weights[half:])
 
 
-@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu", "geglu"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "inner"), [(1, 2, 6), (7, 66, 34), (130, 96, 288)])
 def test_an_mlp_is_that_of_fp32(
     rows: int, width: int, inner: int, has_bias: bool, kind: str
 ) -> None:
     x, upstream = randn(rows, width).bfloat16(), randn(rows, width, seed=1).bfloat16()
-    outputs = (2 if kind == "swiglu" else 1) * inner
+    outputs = (2 if kind in ("swiglu", "geglu") else 1) * inner
     weights = [
         (2 * randn(outputs, width, seed=2) / width**0.5).bfloat16().float(),
         randn(outputs, seed=3),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptray.config import ModelConfig
 from gptray.model.attention import causal_attention
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, dropout, gelu
 
@@ -61,15 +62,17 @@ def test_a_window_in_fp32_is_the_masked_formula(window: int) -> None:
     torch.testing.assert_close(ours, reference(qkv, 4, window=window), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rms_norm_and_its_gradients_are_torchs(dtype: torch.dtype) -> None:
+def test_rms_norm_and_its_gradients_are_torchs(dtype: torch.dtype, centred: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    norm = RMSNorm(48, eps=1e-3)
+    config = ModelConfig(norm="rmsnorm", layer_norm_epsilon=1e-3, centred_norm=centred)
+    norm = RMSNorm(config, 48)
     torch.nn.init.normal_(norm.weight, 1.0, 0.3, generator=generator)
     x = torch.randn(3, 70, 48, generator=generator).to(dtype).requires_grad_()
     upstream = torch.randn(x.shape, generator=generator).to(dtype)
     exact = x.detach().float().requires_grad_()
-    expected = F.rms_norm(exact, (48,), norm.weight, 1e-3)
+    expected = F.rms_norm(exact, (48,), norm.weight + (1.0 if centred else 0.0), 1e-3)
     ours = norm(x)
     assert ours.dtype == dtype
     grads = torch.autograd.grad(ours, [x, norm.weight], upstream)

@@ -59,7 +59,7 @@ static void check_a_step(int before, int E, const Choice &choice, bool apart, do
     block.k_norm = {k_weight.data(), nullptr, 1e-5f};
   }
   Model model = {};
-  model.blocks = &block, model.cos = cos.data(), model.sin = sin.data();
+  model.blocks = &block, block.cos = cos.data(), block.sin = sin.data();
   model.n_head = H, model.kv_heads = K, model.head_width = E;
   Team team(2);
   Step step = {};

@@ -78,12 +78,14 @@ struct Network {
     layers.emplace_back(C, WORDS, kind, 9);
     const Norm norm = {ones.data(), zeros.data(), 1e-5f}, none = {};
     for (int i = 0; i < LAYERS; ++i)
-      blocks.push_back({norm, norm, none, none, layers[4 * i].linear, layers[4 * i + 1].linear,
-                        layers[4 * i + 2].linear, layers[4 * i + 3].linear, LENGTH, 0});
+      blocks.push_back({norm, none, norm, none, none, none, layers[4 * i].linear,
+                        layers[4 * i + 1].linear, layers[4 * i + 2].linear,
+                        layers[4 * i + 3].linear, LENGTH, 0, nullptr, nullptr});
     model.blocks = blocks.data(), model.wte = wte.data(), model.wpe = wpe.data();
     model.ln_f = norm, model.head = layers.back().linear;
     model.n_layer = LAYERS, model.n_embd = C, model.n_head = model.kv_heads = HEADS;
     model.head_width = E, model.activation = GELU_TANH, model.residual = 1;
+    model.scale = 2.f;
   }
 
   // Logits of the last of some tokens.
@@ -91,7 +93,7 @@ struct Network {
     std::vector<std::vector<double>> x;
     for (size_t t = 0; t < tokens.size(); ++t) {
       x.emplace_back();
-      for (int c = 0; c < C; ++c) x[t].push_back((double)wte[tokens[t] * C + c] + wpe[t * C + c]);
+      for (int c = 0; c < C; ++c) x[t].push_back(2. * wte[tokens[t] * C + c] + wpe[t * C + c]);
     }
     for (int i = 0; i < LAYERS; ++i) {
       std::vector<std::vector<double>> qkv;

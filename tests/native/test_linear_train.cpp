@@ -74,7 +74,7 @@ TEST(gates_and_inputs_meet_in_a_panel) {
     for (const bool has_bias : {true, false}) {
       std::vector<uint16_t> value(M * N), slopes(M * 2 * N);
       const float *bias = has_bias ? layer.bias.data() : nullptr;
-      layer.run(WithSwiglu{{{value.data(), N, bias}, slopes.data(), {}}});
+      layer.run(WithGates<swiglu>{{{value.data(), N, bias}, slopes.data(), {}}});
       end_streams();
       for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {

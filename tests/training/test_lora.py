@@ -49,7 +49,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return whole
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "phi3", "gemma3_text"])
 def test_a_run_leaves_an_adapter_and_the_merged_model(
     family: str, tiny_data: TokenData, tmp_path: Path
 ) -> None:

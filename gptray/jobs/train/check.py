@@ -260,7 +260,7 @@ def _memory(config: Config, parameters: int, vocab_size: int) -> float:
     others only their input.
     """
     model, tokens = config.model, config.micro_batch_size * config.train.block_size
-    block, value = 8 * model.n_embd + (4 if model.mlp == "swiglu" else 2) * model.inner, 4
+    block, value = 8 * model.n_embd + (4 if model.is_gated else 2) * model.inner, 4
     logits = 0
     if config.compute.use_gpu:
         value = 4 if config.train.precision == "fp32" else 2

@@ -1,8 +1,9 @@
-// SwiGLU, silu(gate) times an input, with silu(z) = z / (1 + e^-z) (Shazeer 2020).
+// A function of a gate times an input (Shazeer 2020): SwiGLU's is silu(z) = z / (1 + e^-z), GEGLU's
+// GPT-2's GELU.
 
 #pragma once
 
-#include "exp.h"
+#include "gelu.h"
 
 namespace {
 
@@ -12,13 +13,18 @@ struct Gated {
 };
 
 // For training: more precise than bf16. d silu / dz = s + silu (1 - s) with s = 1 / (1 + e^-z).
-inline Gated gated(Floats gate, Floats input) {
+inline Gated swiglu(Floats gate, Floats input) {
   const Floats one = splat(1.f);
   const Floats e = exp2(gate * splat(-LOG2_E));
   const Floats s = reciprocal(one + e);  // relative error 6e-5
   const Floats silu = gate * s;
   const Floats slope = fmadd(silu, one - s, s);
   return {silu * input, slope * input, silu};
+}
+
+inline Gated geglu(Floats gate, Floats input) {
+  const GeluAndSlope gelu = gelu_and_slope(gate);
+  return {gelu.value * input, gelu.slope * input, gelu.value};
 }
 
 }  // namespace

@@ -1,0 +1,64 @@
+"""A row of the table in `gptray.model.families`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptray.config.model_section import ROPE_SCALINGS
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of config.json, and its default if a file omits it.
+
+    words: the file's names for the values of a choice; a value may have several.
+    also: other keys to write with the same value.
+    """
+
+    name: str
+    default: object
+    words: Mapping[str, str] | None = None
+    also: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type.
+
+    architecture: transformers' class; None: transformers has none. keys: the fields of ModelConfig
+    that its config.json sets. always: the fields that are the same in all its models. fixed: other
+    keys of config.json, with the values that gptray supports, the default first. windows: how it
+    writes sliding windows; window: the default; pattern: one layer in so many has no window, in
+    files without layer_types; global_rope: whether that layer has positions. rope_base, local_base,
+    rope_part: its keys for rotary positions in files without rope_parameters; no rope_part: whole
+    heads are rotated. scores: the number by whose root scores are divided, which must be the width
+    of a head. scalings: the scalings of rotary positions that its class supports. unrotated: one
+    layer in so many has no positions, in files without no_rope_layers. prefix, layers: how the
+    names of weights and of layers begin. modules: its modules for each of
+    `gptray.model.parameters`'s, which may fuse several. transposed: linear layers are stored
+    (in, out). by_head: q, k and v are interleaved head by head. even_heads: n_head must divide
+    n_embd even if head_dim is set.
+    """
+
+    architecture: str | None
+    keys: Mapping[str, Key]
+    always: Mapping[str, object]
+    modules: Mapping[str, tuple[str, ...]]
+    prefix: str
+    layers: str
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    windows: Literal["none", "all", "from a layer", "by layer"] = "none"
+    window: int | None = 4096
+    pattern: int = 4
+    global_rope: bool = True
+    rope_base: Key = Key("rope_theta", 10000.0)
+    rope_part: Key | None = None
+    local_base: Key | None = None
+    scores: Key | None = None
+    scalings: tuple[str, ...] = tuple(ROPE_SCALINGS)
+    unrotated: Key | None = None
+    transposed: bool = False
+    by_head: bool = False
+    even_heads: bool = False
