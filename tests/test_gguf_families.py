@@ -31,6 +31,7 @@ REFUSED = {
     "qwen2 with windows": "does not support sliding windows",
     "gpt_neox in series": "llama.cpp's gptneox does not support layers without a bias",
     "exaone4": "does not support sliding windows",
+    "olmo3": "not olmo3; export.format=hf does",
     "olmo2 with biases": "llama.cpp's olmo2 does not support a bias of",
     "smollm3, its first layer without positions": "these layers without positions",
     "phi3": "does not support sliding windows",

@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [
-        (other(tmp_path / "phi.gguf", "phi3"), "architecture 'phi3' is not supported; gpt2, llama"),
+        (other(tmp_path / "phi.gguf", "phi2"), "architecture 'phi2' is not supported; gpt2, llama"),
         (other(tmp_path / "bare.gguf", "gpt2"), "it has no attention.head_count"),
         (other(tmp_path / "strange.gguf", "gpt2", tokens=True), "it has no attention.head_count"),
     ]

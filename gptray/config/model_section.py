@@ -166,7 +166,7 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
-        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo 2, SmolLM3, Phi-3 or Gemma 3, or a "
+        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3 or Gemma 3, or a "
         "hub id",
     )
     resize_vocab: bool = Field(

@@ -46,9 +46,8 @@ class Queries:
         heads = qkv.view(len(qkv), -1, self.width)
         q, k, v = torch.split(heads, [self.n_head, self.kv_heads, self.kv_heads], dim=1)
         if self.norms is not None and not self.is_wide:
-            q, k = (
-                rms_norm(x, w, self.eps) for x, w in zip((q, k), self.norms.chunk(2), strict=True)
-            )
+            q_weight, k_weight = self.norms.chunk(2)
+            q, k = rms_norm(q, q_weight, self.eps), rms_norm(k, k_weight, self.eps)
         if self.rotates:
             assert angles is not None
             q, k = rotate(q, angles), rotate(k, angles)

@@ -41,9 +41,9 @@ def written_positions(config: ModelConfig, family: Family) -> dict[str, object]:
     scaling = config.rope_scaling
     written |= {family.rope_base.name: config.rope_theta, "rope_scaling": scaling}
     if contexts := stretched(config):
-        # Other programs derive the factor of cosines and sines from these two, not from rope_scaling.
+        # Others derive the factor of cosines and sines from these two, not from rope_scaling.
         written[family.keys["n_positions"].name], written[_ORIGINAL] = contexts
-    if family.local_base:
+    if family.local_base and family.local_base.name:
         written[family.local_base.name] = config.local_rope_theta or config.rope_theta
     part = family.rope_part.name if family.rope_part else "partial_rotary_factor"
     if family.rope_part or config.partial_rotary_factor != 1:
@@ -181,7 +181,7 @@ def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
     types = [SLIDING if config.window(layer) is not None else FULL for layer in layers]
     window = config.sliding_window
     if window is None and family.local_base:
-        window = family.window  # Gemma's class requires one even if no layer has it
+        window = family.window  # these classes require one even if no layer has it
     shared: dict[str, object] = {"sliding_window": window, "layer_types": types}
     if family.windows == "by layer":
         return shared | {"sliding_window_pattern": None}

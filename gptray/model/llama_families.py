@@ -117,6 +117,15 @@ OLMO2 = replace(
     global_rope=True,
 )
 
+# Files without rope_parameters have no key for the base of layers with a window.
+OLMO3 = replace(
+    OLMO2,
+    architecture="Olmo3ForCausalLM",
+    windows="by layer",
+    rope_base=Key("rope_theta", 500000.0),
+    local_base=Key("", 500000.0),
+)
+
 SMOLLM3 = replace(
     LLAMA,
     architecture="SmolLM3ForCausalLM",

@@ -26,7 +26,7 @@ IGNORED = (
 )
 
 
-Turned = Literal["", "transposed", "by_head"]
+Layout = Literal["", "transposed", "by_head"]
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_attention_is_its_formula(
     angles = None
     if queries.rotates:
         shape = ModelConfig(positions="rotary", n_head=1, n_embd=part, n_positions=P)
-        angles = Rotary(shape).at(position_of, dtype)
+        (angles, *_) = Rotary(shape).at(position_of, dtype)
     qkv = (numbers(N, (H + 2 * K) * E) / E**0.25).to(dtype)
     caches = [numbers(len(layout) + 1, K, P, E, seed=seed).to(dtype) for seed in (1, 2)]
     others = [cache.clone() for cache in caches]

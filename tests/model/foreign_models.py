@@ -72,6 +72,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         _GROUPED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     ),
     "olmo2": ("Olmo2", _GROUPED),
+    "olmo3": (
+        "Olmo3",
+        _GROUPED | {"num_hidden_layers": 4, "sliding_window": 6,
+                    "rope_parameters": {"full_attention": _YARN | {"rope_theta": 90.0},
+                                        "sliding_attention": {"rope_theta": 500000.0}}},
+    ),
     "olmo2 with biases": (
         "Olmo2", _SHAPE | {"attention_bias": True, "tie_word_embeddings": True},
     ),
@@ -137,7 +143,7 @@ MIXES: list[dict[str, object]] = [
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
-FAMILIES += ["olmo2", "smollm3", "phi3", "gemma3_text"]
+FAMILIES += ["olmo2", "olmo3", "smollm3", "phi3", "gemma3_text"]
 
 
 @torch.no_grad()

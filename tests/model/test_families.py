@@ -234,6 +234,9 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "gpt_neox": {"positions": "rotary", "parallel_residual": True},
         "exaone4": llama | {"qk_norm": True, "post_norm": True},
         "olmo2": llama | {"qk_norm": True, "wide_qk_norm": True, "post_norm": True},
+        "olmo3": llama
+        | dict.fromkeys(("qk_norm", "wide_qk_norm", "post_norm"), True)
+        | {"sliding_window": 9, "rope_theta": 500000.0},
         "smollm3": llama | {"no_rope_layers": [1, 0]},
         "phi3": llama | {"partial_rotary_factor": 0.5},
         "gemma3_text": llama
