@@ -166,7 +166,7 @@ def rotary_parameters(
     kind, factor = fields.get(_KIND), fields.get(_FACTOR, fields.get(_OLD_FACTOR))
     if factors is not None:
         context = fields.get(_YARN[_CONTEXT], _LLAMA3_CONTEXT)
-        return {**plain, **_llama3_of(factors, base, rotary_width, context)}
+        return {**plain, **_llama3_scaling(factors, base, rotary_width, context)}
     if kind == "none" or (kind is None and factor in (None, 0.0, 1.0)):
         return {**plain, "rope_type": "default"}
     if kind == "yarn":
@@ -219,7 +219,7 @@ def llama3_factors(
     return factors
 
 
-def _llama3_of(
+def _llama3_scaling(
     factors: Sequence[float], base: float, rotary_width: int, context: object
 ) -> dict[str, object]:
     """The rope_scaling with these factors. Raises UserError if it is not like Llama 3's."""
