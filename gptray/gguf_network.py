@@ -184,10 +184,8 @@ def rotary_parameters(
     if scale != 1:
         raise UserError(f"its {_SCALE} is {scale!r:.40}, which is not supported")
     if LLAMA3 in factors:
-        return {
-            **plain,
-            **_llama3_of(factors[LLAMA3], base, rotary_width, context or _LLAMA3_CONTEXT),
-        }
+        context = context or _LLAMA3_CONTEXT
+        return {**plain, **_llama3_scaling(factors[LLAMA3], base, rotary_width, context)}
     if kind == "none" or (kind is None and factor in (None, 0.0, 1.0)):
         return {**plain, "rope_type": "default"}
     if kind == "yarn":
@@ -253,7 +251,7 @@ def _llama3_factors(base: float, rotary_width: int, scaling: RopeScaling) -> lis
     return factors
 
 
-def _llama3_of(
+def _llama3_scaling(
     factors: Sequence[float], base: float, rotary_width: int, context: object
 ) -> dict[str, object]:
     """The rope_scaling with these factors. Raises UserError if it is not like Llama 3's."""

@@ -49,7 +49,7 @@ def opened_gguf(path: Path) -> Path:
     status = path.stat()
     state = repr((str(path), status.st_size, status.st_mtime_ns))
     folder = cached_as("copied", state)
-    return made_once(folder, lambda draft: _fill(draft, path, status.st_size), what=str(path))
+    return made_once(folder, lambda draft: _convert(draft, path, status.st_size), what=str(path))
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def named_as_given(folder: Path, source: str | Path) -> Iterator[None]:
         raise UserError(message.replace("config.json", "its header")) from None
 
 
-def _fill(draft: Path, path: Path, size: int) -> None:
+def _convert(draft: Path, path: Path, size: int) -> None:
     """Convert a GGUF file of `size` bytes to a folder. Raises as `opened_gguf` does."""
     log.info("reading %s", path)
     try:

@@ -81,7 +81,7 @@ def tokenizer_json(fields: Mapping[str, object]) -> dict[str, object]:
         "padding": None,
         "added_tokens": added,
         "post_processor": _post_processor(fields),
-        **(_of_pieces(fields) if _is_pieces(fields) else _of_bytes(fields)),
+        **(_sentencepiece_parts(fields) if _is_pieces(fields) else _byte_level_parts(fields)),
     }
 
 
@@ -120,7 +120,7 @@ def _id(fields: Mapping[str, object], key: str) -> int | None:
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def _of_bytes(fields: Mapping[str, object]) -> dict[str, object]:
+def _byte_level_parts(fields: Mapping[str, object]) -> dict[str, object]:
     """The steps of byte-level BPE."""
     model, pre = fields.get(KEY + "model"), fields.get(KEY + "pre")
     if model != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
@@ -152,7 +152,7 @@ def _pair(merge: str) -> list[str]:
     return [left, right]
 
 
-def _of_pieces(fields: Mapping[str, object]) -> dict[str, object]:
+def _sentencepiece_parts(fields: Mapping[str, object]) -> dict[str, object]:
     """The steps of SentencePiece's BPE, or of a tokenizer with one token per character."""
     tokens, types = _tokens(fields)
     kept = {token: number for number, token in enumerate(tokens) if types[number] != UNUSED}

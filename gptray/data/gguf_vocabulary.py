@@ -125,7 +125,7 @@ def _kind(tokenizer: Tokenizer, parts: TokenizerParts, rows: int) -> Mapping[str
     model = parts["model"]
     padding = rows - len(tokenizer.names)
     if model["type"] == "BPE" and (parts["decoder"] or {}).get("type") == "ByteLevel":
-        return _of_bytes(parts)
+        return _byte_level_fields(parts)
     if model["type"] == "BPE":
         return bpe_fields(parts, tokenizer.names, padding)
     if model["type"] == "Unigram":
@@ -147,7 +147,7 @@ def _of_characters(tokenizer: Tokenizer, rows: int) -> Mapping[str, object]:
     return {"model": "llama", "add_space_prefix": False, "scores": [0.0] * rows}
 
 
-def _of_bytes(parts: TokenizerParts) -> Mapping[str, object]:
+def _byte_level_fields(parts: TokenizerParts) -> Mapping[str, object]:
     model = parts["model"]
     normalizer = (parts["normalizer"] or {}).get("type")
     is_whole = bool(model.get("ignore_merges"))

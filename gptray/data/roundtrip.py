@@ -32,9 +32,9 @@ class RoundTrip:
         self._tokenizer = tokenizer
         parts = tokenizer.parts()
         self.is_lossless = tokenizer.is_by_character or _is_byte_level(parts)
-        self._joins = None if self.is_lossless else _Joining.of(parts, tokenizer)
+        self._decoder = None if self.is_lossless else _PieceDecoder.of(parts, tokenizer)
         # Whether a text's losses are the sum of its chunks' losses.
-        self.adds_up = self._joins is not None and self._joins.starts_plainly
+        self.adds_up = self._decoder is not None and self._decoder.starts_plainly
         self.unknown = unknown_name(parts)
 
     def lost(self, text: str, ids: Sequence[int], *, begins: bool = True) -> Lost | None:
@@ -49,8 +49,8 @@ class RoundTrip:
         """
         if self.is_lossless:
             return None
-        if self._joins:
-            joined = self._joins.join(ids)
+        if self._decoder:
+            joined = self._decoder.join(ids)
             if joined == text.encode():
                 return None
             back = joined.decode(errors="replace")
@@ -67,8 +67,8 @@ def pieces(tokenizer: Tokenizer) -> list[bytes]:
 
     Empty for ids without a token.
     """
-    joining = _Joining.of(tokenizer.parts(), tokenizer)
-    return joining.pieces if joining else [name.encode() for name in tokenizer.names]
+    decoder = _PieceDecoder.of(tokenizer.parts(), tokenizer)
+    return decoder.pieces if decoder else [name.encode() for name in tokenizer.names]
 
 
 def is_byte_token(name: str) -> bool:
@@ -76,7 +76,7 @@ def is_byte_token(name: str) -> bool:
     return _BYTE_TOKEN.fullmatch(name) is not None
 
 
-class _Joining:
+class _PieceDecoder:
     """A decoder that joins one piece per token and may then strip the start."""
 
     def __init__(self, pieces: list[bytes], firsts: list[bytes] | None, strip: int) -> None:
@@ -93,13 +93,13 @@ class _Joining:
         return joined
 
     @classmethod
-    def of(cls, parts: TokenizerParts, tokenizer: Tokenizer) -> _Joining | None:
+    def of(cls, parts: TokenizerParts, tokenizer: Tokenizer) -> _PieceDecoder | None:
         """The decoder of a tokenizer.json; None if it is not like GPT-2's, Llama's or T5's."""
         decoder = parts["decoder"] or {}
         names = tokenizer.names
         match decoder:
             case {"type": "ByteLevel"}:
-                return cls([_of_bytes(name) for name in names], None, 0)
+                return cls([_token_bytes(name) for name in names], None, 0)
             case {"type": "Fuse"}:
                 return cls([name.encode() for name in names], None, 0)
             case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": scheme}:
@@ -111,7 +111,7 @@ class _Joining:
         return None
 
     @classmethod
-    def _of_steps(cls, steps: Sequence[Step], names: list[str]) -> _Joining | None:
+    def _of_steps(cls, steps: Sequence[Step], names: list[str]) -> _PieceDecoder | None:
         pieces, fused, strip, has_bytes = names, False, 0, False
         for step in steps:
             match step:
@@ -154,7 +154,7 @@ def _byte_alphabet() -> dict[str, int]:
 _ALPHABET = _byte_alphabet()
 
 
-def _of_bytes(name: str) -> bytes:
+def _token_bytes(name: str) -> bytes:
     """Decode a byte-level token: to its bytes, or to its name if that is not byte-level."""
     try:
         return bytes([_ALPHABET[character] for character in name])

@@ -83,7 +83,7 @@ def _backward(
         grad_u, down, mask = input_gradient(grad, _up(layer)), _down(adapters), adapters.mask
         (grad_a,) = weight_gradients(grad_u, _dropped_out(x, adapters), has_bias=False)
         (grad_b,) = weight_gradients(u, grad, has_bias=False)
-        grads = [grad_a[: len(adapters.a)], _adapted(grad_b, adapters)]
+        grads = [grad_a[: len(adapters.a)], _grad_b(grad_b, adapters)]
     (N, K), R = weight.shape, u.size(-1)
     grad_x = torch.empty_like(x if slopes is None else slopes)
     made = grad_u, down, mask, slopes, grad_x, panels(K, (N + R) // 2)
@@ -112,20 +112,20 @@ def _up(layer: FrozenLayer) -> Tensor:
     assert adapters
     count = len(adapters.a)
     up = adapters.b.new_zeros(len(layer.values), count + count % 2)
-    for span, columns, b in _each(adapters, adapters.b):
+    for span, columns, b in _adapter_blocks(adapters, adapters.b):
         up[span, columns] = b
     return up.mul_(adapters.scale)
 
 
-def _adapted(grad: Tensor, adapters: Adapters) -> Tensor:
+def _grad_b(grad: Tensor, adapters: Adapters) -> Tensor:
     """The gradient of B, from the transposed gradient (R, N) of `_up`."""
     found = torch.empty_like(adapters.b)
-    for span, columns, part in _each(adapters, found):
+    for span, columns, part in _adapter_blocks(adapters, found):
         torch.mul(grad[columns, span].t(), adapters.scale, out=part)
     return found
 
 
-def _each(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+def _adapter_blocks(adapters: Adapters, b: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield each adapter's outputs, its columns of u, and its part of a tensor of B's shape."""
     rank, widths = b.size(1), [span.stop - span.start for span in adapters.spans]
     for number, (span, part) in enumerate(zip(adapters.spans, torch.split(b, widths), strict=True)):
@@ -157,10 +157,10 @@ def _linear_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Ten
 def _linear_shapes(given: Given) -> list[Tensor]:
     x, *tensors = given.tensors
     layer = _layer(given, tensors)
-    return [x.new_empty(*x.shape[:-1], len(layer.values)), _narrow(x, layer)]
+    return [x.new_empty(*x.shape[:-1], len(layer.values)), _empty_u(x, layer)]
 
 
-def _narrow(x: Tensor, layer: FrozenLayer) -> Tensor:
+def _empty_u(x: Tensor, layer: FrozenLayer) -> Tensor:
     """An empty tensor of u's shape."""
     count = len(layer.adapters.a) if layer.adapters else 0
     return x.new_empty(*x.shape[:-1], count + count % 2)
@@ -198,7 +198,7 @@ def _mlp_shapes(given: Given) -> list[Tensor]:
     rows = len(first.values)
     inner = x.new_empty(*x.shape[:-1], rows // 2 if activation in _GATED else rows)
     y, slopes = (x.new_empty(*x.shape[:-1], width) for width in (len(second.values), rows))
-    return [y, inner, slopes, _narrow(x, first), _narrow(x, second)]
+    return [y, inner, slopes, _empty_u(x, first), _empty_u(x, second)]
 
 
 _LINEAR = Operator("frozen_linear", _linear, _linear_backward, _linear_shapes)

@@ -138,7 +138,7 @@ def _mlp(given: Given) -> list[Tensor]:
     """The output, and for the backward pass the activation's values (..., N) and slopes, as wide as
     its argument."""
     x, *layers = contiguous(given.tensors)
-    (weight, *bias), out = _both(layers)
+    (weight, *bias), out = _mlp_layers(layers)
     (M, rows, K), N = sizes(x, weight), out[0].size(1)
     inner, slopes = (x.new_empty(*x.shape[:-1], width) for width in (N, rows))
     scratch = panels(N if rows == N else gated_columns(N), K // 2)
@@ -149,7 +149,7 @@ def _mlp(given: Given) -> list[Tensor]:
 
 def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor]:
     grad, x, *layers = contiguous([grad, *given.tensors])
-    layer, out = _both(layers)
+    layer, out = _mlp_layers(layers)
     inner, slopes = kept
     grads_out = weight_gradients(grad, inner, has_bias=len(out) == 2)
     (N, K), grad_inner = out[0].shape, torch.empty_like(slopes)
@@ -161,12 +161,12 @@ def _mlp_backward(grad: Tensor, given: Given, kept: list[Tensor]) -> list[Tensor
 
 def _mlp_shapes(given: Given) -> list[Tensor]:
     x, *layers = given.tensors
-    layer, out = _both(layers)
+    layer, out = _mlp_layers(layers)
     widths = out[0].size(1), layer[0].size(0)
     return [torch.empty_like(x), *(x.new_empty(*x.shape[:-1], width) for width in widths)]
 
 
-def _both(layers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _mlp_layers(layers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """An MLP's first layer and its second."""
     half = len(layers) // 2
     return layers[:half], layers[half:]

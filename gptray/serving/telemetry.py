@@ -90,9 +90,11 @@ class Stopwatch:
             self._telemetry.first_token.observe(now - self._began)
             if self._telemetry.on_first_token:
                 self._telemetry.on_first_token(now - self._began)
-        if update.index in self._last:
-            for _ in range(tokens):
-                self._telemetry.per_token.observe((now - self._last[update.index]) / tokens)
+        # Of an output's first update, all tokens but the first came at once.
+        gaps = tokens if update.index in self._last else tokens - 1
+        elapsed = now - self._last.get(update.index, now)
+        for _ in range(gaps):
+            self._telemetry.per_token.observe(elapsed / gaps)
         self._last[update.index] = now
         self._telemetry.tokens_out.inc(tokens)
 

@@ -172,7 +172,7 @@ def test_a_run_that_no_longer_computes_in_bf16_says_so(
         run(config, tiny_data, tmp_path / "run", kill_at=2)
     # What auto means on a processor without bf16.
     run(override(config, {"train.precision": "fp32"}), tiny_data, tmp_path / "run")
-    assert [one for one in notices(tmp_path / "run") if "float32 here, in bfloat16" in one]
+    assert [one for one in notices(tmp_path / "run") if "float32 here but in bfloat16" in one]
 
 
 def test_all_workers_use_pytorch_where_one_cannot_run_the_kernels(
