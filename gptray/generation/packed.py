@@ -24,6 +24,7 @@ from gptray.generation.choosing import CHUNK
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import Product, product
 from gptray.generation.queries import Queries
+from gptray.model.attention import Attention
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm, activation, rms_norm
@@ -207,28 +208,15 @@ def _block(
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
-    scale, norms, eps = 1.0 / math.sqrt(config.head_width), None, 0.0
     factors = torch.ones(attention.c_attn.out_features)
-    factors[: config.n_head * config.head_width] = scale
-    if attention.q_norm and attention.k_norm:
-        q_factors, k_factors = (_factors(one, full) for one in (attention.q_norm, attention.k_norm))
-        norms = torch.cat((q_factors * scale, k_factors)).to(dtype)
-        eps = attention.q_norm.eps
+    factors[: config.n_head * config.head_width] = 1.0 / math.sqrt(config.head_width)
     around = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
     gated = gpu_kernels.gated if fused else activation
     return _Block(
         before_attn=around[0],
         after_attn=around[1],
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
-        queries=Queries(
-            config.n_head,
-            config.kv_heads,
-            config.head_width,
-            norms=norms,
-            eps=eps,
-            is_wide=config.wide_qk_norm,
-            rotates=config.rotates(layer),
-        ),
+        queries=_queries(attention, layer, config, full, dtype),
         attn_proj=packed(attention.c_proj),
         before_mlp=around[2],
         after_mlp=around[3],
@@ -237,4 +225,23 @@ def _block(
         gated=partial(gated, kind=config.mlp) if config.is_gated else None,
         residual=config.residual,
         parallel=config.parallel_residual,
+    )
+
+
+def _queries(
+    attention: Attention, layer: int, config: ModelConfig, full: FullTensor, dtype: torch.dtype
+) -> Queries:
+    norms, eps = None, 0.0
+    if attention.q_norm and attention.k_norm:
+        q_factors, k_factors = (_factors(one, full) for one in (attention.q_norm, attention.k_norm))
+        norms = torch.cat((q_factors / math.sqrt(config.head_width), k_factors)).to(dtype)
+        eps = attention.q_norm.eps
+    return Queries(
+        config.n_head,
+        config.kv_heads,
+        config.head_width,
+        norms=norms,
+        eps=eps,
+        is_wide=config.wide_qk_norm,
+        rotates=config.rotates(layer),
     )
