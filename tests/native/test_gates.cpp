@@ -1,7 +1,7 @@
 #include "check.h"
 #include "gates.h"
 
-static Gated of(float gate, float input) { return swiglu(all(gate), all(input)); }
+static Gated of(float gate, float input) { return swiglu(splat(gate), splat(input)); }
 
 TEST(swiglu_and_its_slopes_are_more_exact_than_bf16) {
   const double input = -1.5;
@@ -19,7 +19,7 @@ TEST(swiglu_and_its_slopes_are_more_exact_than_bf16) {
 TEST(geglu_and_its_slopes_are_more_exact_than_bf16) {
   const double input = -1.5, step = 1e-5;
   for (float z = -30; z <= 30; z += 0.0037f) {
-    const Gated ours = geglu(all(z), all((float)input));
+    const Gated ours = geglu(splat(z), splat((float)input));
     const double value = scalar_gelu(z);
     const double slope = (scalar_gelu(z + step) - scalar_gelu(z - step)) / (2 * step);
     CHECK_CLOSE(first_of(ours.by_input), value, 3e-4 * std::fabs(z) + 1e-6);
