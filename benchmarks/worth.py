@@ -246,7 +246,10 @@ def train(job: Job, size: Size, folder: Path) -> dict[str, float]:
     loss = min(row["val_loss"] for row in read_metrics(run_dir) if "val_loss" in row)
     if job.way == "recipe":
         shutil.copytree(run_dir / "model", folder / "models" / job.name, dirs_exist_ok=True)
-    shutil.rmtree(run_dir)
+    # Renamed first: a half-removed run could neither resume nor start over.
+    ended_dir = run_dir.with_name(f"{run_dir.name}.ended")
+    shutil.rmtree(ended_dir, ignore_errors=True)
+    shutil.rmtree(run_dir.rename(ended_dir))
     return {"loss": loss, "step": ended["step"], "seconds": round(time.monotonic() - began, 1)}
 
 
