@@ -48,8 +48,7 @@ class Cache:
             return
         kept = min(length, self.length)
         self.length = length
-        while self._room < length:
-            self._room = min(2 * self._room, self._most)
+        self._room = grown(self._room, length, self._most)
         for layer, (old_k, old_v) in enumerate(self.layers):
             old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
             if self._memory[layer][0].numel() < self._numbers():
@@ -85,6 +84,13 @@ class Cache:
         shape = slots, heads, self.length, width
         keys, values = (one[: math.prod(shape)].view(shape) for one in memory)
         return keys, values
+
+
+def grown(room: int, tokens: int, most: int) -> int:
+    """The room for each sequence, doubled until `tokens` fit, but at most `most`."""
+    while room < tokens:
+        room = min(2 * room, most)
+    return room
 
 
 def _rounded(tokens: int) -> int:

@@ -91,26 +91,26 @@ def _stored(
     slots: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, int]:
-    """Store keys and values; return where each row's H E queries begin, and how far apart."""
+    """Store keys and values; return the queries of all rows, and their rows' stride."""
     if queries.is_wide:
         qkv = queries.wide_norm(qkv, rms_norm)
     has_norms = queries.norms is not None and not queries.is_wide
     N, (_, K, P, E), H = len(qkv), keys.shape, queries.n_head
     heads, width = {"H": H, "K": K, "E": E}, (H + 2 * K) * E
-    if queries.is_plain:
+    if queries.norms is None and angles is None:
         kernels.layers.store_kernel[(N,)](
             *(qkv, keys, values, slots, positions, P), **heads, WIDTH=_power_of_2(K * E)
         )
         return qkv, width
     q = qkv.new_empty(N, H * E)
-    cos, sin = angles if angles and queries.rotates else (qkv, qkv)
+    cos, sin = angles or (qkv, qkv)
     kernels.layers.turn_kernel[(N, H + 2 * K)](
         *(qkv, queries.norms if has_norms else qkv, cos, sin),
         *(q, keys, values, slots, positions, P, queries.eps),
         **heads,
         BLOCK_E=_power_of_2(E),
         HAS_NORMS=has_norms,
-        HALF=cos.size(1) if queries.rotates else 0,
+        HALF=cos.size(1) if angles else 0,
         num_warps=1,
     )
     return q, H * E

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptray.generation import gpu_kernels
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.cache import FIRST_TOKENS
+from gptray.generation.cache import FIRST_TOKENS, grown
 from gptray.generation.decoder import Network, Piece, StepRows
 from gptray.generation.gpu_kernels import TILE_ROWS
 from gptray.generation.graph_sampler import GraphSampler, token_of
@@ -158,9 +158,7 @@ class GraphDecoder(Network):
         """Make room for sequences of `tokens`."""
         del self._read, self._decode, self._logits, self._sampler  # and so the graphs' memory
         self._ahead = None
-        room = self._room
-        while self._room < tokens:
-            self._room = min(2 * self._room, self._most)
+        room, self._room = self._room, grown(self._room, tokens, self._most)
         for layer, old in enumerate(self._caches):
             shape = (*old.shape[:3], self._room, old.size(4))
             self._caches[layer] = old.new_zeros(shape)

@@ -216,7 +216,7 @@ def _block(
         before_attn=around[0],
         after_attn=around[1],
         c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
-        queries=_queries(attention, layer, config, full, dtype),
+        queries=_queries(attention, config, full, dtype),
         attn_proj=packed(attention.c_proj),
         before_mlp=around[2],
         after_mlp=around[3],
@@ -229,7 +229,7 @@ def _block(
 
 
 def _queries(
-    attention: Attention, layer: int, config: ModelConfig, full: FullTensor, dtype: torch.dtype
+    attention: Attention, config: ModelConfig, full: FullTensor, dtype: torch.dtype
 ) -> Queries:
     norms, eps = None, 0.0
     if attention.q_norm and attention.k_norm:
@@ -243,5 +243,4 @@ def _queries(
         norms=norms,
         eps=eps,
         is_wide=config.wide_qk_norm,
-        rotates=config.rotates(layer),
     )

@@ -1,4 +1,4 @@
-"""How a layer makes q and k of its scores: each head normalised and rotated.
+"""Prepares a layer's q and k for scores: normalises and rotates their heads.
 
 Shapes: N tokens, H heads, K heads of keys and values, E = head width.
 """
@@ -30,16 +30,10 @@ class Queries:
     norms: Tensor | None = None
     eps: float = 0.0
     is_wide: bool = False
-    rotates: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether q and k stay as they are."""
-        return self.norms is None and not self.rotates
 
     def __call__(self, qkv: Tensor, angles: Angles | None) -> Tensor:
-        """q, k, v (N, (H + 2 K) E), with q and k ready for scores."""
-        if self.is_plain:
+        """q, k, v (N, (H + 2 K) E), with q and k ready for scores; angles: None: not rotated."""
+        if self.norms is None and angles is None:
             return qkv
         if self.is_wide:
             qkv = self.wide_norm(qkv, rms_norm)
@@ -48,8 +42,7 @@ class Queries:
         if self.norms is not None and not self.is_wide:
             q_weight, k_weight = self.norms.chunk(2)
             q, k = rms_norm(q, q_weight, self.eps), rms_norm(k, k_weight, self.eps)
-        if self.rotates:
-            assert angles is not None
+        if angles:
             q, k = rotate(q, angles), rotate(k, angles)
         return torch.cat((q, k, v), dim=1).flatten(1)
 

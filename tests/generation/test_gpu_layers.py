@@ -20,14 +20,6 @@ from tests.generation.models import network, random_gpt, small_tokenizer
 from tests.generation.test_weight_only import DEVICE, IS_INTERPRETED, needs_kernels, numbers
 
 pytestmark = needs_kernels
-
-
-@pytest.fixture(autouse=IS_INTERPRETED)
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of fewer rows, of which the interpreter takes one after the other."""
-    monkeypatch.setattr("gptray.generation.graphs.PROMPT_ROWS", 64)
-
-
 # The interpreter has no arithmetic in bf16.
 DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
 MIXES: list[dict[str, Any]] = [
@@ -35,17 +27,19 @@ MIXES: list[dict[str, Any]] = [
     {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "n_kv_head": 2, "qk_norm": True},
     {"positions": "rotary", "partial_rotary_factor": 0.5, "parallel_residual": True},
     {"positions": "rotary", "sliding_window": 70, "n_kv_head": 1, "head_dim": 12},
-    {
-        "positions": "rotary",
-        "norm": "rmsnorm",
-        "qk_norm": True,
-        "wide_qk_norm": True,
-        "mlp": "geglu",
-        "centred_norm": True,
-        "sandwich_norm": True,
-        "scale_embedding": True,
-    },
-]
+    {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "wide_qk_norm": True,
+     "mlp": "geglu", "centred_norm": True, "sandwich_norm": True, "scale_embedding": True},
+    {"positions": "rotary", "n_kv_head": 2, "qk_norm": True, "wide_qk_norm": True,
+     "no_rope_layers": [1, 0]},
+    {"positions": "rotary", "local_rope_theta": 100.0, "sliding_window": 70,
+     "layer_types": ["sliding_attention", "full_attention"]},
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=IS_INTERPRETED)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of fewer rows, of which the interpreter takes one after the other."""
+    monkeypatch.setattr("gptray.generation.graphs.PROMPT_ROWS", 64)
 
 
 def room(dtype: torch.dtype) -> float:
@@ -71,7 +65,7 @@ def test_attention_is_its_formula(
     (H, K, E), P, N = heads, 140, 40
     part = E // 4 * 2  # of a head is rotated
     norms = numbers(2 * E, seed=5).to(dtype) if kind in ("normed", "both") else None
-    queries = Queries(H, K, E, norms, 1e-5, rotates=kind in ("rotated", "both"))
+    queries = Queries(H, K, E, norms, 1e-5)
     layout = [(0, 8), (P - 4, 4), (0, 1), (70, 17), (30, 3)]  # starts and counts, by slot
     slots, positions, tiles = list[int](), list[int](), list[int]()
     for slot, (start, count) in enumerate(layout):
@@ -82,7 +76,7 @@ def test_attention_is_its_formula(
     rows = [slots + [len(layout)] * padding, positions + [0] * padding, [*tiles, N, N]]
     slot_of, position_of, first_rows = (torch.tensor(row, device=DEVICE) for row in rows)
     angles = None
-    if queries.rotates:
+    if kind in ("rotated", "both"):
         shape = ModelConfig(positions="rotary", n_head=1, n_embd=part, n_positions=P)
         (angles, *_) = Rotary(shape).at(position_of, dtype)
     qkv = (numbers(N, (H + 2 * K) * E) / E**0.25).to(dtype)
