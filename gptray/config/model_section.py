@@ -64,7 +64,7 @@ def known_layers(layers: list[str] | None) -> list[str] | None:
 
 
 def known_flags(layers: list[int] | None) -> list[int] | None:
-    """Check what says of each layer whether it does something."""
+    """Check a list with 1 or 0 for each layer."""
     if layers is not None and not {*layers} <= {0, 1}:
         raise ValueError("each layer must be 1 or 0")
     return layers
@@ -98,7 +98,7 @@ class ModelConfig(Section):
         False, description="normalise the outputs of attention and MLP (EXAONE 4), not their inputs"
     )
     centred_norm: bool = Field(
-        False, description="weights of rmsnorm are kept less 1, and begin at 0 (Gemma)"
+        False, description="rmsnorm multiplies by 1 + its weight, which starts at 0 (Gemma)"
     )
     sandwich_norm: bool = Field(
         False, description="normalise inputs and outputs of attention and MLP (Gemma 3)"
@@ -116,8 +116,8 @@ class ModelConfig(Section):
     )
     local_rope_theta: Annotated[float, Field(gt=1.0)] | None = Field(
         None,
-        description="that of layers with a sliding window, without rope_scaling (Gemma 3); "
-        "null: as all",
+        description="rope_theta of layers with a sliding window, which do not use rope_scaling "
+        "(Gemma 3); null: the same as the others",
     )
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0, description="share of each head that is rotated"
@@ -139,7 +139,7 @@ class ModelConfig(Section):
         False, description="RMSNorm of each head's queries and keys (Qwen3, EXAONE 4)"
     )
     wide_qk_norm: bool = Field(
-        False, description="qk_norm of all heads' queries and keys at once (OLMo 2)"
+        False, description="qk_norm over all heads together, not each on its own (OLMo 2)"
     )
     sliding_window: PositiveInt | None = Field(
         None,
@@ -192,7 +192,7 @@ class ModelConfig(Section):
 
     @property
     def qk_norm_widths(self) -> tuple[int, int]:
-        """Of the norms of queries and of keys."""
+        """Widths of the norms of queries and of keys."""
         heads = (self.n_head, self.kv_heads) if self.wide_qk_norm else (1, 1)
         return heads[0] * self.head_width, heads[1] * self.head_width
 
@@ -206,7 +206,7 @@ class ModelConfig(Section):
 
     @property
     def embedding_scale(self) -> float:
-        """What embeddings are multiplied by."""
+        """The factor of embeddings."""
         return self.n_embd**0.5 if self.scale_embedding else 1.0
 
     @property

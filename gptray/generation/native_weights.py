@@ -208,7 +208,7 @@ class NativeWeights:
         return self._keep(torch.cat(both, dim=2, out=placed))
 
     def _gated(self, layer: nn.Linear) -> abi.Linear:
-        """A layer of gates and what they let through."""
+        """A layer that makes gates and inputs."""
         bias = None if layer.bias is None else woven(self._full(layer.bias)).flatten()
         counts = self._importance[layer.weight]
         return self._linear(woven(self._full(layer.weight)), bias, importance=counts)
@@ -232,7 +232,7 @@ class NativeWeights:
 
 
 def woven(both: Tensor) -> Tensor:
-    """Rows of gates and then of what they let through, half a panel of each in every panel."""
+    """Rows of gates, then of inputs -> panels that are half gates and half inputs."""
     inner = len(both) // 2
     halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
     blocks = halves.view(2, -1, PANEL // 2, halves.size(2))

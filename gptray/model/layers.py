@@ -130,7 +130,7 @@ class _CastLayerNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x over its root mean square, times a weight; in its input's dtype (mean in fp32).
 
-    Zhang & Sennrich 2019. `GPT.initialise` sets the weight. less: how much less it is kept.
+    Zhang & Sennrich 2019. `GPT.initialise` sets the weight. less: x's factors minus the weight.
     """
 
     native = False
