@@ -48,7 +48,7 @@ def training(command: list[str], home: Path, *, step: int) -> Iterator[subproces
         said = []
         for line in driver.stderr:
             said.append(line)
-            if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
+            if (found := re.match(r"step +(\d+)/", line)) and int(found[1]) >= step:
                 break
         else:
             raise AssertionError(f"it ended before step {step}: {''.join(said)}")
