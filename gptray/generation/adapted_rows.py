@@ -1,8 +1,7 @@
-"""Adapters in decoders: many adapters of one base, each for some rows of a step.
+"""LoRA while decoding: every row of a step may use a different adapter of the same base.
 
-The base's weights are read once for all rows; each row with an adapter gets that adapter's product
-of two narrow matrices added. Hu et al. 2022, LoRA; Sheng et al. 2023, S-LoRA. Shapes: N rows, R
-rank.
+The base's weights are read once for all rows; an adapter's low-rank product is added to its own
+rows only. Hu et al. 2022, LoRA; Sheng et al. 2023, S-LoRA. Shapes: N rows of a step.
 """
 
 from __future__ import annotations
@@ -18,38 +17,39 @@ from gptray.config import ModelConfig
 from gptray.generation.products import Product, product
 from gptray.model.adapter_files import LowRank
 
-# Of a block, in the order of their numbers.
+# A block's linear layers, in the order in which `Layer` numbers them.
 QUERIES, INTO_MLP = "attn.c_attn", "mlp.c_fc"
 LAYERS = (QUERIES, "attn.c_proj", INTO_MLP, "mlp.c_proj")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of a network, and its number among all of its blocks."""
+    """A linear layer of a network, and its number, counted through all blocks."""
 
     number: int
     product: Product
 
 
 class Run(Protocol):
-    """How a step runs a layer over its rows: x (N, in), and `add` as of `Product`."""
+    """Runs a layer over a step's rows x (N, in); `add` as in `Product`."""
 
     def __call__(self, layer: Layer, x: Tensor, add: Tensor | None = None) -> Tensor: ...
 
 
 def run_plain(layer: Layer, x: Tensor, add: Tensor | None = None) -> Tensor:
-    """Without adapters."""
+    """Run a layer without adapters."""
     return layer.product(x, add)
 
 
 class PackedAdapter:
-    """An adapter in the form of one decoder, which alone looks into it."""
+    """An adapter packed for one kind of decoder, which alone can read it."""
 
 
-def numbered(layers: Mapping[str, LowRank], config: ModelConfig) -> list[LowRank | None]:
-    """What an adapter adds to the layers of every block in turn, in the order of LAYERS.
+def numbered_layers(layers: Mapping[str, LowRank], config: ModelConfig) -> list[LowRank | None]:
+    """An adapter's products by layer number: block after block, each in the order of LAYERS.
 
-    layers: by the parameters' names. Queries are scaled where a decoder's weights are.
+    layers: by parameter name. The attention scale is folded into the queries, as in the decoders'
+    own weights.
     """
     found: list[LowRank | None] = []
     for layer in range(config.n_layer):
@@ -64,7 +64,7 @@ def numbered(layers: Mapping[str, LowRank], config: ModelConfig) -> list[LowRank
 
 
 class Products(PackedAdapter):
-    """An adapter as products of PyTorch, in the dtype that a network computes in."""
+    """An adapter for the PyTorch decoder, in the dtype that the network computes in."""
 
     def __init__(
         self,
@@ -77,15 +77,16 @@ class Products(PackedAdapter):
             return product(weight.to(device), None, dtype)
 
         self.layers = [
-            (packed(one.a), packed(one.b)) if one else None for one in numbered(layers, config)
+            (packed(one.a), packed(one.b)) if one else None
+            for one in numbered_layers(layers, config)
         ]
 
 
 class AdaptedRows:
-    """The rows of a step by their adapters; a row's product is the same whatever others have."""
+    """A step's rows, grouped by adapter. A row's result does not depend on the other groups."""
 
     def __init__(self, adapters: Sequence[PackedAdapter | None], device: torch.device) -> None:
-        """adapters: each row's."""
+        """adapters: one for each row, or None."""
         rows: dict[Products, list[int]] = {}
         for row, adapter in enumerate(adapters):
             if adapter is not None:
@@ -96,32 +97,31 @@ class AdaptedRows:
         self._parts: dict[tuple[bool, ...], list[Tensor]] = {}
 
     def run(self, layer: Layer, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """With what the rows' adapters add."""
-        if not self._groups:
-            return layer.product(x, add)
+        """Run a layer, and add to each row what its adapter makes of it."""
         added: Tensor | None = None
         for adapter, rows in self._groups:
             if pair := adapter.layers[layer.number]:
-                narrow, wide = pair
-                made = wide(narrow(x[rows]))
-                added = made.new_zeros(len(x), made.size(1)) if added is None else added
-                added[rows] = made
+                down, up = pair
+                delta = up(down(x[rows]))
+                added = delta.new_zeros(len(x), delta.size(1)) if added is None else added
+                added[rows] = delta
         if added is None:
             return layer.product(x, add)
         if LAYERS[layer.number % len(LAYERS)] != INTO_MLP:
             return layer.product(x, added if add is None else add + added)
-        # A GELU that is one with its product rounds otherwise than one after a sum.
+        # A GELU fused into its product rounds differently from one applied after an addition, so
+        # rows without an adapter must take the fused one.
         y = torch.empty_like(added)
-        plain, adapted = self._parted(layer.number)
+        plain, adapted = self._split_rows(layer.number)
         if len(plain):
             y[plain] = layer.product(x[plain])
         y[adapted] = layer.product(x[adapted], added[adapted])
         return y
 
-    def _parted(self, layer: int) -> list[Tensor]:
+    def _split_rows(self, layer: int) -> list[Tensor]:
         """The rows to which a layer's adapters add nothing, and the others.
 
-        The host knows them: to find them by a mask it would wait for a GPU in every layer.
+        Worked out on the host: a mask on the GPU would make the host wait for it in every layer.
         """
         adds = tuple(adapter.layers[layer] is not None for adapter in self._rows)
         if adds not in self._parts:

@@ -1,6 +1,6 @@
-"""Parts of a file of prompts through one engine: a Parquet file for each, whole or not there.
+"""Runs a prompt file part by part through one engine; each part becomes a Parquet file, atomically.
 
-The engine stays full from one part to the next: `feed` returns as soon as it could take more
+The engine stays full from one part to the next: `feed` returns as soon as there is room for more
 requests, and rows that are still running finish while the next part runs.
 """
 
@@ -29,9 +29,11 @@ from gptray.model.adapter import adapted_name
 
 @dataclass
 class Progress:
-    """What an engine has done since it started; seconds of its steps, and from its first to now.
+    """What an engine has done since it started.
 
-    running, waiting: sequences in its batch and in line, after the last step.
+    step_seconds: spent in steps. first, last: when its first step began and its last one ended,
+    on the monotonic clock. running, waiting: sequences in the batch and in the queue after the
+    last step.
     """
 
     rows: int = 0
@@ -46,7 +48,7 @@ class Progress:
 
 @dataclass
 class _Row:
-    """A row of the output: its sequence on the way, or what is wrong with it."""
+    """A row of the output: its sequence, or why it has none."""
 
     seed: int
     adapter: str | None = None
@@ -60,7 +62,7 @@ class _Row:
 
     @property
     def done(self) -> Sequence | None:
-        """What there is of the output once the row has ended, if it ended well."""
+        """The sequence if nothing went wrong with it; complete once the part is done."""
         return None if self.problem is not None else self.sequence
 
 
@@ -78,8 +80,8 @@ class _Part:
 class PartWriter:
     """Runs staged parts (`gptray.data.prompts`) and writes their outputs into `output_dir`.
 
-    num_samples: outputs of each row of a part. metadata goes into every file. model is the name in
-    the column of that name. adapters: by the names that rows call them.
+    num_samples: outputs per row of a part. model: what the column `model` says. metadata: goes into
+    every file. adapters: by the names that rows use for them.
     """
 
     def __init__(
@@ -102,21 +104,21 @@ class PartWriter:
         self._parts: list[_Part] = []
 
     def feed(self, number: int, staged: Path) -> list[int]:
-        """Take on a part; run until more could be taken. Returns the parts written meanwhile."""
+        """Queue a part, and step until the queue is empty. Returns the parts written meanwhile."""
         table = read_whole(staged)
-        given = [table.column(place).to_pylist() for place in (SETTINGS, ERROR, ID, PROMPT)]
-        rows = [row for values in zip(*given, strict=True) for row in self._start(*values)]
+        columns = [table.column(place).to_pylist() for place in (SETTINGS, ERROR, ID, PROMPT)]
+        rows = [row for values in zip(*columns, strict=True) for row in self._start(*values)]
         self._parts.append(_Part(number, table, rows))
         return self._run(until_empty=False)
 
     def finish(self) -> list[int]:
-        """Run to the end of all parts. Returns those written meanwhile."""
+        """Run all parts to their end. Returns those written meanwhile."""
         return self._run(until_empty=True)
 
     def _start(
         self, settings: str | None, error: str | None, name: int | str, prompt: str
     ) -> list[_Row]:
-        """The rows of the output that a row of the input gives, their sequences under way."""
+        """Submit a row of the input; returns its rows of the output."""
         own: dict[str, Any] = json.loads(settings) if settings else {}
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
         adapter: str | None = own.pop(ADAPTER, None)
@@ -168,7 +170,7 @@ class PartWriter:
     def _write_done(self) -> list[int]:
         done = [part for part in self._parts if part.done]
         for part in done:
-            # Those that ran are counted already.
+            # Rows that ran were counted when they ended.
             self.progress.rows += sum(row.sequence is None for row in part.rows)
             self.progress.errors += sum(row.problem is not None for row in part.rows)
             write_part(self._output(part), self._output_dir / part_name(part.number))
@@ -188,7 +190,7 @@ class PartWriter:
             "finish_reason": [one.finish_reason if one else "error" for one in done],
             "prompt_tokens": [row.prompt_tokens for row in rows],
             "output_tokens": [len(one.drawn) if one else 0 for one in done],
-            # What a column of 64 bits does not hold stands in the row's error.
+            # A seed that 64 bits cannot hold is named in the row's error.
             "seed": [row.seed if -SEEDS <= row.seed < SEEDS else None for row in rows],
             "error": [row.problem for row in rows],
             "model": [

@@ -1,4 +1,4 @@
-"""Chats: messages become a prompt by the model's own template, as transformers renders it."""
+"""Renders a chat's messages as a prompt, by the model's own template and with transformers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gptray.data.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
-# What a message may have beside its role and content.
+# The one key that a message may have besides role and content.
 _NAME = "name"
-# What transformers and jinja2 give a template themselves.
-_RENDERED = ("messages", "self")
+# Variables that transformers and jinja2 set for every template.
+_BUILT_IN = ("messages", "self")
 
 
 def messages_of(value: object) -> list[dict[str, str]]:
-    """A chat's messages, each with a role and text. Raises ValueError naming what is wrong.
+    """A chat's messages, each with a role and text content. Raises ValueError naming the fault.
 
-    Content with several parts becomes their text, one line each. Keys that are null or empty are
-    ignored.
+    Content in several parts becomes their texts, joined by newlines. Keys whose value is null or
+    empty are ignored.
     """
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError("messages expects a list of messages, each with a role and content")
@@ -59,18 +59,18 @@ def _text(content: object, place: str) -> str:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's template. What a message says is never read as a special token."""
+    """A model's template, as Jinja source. Text in a message never becomes a special token."""
 
     source: str
     tokenizer: Tokenizer
 
     def prompt(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[int]]:
-        """The prompt that a chat is, as text and as token ids. options, errors: as `write`."""
+        """A chat as a prompt: its text and its token ids. Options and errors are `write`'s."""
         chat = self.write(messages, **options)
         return self.shown(chat), self.tokenizer.chat_ids(chat)
 
     def shown(self, chat: str) -> str:
-        """What `write` gave, as it is read by people."""
+        """The text of a chat from `write`, for people to read."""
         return self.tokenizer.written_names.put_together(chat)
 
     def write(
@@ -81,20 +81,18 @@ class ChatTemplate:
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text that `Tokenizer.chat_ids` reads as a chat's prompt.
+        """A chat as text for `Tokenizer.chat_ids`: special tokens named in messages are split up.
 
-        Names of special tokens inside messages are split up in it.
-        add_generation_prompt: whether it ends where the model's next message begins.
-        continue_final_message: whether it ends within the last message instead. variables: the
-        template's own, such as enable_thinking. Raises ValueError where the template refuses or
-        fails, with its reason.
+        add_generation_prompt: end where the model's next message begins. continue_final_message:
+        leave the last message open instead. variables: the template's own, such as
+        enable_thinking. Raises ValueError with the template's reason if it refuses or fails.
         """
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second
 
         given = variables or {}
-        taken = {*inspect.signature(render_jinja_template).parameters, *_RENDERED}
-        if own := sorted(taken & {*given}):
-            raise ValueError(f"chat_template_kwargs.{own[0]} is not the template's own")
+        reserved = {*inspect.signature(render_jinja_template).parameters, *_BUILT_IN}
+        if taken := sorted(reserved & {*given}):
+            raise ValueError(f"chat_template_kwargs.{taken[0]} is not one of the template's own")
         take_apart = self.tokenizer.written_names.taken_apart
         quoted = [
             {key: take_apart(value) for key, value in message.items()} for message in messages

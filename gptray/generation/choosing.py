@@ -1,6 +1,6 @@
-"""Choosing tokens with tensors alone: every row of logits by its own columns of settings.
+"""Draws tokens with tensor operations alone, each row of logits with its own settings.
 
-No step waits for the device, so a CUDA graph can hold all of it.
+Nothing here waits for the device, so a CUDA graph can record all of it.
 
 Shapes: B rows, V entries of the vocabulary, K candidates.
 """
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Candidates are first looked for in chunks of this many entries of the vocabulary.
+# `top_candidates` searches the vocabulary in chunks of this many entries.
 CHUNK = 64
-# How far down a row is ranked when only top_p says where to end; all of it if that is too little.
+# Candidates that are ranked at first when only top_p bounds them; all are if these do not suffice.
 FIRST_RANKS = 1024
 
-# Tokens (B,), all within the vocabulary, and each row's largest logit (B,): where that is not
-# finite the token means nothing.
+# Tokens (B,), all within the vocabulary, and each row's largest logit (B,); a token whose row has
+# no finite largest logit is void.
 Chosen = tuple[Tensor, Tensor]
 # See `top_candidates`.
 Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -28,9 +28,9 @@ Top = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Columns:
-    """What B rows ask of a draw, each (B, 1): off is a value that changes nothing.
+    """The settings of B rows, (B, 1) each; one that is off has a value without effect.
 
-    top_k int64, the others fp64; uniform: each row's random number in [0, 1).
+    top_k is int64, the others fp64. uniform: each row's random number in [0, 1).
     """
 
     temperature: Tensor
@@ -43,29 +43,30 @@ class Columns:
 def draw_ranked(
     top: Top, logits: Tensor, columns: Columns, ranks: int, beyond: Sequence[int] | slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw from the first `ranks` candidates, as many of them as top_k, top_p and min_p leave.
+    """Draw from those of the first `ranks` candidates that top_k, top_p and min_p leave.
 
-    beyond: the rows whose top_k is above `ranks`; a slice is all rows that might be. Returns tokens
-    (B,), each row's largest logit and whether its ranks were enough: else the token is void.
+    beyond: the rows whose top_k is above `ranks`, or a slice of all that may be. Returns tokens
+    (B,), each row's largest logit (B,), and whether `ranks` sufficed (B,): if not, the row's token
+    is void.
     """
     values, ids = top(logits, ranks)
     best = values[:, 0]
     is_sound = torch.isfinite(best)
-    values = torch.where(is_sound[:, None], values, 0.0)  # what comes of such a row is not used
-    # (B, K), the first is 1
+    values = torch.where(is_sound[:, None], values, 0.0)  # an unsound row's token is not used
+    # (B, K), relative to the likeliest
     weights = torch.exp((values.double() - values[:, :1]) / columns.temperature)
     cumulative = weights.cumsum(1)
     K, k = values.size(1), columns.top_k
-    mass = cumulative.gather(1, k.clamp(max=K) - 1)  # of the top k
+    mass = cumulative.gather(1, k.clamp(max=K) - 1)  # the top k's
     if isinstance(beyond, slice) or beyond:
-        # Of the whole row, where there is no top k.
+        # The whole row's, where top_k is above K.
         tail = (logits[beyond].double() - values[beyond, :1]) / columns.temperature[beyond]
         whole = torch.zeros_like(mass)
         whole[beyond] = torch.exp(tail).sum(1, keepdim=True)
         mass = torch.where(k > K, whole, mass)
     place = torch.arange(K, device=logits.device)
     eligible = (place < k) & (weights >= columns.min_p) & (weights > 0)
-    # A candidate stays if those before it do not make up top_p of the mass yet.
+    # A candidate stays if those before it have not yet reached top_p of the mass.
     eligible &= (cumulative - weights < columns.top_p * mass) | (place == 0)
     count = eligible.sum(1, keepdim=True)
     enough = ((count < K) | (k <= K)).squeeze(1) | ~is_sound
@@ -76,7 +77,7 @@ def draw_ranked(
 
 
 def draw_unranked(logits: Tensor, columns: Columns, has_min_p: bool) -> Chosen:
-    """Draw from the whole vocabulary, or what min_p leaves of it, in the order of the ids."""
+    """Draw from the whole vocabulary, or what min_p leaves of it, summed in the order of ids."""
     best = logits.amax(1, keepdim=True)
     scaled = (logits - best) / columns.temperature.float()
     weights = torch.exp(scaled).double()  # (B, V)
@@ -84,7 +85,7 @@ def draw_unranked(logits: Tensor, columns: Columns, has_min_p: bool) -> Chosen:
         weights = weights.masked_fill(weights < columns.min_p, 0.0)
     cumulative = weights.cumsum(1)
     total = cumulative[:, -1:]
-    # Right of equal sums, and below the last: an entry without weight is never chosen.
+    # Right of equal sums and below the total, so that an entry of zero weight is never chosen.
     below = total.nextafter(torch.zeros_like(total))
     target = torch.minimum(columns.uniform * total, below)
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
@@ -92,10 +93,10 @@ def draw_unranked(logits: Tensor, columns: Columns, has_min_p: bool) -> Chosen:
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (B, V), fp32, and their ids, (B, k) each; equals by lower id.
+    """The k largest logits of each row (B, V), as fp32, and their ids, (B, k) each.
 
-    torch.topk leaves open which of equal values it takes. The k largest lie in the k chunks of
-    the vocabulary with the largest maxima, so that only those are looked at closely.
+    Ties go to the lower id, which torch.topk does not promise. The k largest lie within the k
+    chunks of the vocabulary with the largest maxima, so only those chunks are ranked.
     """
     B, V = logits.shape
     k = min(k, V)
@@ -118,8 +119,8 @@ def _first(values: Tensor, ids: Tensor, k: int) -> Tensor:
 
     NaN, of either sign, comes before all numbers.
     """
-    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: -0 is 0
-    # As integers, floats of one sign are in order; the negative ones in reverse.
+    bits = (values.float() + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
+    # The bits of positive floats are in order as integers; those of negative ones in reverse.
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).masked_fill(values.isnan(), 0x7FFFFFFF)
     keys = (order.to(torch.int64) << 32) | (0x7FFFFFFF - ids)
     best = keys.topk(k, dim=1, sorted=True).values

@@ -1,12 +1,12 @@
-"""A GPT as generation runs it: packed weights, flat steps, a preallocated cache of keys and values.
+"""What a decoder does for the engine, and the decoder that runs wherever PyTorch does.
 
-A step carries tokens of many sequences side by side: one token for each that is decoding, a piece
-of the prompt for each that begins. No token is padding. A sequence's result does not depend on its
-neighbours, because every product runs over a token's own row. This decoder runs wherever PyTorch
-does; `gptray.generation.native_decoder` has a faster one for some processors.
+A step of the network carries tokens of many sequences without padding: one token of each sequence
+that decodes, and a piece of each prompt in prefill. A sequence's result does not depend on its
+neighbours in the batch, as every product runs over a token's own row. Faster decoders for some
+hardware: `gptray.generation.native_decoder`, `gptray.generation.graphs`.
 
-Shapes: N tokens of a step, S slots, D sequences decoding, H heads in K groups that share keys and
-values, E = head width.
+Shapes: N tokens of a step, S slots, D decoding sequences, H query heads, K heads of keys and
+values, E = head width, T tokens of a piece, V padded vocabulary.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from gptray.model.gpt import GPT
 from gptray.model.precision import own_fp32
 from gptray.model.rotary import Angles
 
-# What `Network.piece_tokens` and `prompt_tokens` are on a CPU.
+# `Network.piece_tokens` and `Network.prompt_tokens` on a CPU.
 PIECE_TOKENS, PROMPT_TOKENS = 128, 512
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a prompt: its tokens stand at `start` and on, in the cache's `slot`.
+    """Consecutive tokens of a prompt, from position `start` on, for a slot of the KV cache.
 
-    scored: the logits after each of its tokens are asked for, not only after the last. adapter: of
-    its text.
+    scored: return the logits after every token, not only after the last. adapter: the sequence's.
     """
 
     slot: int
@@ -49,14 +48,14 @@ class Piece:
 
     @property
     def logits(self) -> int:
-        """How many rows of logits are asked for."""
+        """How many rows of logits the piece returns."""
         return len(self.tokens) if self.scored else 1
 
 
 class StepRows:
     """A step's N tokens, a row each: the decoding sequences' first, then those of each piece.
 
-    asked: the rows whose logits are asked for. alone: the step keeps what all other slots hold.
+    asked: the rows whose logits are returned. alone: the step leaves all other slots as they are.
     """
 
     def __init__(
@@ -85,12 +84,12 @@ class StepRows:
 
 
 class Network(ABC):
-    """What an engine needs of a decoder: the network, and memory for S sequences in slots."""
+    """A decoder as the engine sees it: the network, and a KV cache of S slots, one per sequence."""
 
-    # Prompts are cut at multiples of this, wherever they stand in the queue: same numbers at any
-    # load.
+    # Prompts are cut at multiples of this whatever else the step carries, so that a prompt gives
+    # the same numbers under any load.
     piece_tokens = PIECE_TOKENS
-    # A step begins no further piece after so many tokens of prompts, so that decoding never stalls.
+    # A step that carries this many prompt tokens starts no further piece: decoding never stalls.
     prompt_tokens = PROMPT_TOKENS
 
     @torch.no_grad()
@@ -102,23 +101,23 @@ class Network(ABC):
         adapters: Sequence[PackedAdapter | None] = (),
         alone: bool = False,
     ) -> Tensor:
-        """Logits after each decoding token and what each piece asks for, in this order.
+        """Run the network over the newest token of each decoding sequence and pieces of prompts.
 
-        (D + the pieces' `logits`, V), valid until the next step; V is the vocabulary, padded with
-        -inf; fp32, or the network's own dtype where no piece is scored. decoding: (token, position)
-        of slots 0 .. D - 1. The step's keys and values are kept, and what lower slots hold; alone:
-        what all other slots hold. adapters: of the decoding sequences, as `pack` gave them; empty:
-        none has one.
+        Returns the logits after each decoding token, then each piece's, (D + the pieces' `logits`,
+        V), padded with -inf, valid until the next step; fp32, or the network's dtype if no piece is
+        scored. decoding: (token, position) of slots 0 .. D - 1. adapters: one from `pack`, or None,
+        for each of them; empty if none has any. The cache keeps this step's slots and those below
+        them; with `alone`, it keeps all.
         """
         return self.logits(StepRows(decoding, pieces, adapters, alone=alone))
 
     @abstractmethod
     def logits(self, rows: StepRows) -> Tensor:
-        """What `step` returns."""
+        """The logits that `step` returns."""
 
     @abstractmethod
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
-        """An adapter of the network for its steps. Any thread may, but one at a time."""
+        """Pack an adapter for this decoder's steps. For any thread, but one at a time."""
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`."""
@@ -130,17 +129,17 @@ class Network(ABC):
 
     @abstractmethod
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copy what is kept of the first `tokens` positions of one slot over another's."""
+        """Copy the cache of one slot's first `tokens` positions to another slot."""
 
     def scrub(self, tokens: Sequence[int]) -> None:
-        """Forget all but the first `tokens[slot]` positions of each slot, where that may be met."""
-        return  # by a network that reads further than a sequence goes
+        """Clear each slot's cache beyond its first `tokens[slot]` positions, if steps read it."""
+        return  # by default they read no further than a sequence goes
 
 
 class Decoder(Network):
     """The network in `dtype` for S = `slots` sequences, its weights packed once.
 
-    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
+    quantize: how the weights of linear layers and head are quantized, see `gptray.model.quantized`.
     """
 
     def __init__(
@@ -184,17 +183,17 @@ class Decoder(Network):
 
 
 class _AttentionPlan:
-    """What attention of a step needs in every layer, made once: places, masks, pieces."""
+    """A step's attention: what all layers share, such as masks, is computed once."""
 
     def __init__(self, positions: Tensor, pieces: Sequence[Piece], cache: Cache) -> None:
-        """positions: of the decoding sequences, (D,)."""
+        """positions: the decoding sequences', (D,)."""
         self._positions, self._pieces, self._cache = positions, pieces, cache
         self._slots = torch.arange(len(positions), device=positions.device)
         self._places = torch.arange(cache.length, device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, heads: Tensor, window: int | None) -> Tensor:
-        """Store the step's keys and values; attend, back over `window` tokens.
+        """Store the step's keys and values, then attend to the last `window` tokens (None: all).
 
         heads: q, k, v (N, H + 2 K, E). Returns (N, H E).
         """
@@ -203,29 +202,29 @@ class _AttentionPlan:
         q, k, v = torch.split(heads, [heads.size(1) - 2 * K, K, K], dim=1)
         q = q.reshape(len(q), K, -1, q.size(2))  # (N, K, H / K, E)
         if D:
-            parts.append(self._attend_one(q[:D], k[:D], v[:D], keys, values, window))
+            parts.append(self._attend_decoding(q[:D], k[:D], v[:D], keys, values, window))
         row = D
         for piece in self._pieces:
             rows = slice(row, row + len(piece.tokens))
-            kept = keys[piece.slot], values[piece.slot]
-            parts.append(_attend_piece(q[rows], k[rows], v[rows], *kept, piece.start, window))
+            cache = keys[piece.slot], values[piece.slot]
+            parts.append(_attend_piece(q[rows], k[rows], v[rows], *cache, piece.start, window))
             row = rows.stop
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _attend_one(
+    def _attend_decoding(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None
     ) -> Tensor:
-        """Store each decoding sequence's key and value; attend over its past. Returns (D, H E)."""
+        """Store each decoding sequence's key and value; attend to its past. Returns (D, H E)."""
         D, K, G, E = q.shape
         keys[self._slots, :, self._positions] = k
         values[self._slots, :, self._positions] = v
-        past, carried = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*K, length, E)
-        scores = torch.bmm(q.reshape(D * K, G, E), past.transpose(1, 2)).view(D, K * G, -1)
+        keys, values = keys[:D].flatten(0, 1), values[:D].flatten(0, 1)  # (D*K, length, E)
+        scores = torch.bmm(q.reshape(D * K, G, E), keys.transpose(1, 2)).view(D, K * G, -1)
         weights = torch.softmax(scores.add_(self._mask(window, scores.dtype)), dim=-1)
-        return torch.bmm(weights.view(D * K, G, -1), carried).view(D, K * G * E)
+        return torch.bmm(weights.view(D * K, G, -1), values).view(D, K * G * E)
 
     def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """-inf for what a decoding sequence does not see, (D, 1, length)."""
+        """-inf at positions that a decoding sequence must not see, else 0, (D, 1, length)."""
         if window not in self._masks:
             own = self._positions[:, None]
             hidden = self._places > own
@@ -239,7 +238,10 @@ class _AttentionPlan:
 def _attend_piece(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None
 ) -> Tensor:
-    """Store a piece's keys and values, (K, length, E); attend causally. Returns (T, H E)."""
+    """Store a piece's keys and values in its slot's, (K, length, E), then attend causally.
+
+    q (T, K, H / K, E), k and v (T, K, E). Returns (T, H E).
+    """
     T, K, G, E = q.shape
     stop = start + T
     keys[:, start:stop] = k.transpose(0, 1)

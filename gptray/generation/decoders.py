@@ -1,4 +1,4 @@
-"""Which decoder runs a network: CUDA graphs, the native kernels, or plain PyTorch."""
+"""Makes a backend's decoder: CUDA graphs, the native kernels, or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("gptray")
 def make_decoder(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
-    """The decoder of a backend; see `gptray.generation.engine.Engine`."""
+    """The decoder of a backend for S = `slots` sequences; arguments as `engine.Engine`'s."""
     if backend == "graph":
         try:
             return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)

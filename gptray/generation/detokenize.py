@@ -1,8 +1,8 @@
-"""Text out of a growing list of tokens: whole characters only, cut before a stop string.
+"""Decodes tokens to text as they arrive: whole characters only, cut before a stop string.
 
-What has been given out never changes: a character whose bytes are spread over tokens is held back
-until it is whole, and so is text that may yet turn out to be the beginning of a stop string. All
-pieces together equal the tokens decoded at once.
+Text that was returned never changes: a character whose bytes are spread over several tokens is held
+back until it is complete, and so is text that may turn out to begin a stop string. All pieces
+together equal the text of all tokens decoded at once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 from gptray.data.tokenizer import Tokenizer
 
 Decode = Callable[[Sequence[int]], str]
-# How decoders show bytes that are no character, or none yet.
+# What tokenizers decode incomplete or invalid bytes to.
 REPLACEMENT = "\ufffd"
-# The most bytes of a character.
+# The most bytes that a character takes.
 UTF8_BYTES = 4
 
 
 def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
-    """The prompt's last token, or character of byte tokens, if what follows continues its text.
+    """The prompt's last token, or the byte tokens of its last character, as context to decode with.
 
-    With tokenizers like Llama's, a text's first token loses its leading space.
+    Tokenizers like Llama's drop the leading space of a text's first token. Empty after a special
+    token, where a new text begins.
     """
     if not prompt or prompt[-1] in tokenizer.written_names.ids.values():
         return []
@@ -31,7 +32,7 @@ def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 
 
 def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens behind `lead`, those before; a character that begins there is whole."""
+    """The text of tokens that follow `lead`; a character that begins in `lead` comes whole."""
     if not lead or not tokens:
         return decode(tokens)
     return decode([*lead, *tokens])[len(decode(lead).rstrip(REPLACEMENT)) :]
@@ -40,8 +41,8 @@ def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> 
 class TextStream:
     """The text of one sequence as its tokens arrive.
 
-    lead: tokens before these, see `left_context`; a character that begins in them is passed on
-    whole.
+    stop: the text ends before the first of these strings. lead: the tokens before the first, see
+    `left_context`; a character that begins in them is returned whole.
     """
 
     def __init__(
@@ -50,11 +51,11 @@ class TextStream:
         self._decode = decode
         self._stop = tuple(stop)
         self._tokens: list[int] = list(lead)
-        self._settled = 0  # what comes before is not decoded again
+        self._settled = 0  # tokens before this are not decoded again
         self._begin = 0  # where the newest tokens begin
-        # Characters of tokens[settled:] that were passed on.
-        self._given = len(decode(lead).rstrip(REPLACEMENT)) if lead else 0
-        self._held = ""  # passed on by the decoder, but may begin a stop string
+        # How many characters of tokens[settled:] were taken already.
+        self._taken = len(decode(lead).rstrip(REPLACEMENT)) if lead else 0
+        self._held = ""  # whole characters that may begin a stop string
         self.text = ""
         self.stopped = False
 
@@ -62,47 +63,48 @@ class TextStream:
         """Take a token; return the text that is now certain."""
         assert not self.stopped
         self._tokens.append(token)
-        return self._pass_on(self._whole())
+        return self._release(self._new_text())
 
     def finish(self) -> str:
-        """Return what was held back: no token will follow. Nothing after a stop string.
+        """Return the text held back, as no token will follow; nothing once a stop string was found.
 
-        A stop string may be in the text held back for a character that was never completed.
+        Text held back with a character that was never completed may hold a stop string.
         """
         if self.stopped:
             return ""
         window = self._decode(self._tokens[self._settled :])
-        fresh, self._given = window[self._given :], len(window)
-        ready = self._pass_on(fresh)
+        fresh, self._taken = window[self._taken :], len(window)
+        ready = self._release(fresh)
         rest, self._held = self._held, ""
         self.text += rest
         return ready + rest
 
-    def _whole(self) -> str:
-        """The new text, if its last character is whole."""
+    def _new_text(self) -> str:
+        """The text that the newest tokens add; empty while their last character is incomplete."""
         window = self._decode(self._tokens[self._settled :])
         if window.endswith(REPLACEMENT):
             return ""
-        fresh = window[self._given :]
-        # Decoders may drop a leading space: the tokens before these stay as left context.
+        fresh = window[self._taken :]
+        # Tokenizers may drop a leading space: the newest tokens stay as left context of the next.
         self._settled, self._begin = self._begin, len(self._tokens)
-        self._given = len(self._decode(self._tokens[self._settled :]))
+        self._taken = len(self._decode(self._tokens[self._settled :]))
         return fresh
 
-    def _pass_on(self, fresh: str) -> str:
+    def _release(self, fresh: str) -> str:
+        """Add whole characters; return what can no longer become part of a stop string."""
         self._held += fresh
         found = [at for at in map(self._held.find, self._stop) if at >= 0]
         if found:
             self.stopped = True
             ready, self._held = self._held[: min(found)], ""
         else:
-            sure = len(self._held) - self._possible_stop()
+            sure = len(self._held) - self._stop_overlap()
             ready, self._held = self._held[:sure], self._held[sure:]
         self.text += ready
         return ready
 
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+    def _stop_overlap(self) -> int:
+        """The length of the longest suffix of the held text that begins a stop string."""
         most = max((len(stop) for stop in self._stop), default=1) - 1
         for length in range(min(most, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-length:]) for stop in self._stop):

@@ -1,10 +1,10 @@
 """Continuous batching: sequences join a running batch at the next step and leave when they end.
 
-One step of the network carries one token of every sequence that decodes and pieces of the prompts
-that wait. It knows nothing of Ray or HTTP. Only one thread at a time may use an engine.
+One step of the network carries one token of every decoding sequence and pieces of waiting prompts.
+The engine knows nothing of Ray or HTTP, and only one thread at a time may use it.
 
-Yu et al. 2022, Orca (scheduling by steps); Agrawal et al. 2023, Sarathi (prompts in pieces that
-ride along with decoding).
+Yu et al. 2022, Orca (scheduling step by step); Agrawal et al. 2023, Sarathi (chunked prefill that
+shares steps with decoding).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from gptray.generation.utf8 import Utf8
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
 
-# Of a piece's logits in fp32 where all of its tokens are scored; a step makes less than twice that.
+# The most bytes of fp32 logits for a scored piece; a step makes less than twice that.
 SCORED_BYTES = 1 << 27
 
 
 class Engine:
-    """Generates from one model for up to `max_batch_size` sequences at a time; more wait in line.
+    """Generates from one model for up to `max_batch_size` sequences at a time; others queue.
 
-    dtype: what the network computes in. quantize: "none" or a kind of weights. backend: "native"
-    (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" where its kernels
-    do not compile. Memory: the cache takes up to 2 x n_layer x max_batch_size x n_positions x the
-    width of all heads' keys numbers of `dtype`.
+    dtype: what the network computes in. quantize: "none", or how to quantize the weights. backend:
+    "native" (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" where its
+    kernels do not compile. Memory: the KV cache grows to 2 x n_layer x max_batch_size x n_positions
+    x K x E numbers of `dtype`, for K heads of keys and values of width E.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Engine:
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size = model.valid_vocab_size
-        # The tokens that end a text: the tokenizer's first, then those that its model adds.
+        # The tokens that end a text: the tokenizer's first, then those that the model adds.
         known = [number for number in model.usage.eos_ids if number < self.vocab_size]
         self.eos_ids = list(dict.fromkeys([tokenizer.eos_id, *known]))
         self.backend = backend
@@ -59,31 +59,31 @@ class Engine:
         utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
         self._waiting: deque[Sequence] = deque()
-        # Decoding sequences stand in slots 0, 1, ...; one whose prompt is partly read comes after.
+        # Decoding sequences hold slots 0, 1, ...; one in the middle of its prompt the slot after.
         self._decoding: list[Sequence] = []
         self._reading: Sequence | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is work for a step."""
         return bool(self._decoding or self._waiting or self._reading)
 
     @property
     def running(self) -> int:
-        """Sequences that hold a slot."""
+        """How many sequences hold a slot."""
         return len(self._decoding) + (self._reading is not None)
 
     @property
     def waiting(self) -> int:
-        """Sequences without a slot yet."""
+        """How many sequences wait for a slot."""
         return len(self._waiting)
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
-        """An adapter for sequences here, see `Network.pack`; not with the backend "graph"."""
+        """Pack an adapter for sequences of this engine, see `Network.pack`; not for "graph"."""
         return self._network.pack(layers)
 
     def check(self, sequence: Sequence) -> None:
-        """Raise ValueError if a sequence can never run, naming what is wrong. Any thread may.
+        """Raise ValueError naming the fault if a sequence can never run. For any thread.
 
         A sequence that passes is not checked again when it is submitted.
         """
@@ -107,14 +107,14 @@ class Engine:
         return sequence
 
     def run(self, sequences: Iterable[Sequence]) -> list[Sequence]:
-        """Queue sequences and step until nothing is left to do. Raises ValueError like `submit`."""
+        """Queue sequences and step until all have ended. Raises ValueError like `submit`."""
         submitted = [self.submit(sequence) for sequence in sequences]
         while self.busy:
             self.step()
         return submitted
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence where it stands; its slot is free at once."""
+        """End a sequence with what it has so far, and free its slot at once."""
         if sequence.ended:
             return
         sequence.finish_reason = "cancelled"
@@ -127,8 +127,8 @@ class Engine:
         """Run the network once; return the sequences that got a token or ended.
 
         If one sequence makes the network or the sampler raise an exception, it ends with that as
-        its error, and the others draw their token at the next step. If no single one is to blame,
-        or nothing runs any more, the exception is raised.
+        its error, and the others draw their token at the next step. If no single sequence is to
+        blame, or none can run any more, the exception is raised.
         """
         reading = self._schedule_prompts()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
@@ -149,7 +149,7 @@ class Engine:
         for sequence, drawn in zip(self._decoding, tokens, strict=True):
             try:
                 sequence.take(drawn)
-            except Exception as error:  # one text's fault is not its neighbours'
+            except Exception as error:  # one sequence's fault must not end the others
                 sequence.fail(f"{type(error).__name__}: {error}")
         touched = list(self._decoding)
         if self._reading is not None and self._reading.ended:
@@ -160,14 +160,14 @@ class Engine:
         return touched
 
     def _schedule_prompts(self) -> list[tuple[Sequence, Piece]]:
-        """This step's pieces of prompts, and whose they are.
+        """This step's pieces of prompts, each with its sequence.
 
-        Prompts are read in turn: only the last of the pieces can leave its prompt unfinished.
+        Prompts are read one after another: only the last piece can leave its prompt unfinished.
         """
         taken: list[tuple[Sequence, Piece]] = []
         slot, tokens, scored = len(self._decoding), 0, 0
         longest, most = self._network.piece_tokens, self._network.prompt_tokens
-        # Scores need the logits after every token, which are large.
+        # A scored piece needs the logits after every token, which are large.
         longest_scored = max(1, SCORED_BYTES // (4 * self.vocab_size))
         most_scored = min(longest_scored, PROMPT_TOKENS)
         while tokens < most and scored < most_scored and slot < self.max_batch_size:
@@ -190,7 +190,10 @@ class Engine:
         return taken
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
-        """Score the prompts that ask for it. Returns the rows of logits that draw a token."""
+        """Score prompts where asked, and let those read to their end decode.
+
+        Returns the rows of logits (D, V) to draw from, one for each sequence that decodes now.
+        """
         if not reading:
             return logits
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
@@ -209,8 +212,8 @@ class Engine:
     ) -> list[Sequence]:
         """End the sequences that fail even alone; raise the error if none does.
 
-        reading: the prompts whose pieces were not read; they are read again. Returns all that have
-        ended, those whose prompt could not be scored in the same step too.
+        reading: the pieces that were not read; their prompts read them again. Returns all sequences
+        that have ended, including those whose prompt could not be scored in the same step.
         """
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise error
@@ -220,7 +223,7 @@ class Engine:
             for sequence, piece in last + reading
             if (fault := self._fault(sequence, piece))
         ]
-        # An engine that fails even on the shortest prompt would fail on every other.
+        # If even the shortest prompt fails, every other will.
         if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, self.eos_ids[:1])):
             raise error
         for sequence, _, fault in guilty:
@@ -243,7 +246,7 @@ class Engine:
         return [sequence for sequence in held if sequence.ended]
 
     def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
-        """The error of reading this piece alone, and of drawing a token if it decodes, if any."""
+        """The error that a piece raises if run alone, or the token drawn after it; None if none."""
         try:
             logits = self._network.step([], [piece], alone=True)
             if sequence is not None and not sequence.is_reading:
@@ -254,7 +257,7 @@ class Engine:
         return None
 
     def _release(self) -> None:
-        """Take ended sequences out; those in the last slots move into the free ones."""
+        """Remove ended sequences; those in the last slots move into the freed ones."""
         if self._reading is not None and self._reading.ended:
             self._reading = None
         if self._reading is None:
@@ -273,6 +276,6 @@ class Engine:
                 self._network.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
 
     def _scrub(self) -> None:
-        """Clear the cache of what failed: what is not finite there would reach who comes next."""
+        """Clear what failed sequences left in the cache: a NaN there would reach the next one."""
         reading = [self._reading.read] if self._reading else []
         self._network.scrub([*(len(one.history) - 1 for one in self._decoding), *reading])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gptray.config import ModelConfig
 from gptray.generation import sampling
-from gptray.generation.adapted_rows import INTO_MLP, LAYERS, PackedAdapter, numbered
+from gptray.generation.adapted_rows import INTO_MLP, LAYERS, PackedAdapter, numbered_layers
 from gptray.generation.cache import FIRST_TOKENS
 from gptray.generation.choosing import Chosen
 from gptray.generation.decoder import Network, StepRows
@@ -171,7 +171,7 @@ class NativeAdapter(PackedAdapter):
         self._kept: list[Tensor] = []
         self._rooms = rooms
         self._kind, self._is_gated = kind, config.is_gated
-        table = [self._packed(*one) for one in enumerate(numbered(layers, config))]
+        table = [self._packed(*one) for one in enumerate(numbered_layers(layers, config))]
         self.rank = max(one.rank for one in table)
         end = self._packed(len(table), None)
         array = (abi.LowRank * (len(table) + 1))(*table, end)

@@ -245,7 +245,7 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
     for name in ("tools", "messages"):
         own: dict[str, Any] = {"chat_template_kwargs": {name: []}}
         told = refused(client, extra_body=own)
-        assert f"chat_template_kwargs.{name} is not the template's own" in told
+        assert f"chat_template_kwargs.{name} is not one of the template's own" in told
     answer = post(server, model="tiny", prompt="the cat")
     assert answer.status_code == 400 and "did you mean messages?" in answer.text
     error = post(server, messages=[{"role": "user", "content": "the cat " * 60}]).json()["error"]
