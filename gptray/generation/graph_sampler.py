@@ -1,6 +1,6 @@
-"""Draws tokens where the logits are, in one CUDA graph with one copy each way.
+"""Draws tokens on the GPU, in one CUDA graph with one copy to the device and one back.
 
-It gives the same results as `gptray.generation.sampling.draw`, which handles rows with rarer
+The results equal those of `gptray.generation.sampling.draw`, which still draws rows with rarer
 settings (bias, penalties, log-probabilities, a very large top_k).
 
 Shapes: S slots, B rows of a draw, V padded vocabulary.
@@ -28,15 +28,15 @@ from gptray.generation.sampling import Drawn, Row, draw, is_ranked
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
 
-# Whole numbers of a row, then its reals; 8 bytes each.
+# What the host sends for each row: integers, then fp64 numbers, 8 bytes each.
 _WHOLE = ("kind", "top_k", "seed", "row", "new_tokens", "mask", "banned")
 _REAL = ("temperature", "top_p", "min_p")
 _GREEDY, _RANKED, _UNRANKED, _RARE = range(4)
-# Ranks that are looked at where no top_k asks for more.
+# Candidates that are ranked unless a row's top_k is larger.
 _FEW_RANKS = 64
-# Different masks: each state of the automaton with each number of tokens left, and none at all.
+# The most different masks: one per state of the automaton and number of tokens left, and no mask.
 _MASKS = 64
-# A token's flags, above all ids.
+# Flags in the bits above a token's id: a token could be drawn; its ranks sufficed.
 _SOUND, _ENOUGH = 1 << 40, 1 << 41
 
 
@@ -51,7 +51,7 @@ def _drawn(code: int) -> Drawn | None:
 
 
 def _kind(sampling: Sampling, ends: int) -> int:
-    """How the graph draws for these settings, or that it does not; ends: how many tokens end it."""
+    """How the graph draws with these settings; `ends`: how many tokens can end the text."""
     is_rare = (
         sampling.logit_bias
         or sampling.logprobs is not None
@@ -74,9 +74,9 @@ def _put(drawn: list[Drawn | None], places: Sequence[int], others: Sequence[Draw
 
 
 class GraphSampler:
-    """Draws for up to S rows from logits (S, V), whose memory stays where it is.
+    """Draws for up to S rows from logits (S, V), always read from the same memory.
 
-    codes: (S,) int64, where the tokens are left, with flags that `token_of` takes away.
+    codes: (S,) int64, receives the tokens with flags, which `token_of` removes.
     """
 
     def __init__(self, logits: Tensor, codes: Tensor, graphs: Graphs) -> None:
@@ -88,11 +88,11 @@ class GraphSampler:
         numbers = self._asked.numbers[0]
         self._whole = dict(zip(_WHOLE, numbers, strict=False))
         self._real = dict(zip(_REAL, numbers[len(_WHOLE) :].view(np.float64), strict=True))
-        # Slots that no row has held are computed as well: by settings that are possible.
+        # The graph draws for slots without a row as well, so they need valid settings.
         self._whole["top_k"][:] = 1
         self._real["temperature"][:] = 1.0
         self._held: list[Row | None] = [None] * slots
-        # Row `mask` of it: the tokens that must not be drawn; nothing in row 0.
+        # True for the tokens that each mask bans; mask 0 bans none.
         self._masks = torch.zeros(_MASKS, width, dtype=torch.bool, device=device)
         self._known: dict[Mask | None, int] = {None: 0}
         self._recorded: dict[tuple[int, bool, bool, bool], Callable[[], Tensor]] = {}
@@ -106,8 +106,8 @@ class GraphSampler:
     ) -> list[Drawn | None]:
         """See `gptray.generation.sampling.draw`; logits: the first B rows, or a copy of them.
 
-        then: called before the host waits for the tokens, if all are final. It may overwrite the
-        logits.
+        then: queues more work before the host waits for the tokens, if this draw is sure to be
+        final. It may overwrite the logits.
         """
         B = len(rows)
         if not B:
@@ -117,7 +117,7 @@ class GraphSampler:
         kinds = self._fill(rows)
         rare = [i for i, kind in enumerate(kinds) if kind == _RARE]
         if rare:
-            kept = self._logits[rare].float()  # the graph changes them
+            rare_logits = self._logits[rare].float()  # before the graph overwrites them
         self._asked.send()
         key = self._key(kinds)
         result = self._graph(key)()
@@ -127,25 +127,25 @@ class GraphSampler:
         codes = self._inbox.take()[:B]
         drawn = [_drawn(code) for code in codes]
         if rare:
-            _put(drawn, rare, draw(kept, [rows[i] for i in rare]))
+            _put(drawn, rare, draw(rare_logits, [rows[i] for i in rare]))
         short = [i for i, code in enumerate(codes) if not code & _ENOUGH and kinds[i] != _RARE]
         if short:
             _put(drawn, short, draw(self._logits[short].float(), [rows[i] for i in short]))
         return drawn
 
     def _fill(self, rows: Sequence[Row]) -> list[int]:
-        """Write what the rows ask for where the next copy takes it; the kind of each row."""
+        """Write the rows' settings where the next copy reads them; returns each row's kind."""
         B, held, whole = len(rows), self._held, self._whole
         self._asked.wait()
         for i, row in enumerate(rows):
             if held[i] is not row:
                 held[i] = row
-                self._hold(i, row)
+                self._fill_constants(i, row)
         whole["new_tokens"][:B] = new = [len(row.history) - row.prompt_tokens for row in rows]
         try:
             whole["mask"][:B] = [self._known[row.mask] for row in rows]
         except KeyError:
-            whole["mask"][:B] = [self._number(row.mask) for row in rows]
+            whole["mask"][:B] = [self._mask_number(row.mask) for row in rows]
         whole["banned"][:B] = [
             row.eos_ids[0] if count < row.sampling.min_new_tokens else -1
             for row, count in zip(rows, new, strict=True)
@@ -153,8 +153,8 @@ class GraphSampler:
         kinds: list[int] = whole["kind"][:B].tolist()
         return kinds
 
-    def _hold(self, i: int, row: Row) -> None:
-        """Write what of a row stays the same at all its steps."""
+    def _fill_constants(self, i: int, row: Row) -> None:
+        """Write those of a row's settings that stay the same at every step."""
         sampling = row.sampling
         kind, k = _kind(sampling, len(row.eos_ids)), 1
         if kind == _RANKED:
@@ -168,8 +168,8 @@ class GraphSampler:
         self._real["top_p"][i] = 1.0 if sampling.top_p is None else sampling.top_p
         self._real["min_p"][i] = sampling.min_p or 0.0
 
-    def _number(self, mask: Mask | None) -> int:
-        """The row of `_masks` with a mask."""
+    def _mask_number(self, mask: Mask | None) -> int:
+        """The row of `_masks` that holds a mask."""
         if mask is not None and mask not in self._known:
             number = self._known[mask] = len(self._known)
             if mask.banned is not None:
@@ -180,7 +180,7 @@ class GraphSampler:
         return self._known[mask]
 
     def _key(self, kinds: Sequence[int]) -> tuple[int, bool, bool, bool]:
-        """What a graph for rows of these kinds computes; see `_draw`."""
+        """The arguments of `_draw` for rows of these kinds."""
         ranks = 0
         if _RANKED in kinds:
             # Other kinds have a top_k of 1.
@@ -194,7 +194,7 @@ class GraphSampler:
         return self._recorded[key]
 
     def _draw(self, ranks: int, has_unranked: bool, has_greedy: bool, has_masks: bool) -> Tensor:
-        """Each row's token with its flags, (S,) int64; ranks: 0 without ranked rows."""
+        """Each row's token with its flags, (S,) int64. ranks: 0 if no row is ranked."""
         logits, asked = self._logits, dict(zip(_WHOLE, self._asked.sent, strict=False))
         columns = self._columns(asked)
         if has_masks:

@@ -1,4 +1,4 @@
-"""Opens an engine for a model folder, with the backend that decodes faster here."""
+"""Opens an engine for a model folder, with the backend that decodes faster on this machine."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from gptray.native.core_sharing import share_cores
 from gptray.native.measured import Choice, Step, faster, pytorch_since
 from gptray.wording import count
 
-# Weights of the smaller network: more than a core's caches hold, and packed in a moment.
+# Backends are timed on a part of the network with about this many weights: more than a core's
+# caches hold, yet packed in a moment.
 WEIGHTS = 25_000_000
-# Its sequences have half of so many tokens.
+# The context of that part, half of which its sequences fill.
 POSITIONS = 256
 TOP_K = 50
 log = logging.getLogger("gptray")
@@ -46,14 +47,13 @@ def open_engine(
     max_batch_size: int | None = None,
     takes_adapters: bool = False,
 ) -> tuple[Engine, Tokenizer]:
-    """The engine of a model folder, by the config's generate and quantize sections; its tokenizer.
+    """An engine for a model folder, set up by the config's generate and quantize sections.
 
-    generate.adapter is merged into the model.
-
-    max_batch_size: sequences at a time, serve's; None: generate.max_batch_size. On a GPU where
-    compute.use_gpu says so. takes_adapters: see `pack_adapter`; on GPUs PyTorch then generates.
-    Raises UserError naming what is wrong with the folder, or why there is no such backend or GPU;
-    RunFailed where a GPU's memory is too small.
+    Returns it with the folder's tokenizer. generate.adapter is merged into the model;
+    compute.use_gpu puts it on a GPU. max_batch_size: serve's; None takes generate.max_batch_size.
+    takes_adapters: sequences may have adapters from `pack_adapter`; on GPUs the backend is then
+    PyTorch. Raises UserError naming what is wrong with the folder, or why the backend or a GPU is
+    not available; RunFailed if a GPU's memory is too small.
     """
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
     if config.compute.use_gpu:
@@ -75,7 +75,7 @@ def open_engine(
         else:
             model = load_adapted(folder, generate.adapter).eval().to(device)
             _check_weights(model, folder)
-        # Many models pad their embedding: those rows stand for no text.
+        # Many models pad their embedding with rows that no token uses.
         model.valid_vocab_size = min(tokenizer.vocab_size, shape.rows)
         engine = Engine(
             model,
@@ -85,22 +85,22 @@ def open_engine(
             quantize=config.quantize.weights,
             backend=picked if picked != "auto" else "torch" if takes_adapters else "graph",
         )
-    keep_freed_memory()  # from now on: what packing the weights has freed goes back
+    keep_freed_memory()  # only now, so that what packing the weights freed went back to the system
     return engine, tokenizer
 
 
 def pack_adapter(engine: Engine, base: Base, source: str | Path) -> PackedAdapter:
-    """The adapter in a folder for sequences of an engine of its base. Raises UserError."""
+    """Pack the adapter in a folder for sequences of an engine of its base. Raises UserError."""
     return engine.pack(load_low_rank(base, open_adapter(source, base)))
 
 
 def decoder_backend(
     config: Config, shape: ModelConfig, *, max_batch_size: int, takes_adapters: bool = False
 ) -> str:
-    """What `generate.backend` means here: native, torch, or auto on GPUs, where there is one kind.
+    """The backend that `generate.backend` selects: native, torch, or on GPUs auto.
 
-    Says why, where it is chosen: see `faster_decoder`, also for the arguments. Raises UserError
-    for native where it is not available.
+    An automatic choice is logged with its reason; see `faster_decoder`, also for the arguments.
+    Raises UserError for native if it is not available.
     """
     use_gpu = config.compute.use_gpu
     if config.generate.backend != "auto":
@@ -116,7 +116,7 @@ def decoder_backend(
 
 
 def _check_weights(model: GPT, folder: str | Path) -> None:
-    """Raise UserError for weights that are not numbers: every row would end in an error."""
+    """Raise UserError for weights that are not finite: every row would end in an error."""
     for name, weight in model.named_parameters():
         if not bool(torch.isfinite(weight.detach().sum())):
             raise UserError(
@@ -127,10 +127,11 @@ def _check_weights(model: GPT, folder: str | Path) -> None:
 def faster_decoder(
     config: Config, shape: ModelConfig, *, max_batch_size: int, takes_adapters: bool = False
 ) -> Choice:
-    """What `generate.backend` auto means on this process's cores, for a network of a shape.
+    """The backend that `generate.backend=auto` selects on this process's cores.
 
-    shape: its vocab_size is the rows of the embedding. max_batch_size: sequences of a step.
-    takes_adapters: PyTorch calls several functions a layer for each adapter, and is not timed.
+    shape: the network's; its vocab_size is the rows of the embedding. max_batch_size: sequences in
+    a step. takes_adapters: the native backend if there is one, untimed, because PyTorch calls
+    several functions in each layer for every adapter.
     """
     if missing := why_not_native(use_gpu=False, look_at_cache=True):
         return pytorch_since(GENERATE_KEY, missing)
@@ -147,7 +148,7 @@ def faster_decoder(
     }
 
     def decoding_step(kind: type[NativeDecoder] | type[Decoder]) -> Step:
-        """A token more for each sequence, candidates for the next one included."""
+        """One step that decodes a token of every sequence, and ranks candidates for the next."""
         part = part_of(shape)
         decoder = kind(part, max_batch_size, dtype=dtype, quantize=config.quantize.weights)
         decoding = [(0, part.config.n_positions // 2)] * max_batch_size
@@ -162,9 +163,9 @@ def faster_decoder(
 
 
 def part_of(shape: ModelConfig) -> GPT:
-    """Some blocks of a network, and as much of its vocabulary: what a step does, in proportion.
+    """Some of a network's blocks and the same share of its vocabulary, to time a step's work on.
 
-    Its weights are no random numbers, which take longer to draw than the steps.
+    Its weights are evenly spaced: drawing random numbers would take longer than the steps.
     """
     assert shape.vocab_size
     L = shape.n_layer

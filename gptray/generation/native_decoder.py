@@ -1,6 +1,6 @@
-"""The decoder of `gptray.native`: a step of the network in one call.
+"""The decoder that runs a step of the network in one call of the C++ library, `gptray.native`.
 
-It does what `gptray.generation.decoder` does with PyTorch, about twice as fast on some processors;
+On some processors it is about twice as fast as PyTorch's in `gptray.generation.decoder`;
 `gptray.generation.loading` finds out where.
 """
 
@@ -21,7 +21,7 @@ from gptray.generation.adapted_rows import INTO_MLP, LAYERS, PackedAdapter, numb
 from gptray.generation.cache import FIRST_TOKENS
 from gptray.generation.choosing import Chosen
 from gptray.generation.decoder import Network, StepRows
-from gptray.generation.native_weights import DTYPES, NativeWeights, Rooms, room, woven
+from gptray.generation.native_weights import DTYPES, Arena, NativeWeights, interleaved, untouched
 from gptray.generation.sampling import Drawn, Row, draw
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
@@ -29,16 +29,16 @@ from gptray.native import abi
 from gptray.native.abi import INT8_GROUP, LANES, PANEL, RANK_STEP, load_library
 from gptray.native.backend import GENERATE_KEY
 
-# Multiplications of a step below which one more thread costs more than it brings.
+# Multiplications in a step that pay for one more thread.
 THREAD_WORK = 2_000_000
 
 
 class NativeDecoder(Network):
     """The network for S = `slots` sequences, its weights packed once.
 
-    dtype: fp32 or bf16, of the weights, keys and values; what lies between products is fp32.
-    quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
-    Raises RunFailed where the native library cannot be built.
+    dtype: fp32 or bf16, of the weights, keys and values; activations are fp32. quantize: how the
+    weights of linear layers and head are quantized, see `gptray.model.quantized`. Raises RunFailed
+    if the native library cannot be built.
     """
 
     def __init__(
@@ -46,26 +46,26 @@ class NativeDecoder(Network):
     ) -> None:
         self._config = config = model.config
         self._library = load_library(key=GENERATE_KEY)
-        kept = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
-        self._kept, self._rooms = kept, Rooms()
+        self._kind = kind = abi.BF16 if dtype == torch.bfloat16 else abi.FP32
+        self._arena = Arena()
         weights = NativeWeights(model, dtype, quantize)
         self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
-        # Numbers of a token: x, made, attended; wide, words.
+        # Widths of the scratch buffers of decode.h's Step: x, made, attended; wide, words.
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
         widest = _rounded(max(C, H * E, config.inner), INT8_GROUP)
         self._widths = (C, C, H * E), (max((H + 2 * K) * E, config.inner), widest)
-        self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kept)
-        # Room for what lies between products, and where a step of `_asked` rows and rank has it.
-        self._scratch, self._places = torch.empty(0), list[int]()
-        self._asked = 0, 0
+        self._cache = _Cache((config.n_layer, slots, K, config.n_positions, E), kind)
+        # Memory for the buffers, and their addresses in a step with `_planned` rows and rank.
+        self._scratch, self._addresses = torch.empty(0), list[int]()
+        self._planned = 0, 0
 
     def logits(self, rows: StepRows) -> Tensor:
-        """See `Network`; slots never disturb each other here."""
+        """See `Network`; every slot keeps its cache, `alone` or not."""
         tokens, positions, slots = rows.tokens, rows.positions, rows.slots
         # The C++ trusts its caller.
         assert min(tokens) >= 0 and max(tokens) < self._vocab_size, tokens
-        assert min(positions) >= 0 and max(positions) < self._cache.most, positions
+        assert min(positions) >= 0 and max(positions) < self._cache.n_positions, positions
         assert min(slots) >= 0 and max(slots) < self._cache.slots, slots
         columns = [np.array(one, np.int32) for one in (tokens, slots, positions, rows.asked)]
         logits = torch.empty(len(rows.asked), _rounded(self._vocab_size, PANEL))
@@ -100,54 +100,54 @@ class NativeDecoder(Network):
         self._cache.move(source, target, tokens)
 
     def pack(self, layers: Mapping[str, LowRank]) -> NativeAdapter:
-        return NativeAdapter(layers, self._config, self._kept, self._rooms)
+        return NativeAdapter(layers, self._config, self._kind, self._arena)
 
     def _scratch_for(self, rows: int, most_rank: int) -> list[int]:
-        """Where a step's x, made, attended, narrow, wide and words are."""
-        if self._asked != (rows, most_rank):
+        """The addresses of a step's x, made, attended, narrow, wide and words."""
+        if self._planned != (rows, most_rank):
             before, after = self._widths
             sizes = [rows * numbers for numbers in (*before, most_rank, *after)]
             if self._scratch.numel() < sum(sizes):
                 self._scratch = torch.empty(sum(sizes))
             starts = np.cumsum([0, *sizes[:-1]]) * self._scratch.element_size()
-            self._places = [self._scratch.data_ptr() + int(start) for start in starts]
-            self._asked = rows, most_rank
-        return self._places
+            self._addresses = [self._scratch.data_ptr() + int(start) for start in starts]
+            self._planned = rows, most_rank
+        return self._addresses
 
 
 class _Cache:
     """The KV cache: keys and values of every layer, (slots, K, length, E) each.
 
-    Of up to `most` tokens a sequence, memory holds FIRST_TOKENS, and twice as many when that is too
-    little: for a model's whole context there may be more asked for than a machine has.
+    shape: (n_layer, slots, K, n_positions, E). The length starts at FIRST_TOKENS and doubles as
+    sequences grow: the whole context of every slot may be more than a machine's memory.
     """
 
     def __init__(self, shape: tuple[int, int, int, int, int], kind: int) -> None:
-        layers, self.slots, heads, self.most, width = shape
-        self._kind, self._length = kind, min(self.most, FIRST_TOKENS)
+        layers, self.slots, heads, self.n_positions, width = shape
+        self._kind, self._length = kind, min(self.n_positions, FIRST_TOKENS)
         whole = layers, self.slots, heads, self._length, width
-        self._memory = [list(room(whole, DTYPES[kind]).unbind()) for _ in range(2)]
-        self._view = self._seen()
+        self._memory = [list(untouched(whole, DTYPES[kind]).unbind()) for _ in range(2)]
+        self._view = self._make_view()
 
     def fit(self, tokens: int) -> abi.Cache:
-        """What the library is given, with room for sequences of `tokens`."""
+        """The cache as the library reads it, grown to sequences of `tokens`."""
         if tokens > self._length:
             kept = self._length
             while self._length < tokens:
-                self._length = min(2 * self._length, self.most)
+                self._length = min(2 * self._length, self.n_positions)
             for memory in self._memory:
                 for layer, old in enumerate(memory):
                     slots, heads, _, width = old.shape
-                    memory[layer] = room((slots, heads, self._length, width), old.dtype)
+                    memory[layer] = untouched((slots, heads, self._length, width), old.dtype)
                     memory[layer][:, :, :kept] = old
-            self._view = self._seen()
+            self._view = self._make_view()
         return self._view
 
     def move(self, source: int, target: int, tokens: int) -> None:
         for layer in (*self._memory[0], *self._memory[1]):
             layer[target, :, :tokens] = layer[source, :, :tokens]
 
-    def _seen(self) -> abi.Cache:
+    def _make_view(self) -> abi.Cache:
         keys, values = (
             (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
             for layers in self._memory
@@ -162,14 +162,14 @@ def _rounded(count: int, step: int) -> int:
 class NativeAdapter(PackedAdapter):
     """An adapter in fp32 or bf16 (kind), whose products are summed in fp32.
 
-    rank: the greatest of its layers.
+    rank: the largest of its layers'. table: an `abi.LowRank` for each layer, and an empty one.
     """
 
     def __init__(
-        self, layers: Mapping[str, LowRank], config: ModelConfig, kind: int, rooms: Rooms
+        self, layers: Mapping[str, LowRank], config: ModelConfig, kind: int, arena: Arena
     ) -> None:
         self._kept: list[Tensor] = []
-        self._rooms = rooms
+        self._arena = arena
         self._kind, self._is_gated = kind, config.is_gated
         table = [self._packed(*one) for one in enumerate(numbered_layers(layers, config))]
         self.rank = max(one.rank for one in table)
@@ -182,20 +182,20 @@ class NativeAdapter(PackedAdapter):
             return abi.LowRank(None, None, 0, self._kind, 0)
         a, b = layer.a, layer.b
         if self._is_gated and LAYERS[number % len(LAYERS)] == INTO_MLP:
-            b = woven(b)
-        more = -len(a) % RANK_STEP
-        a = F.pad(a, (0, -a.size(1) % LANES, 0, more))
-        b = F.pad(b, (0, more, 0, -len(b) % PANEL))
+            b = interleaved(b)
+        padding = -len(a) % RANK_STEP
+        a = F.pad(a, (0, -a.size(1) % LANES, 0, padding))
+        b = F.pad(b, (0, padding, 0, -len(b) % PANEL))
         steps = a.view(-1, RANK_STEP, a.size(1) // LANES, LANES).transpose(1, 2)
         panels = b.view(-1, PANEL, len(a)).transpose(1, 2)
         dtype = DTYPES[self._kind]
-        placed = [self._rooms.place(one.shape, dtype).copy_(one) for one in (steps, panels)]
+        placed = [self._arena.place(one.shape, dtype).copy_(one) for one in (steps, panels)]
         self._kept += placed
         return abi.LowRank(*(one.data_ptr() for one in placed), len(a), self._kind, a.size(1))
 
 
 def _tables(adapters: Sequence[PackedAdapter | None]) -> tuple[object, int]:
-    """Of each row: what the library is given, None if no row has one; and the greatest rank."""
+    """Each row's adapter as the library reads it, or None if no row has one; the largest rank."""
     found, most = (POINTER(abi.LowRank) * len(adapters))(), 0
     for row, adapter in enumerate(adapters):
         if adapter is not None:
@@ -206,7 +206,7 @@ def _tables(adapters: Sequence[PackedAdapter | None]) -> tuple[object, int]:
 
 
 def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What `gptray.generation.choosing.top_candidates` gives for fp32 logits, faster."""
+    """`gptray.generation.choosing.top_candidates` for fp32 logits, faster."""
     B, V = logits.shape
     k = min(k, V)
     logits = logits.contiguous()
@@ -218,7 +218,7 @@ def top_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_ranked_rows(logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """What `gptray.generation.sampling.draw_ranked_rows` gives; faster if all rows have a top_k."""
+    """`gptray.generation.sampling.draw_ranked_rows`, faster if every row has a top_k."""
     if any(row.sampling.top_k is None for row in rows):
         return sampling.draw_ranked_rows(top_candidates, logits, rows)
     B, V = logits.shape

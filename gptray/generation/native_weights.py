@@ -1,4 +1,7 @@
-"""A network's weights in the layout that the native library reads."""
+"""Packs a network's weights in the layout that the native library reads (gptray/native/decode.h).
+
+Shapes: (out, in) as torch's linear layers; a panel is 64 outputs, a word 4 bytes.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ from gptray.native.abi import GROUP, LANES, PANEL
 
 DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.uint8}
 QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4, "iq4_nl": abi.IQ4_NL}
-# Weights lie side by side in pieces of memory of this size, which the system makes of large pages:
-# with small ones a step over many small layers takes a sixth to a third longer.
-ROOM_BYTES = 32 << 20
-# Of what the library reads at once, in bytes.
+# Weights are placed side by side in blocks of memory of this size, for which the system uses large
+# pages: with small pages, a step over many small layers takes a sixth to a third longer.
+ARENA_BYTES = 32 << 20
+# Bytes of a cache line, on which every weight begins.
 ALIGNMENT = 64
 ACTIVATIONS = {
     "gelu_new": abi.GELU_TANH,
@@ -34,51 +37,51 @@ ACTIVATIONS = {
 }
 
 
-class Rooms:
+class Arena:
     """Memory for weights that are read one after another, side by side."""
 
     def __init__(self) -> None:
-        self._room = room((0,), torch.uint8)
+        self._free = untouched((0,), torch.uint8)
 
     def place(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory behind that given before; a room lasts as long as anything in it."""
+        """Memory next to that returned before; a block lives as long as any tensor in it."""
         size = math.prod(shape) * dtype.itemsize
-        if len(self._room) < size:
-            self._room = room((max(size, ROOM_BYTES),), torch.uint8)
-        place, self._room = self._room[:size], self._room[-(-size // ALIGNMENT) * ALIGNMENT :]
+        if len(self._free) < size:
+            self._free = untouched((max(size, ARENA_BYTES),), torch.uint8)
+        place, self._free = self._free[:size], self._free[-(-size // ALIGNMENT) * ALIGNMENT :]
         return place.view(dtype).view(*shape)
 
 
 class NativeWeights:
-    """Packs weights as one kind of numbers, and keeps alive what the library points to.
+    """Packs a network's weights, and keeps alive the memory that the library points to.
 
-    dtype: fp32 or bf16, unless quantize names a kind of QUANTIZED.
+    dtype: fp32 or bf16; of linear layers, only if quantize is "none". count: their weights so far.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
         self._model, self._dtype, self._quantize = model, dtype, quantize
-        self._full = model.full_tensor  # a parameter's numbers, which may still lie in a file
-        self.count = 0  # of all linear layers
+        self._full = model.full_tensor  # reads a parameter, which may still be in a file
+        self.count = 0
         self._kept: list[Tensor] = []
         self._importance: dict[Tensor, Tensor | None] = {}
-        self._rooms = Rooms()
+        self._arena = Arena()
 
     def model(self) -> abi.Model:
-        """The whole network. Raises UserError for weights that cannot be read."""
+        """Pack the whole network. Raises UserError for weights that cannot be read."""
         model = self._model
         config, transformer = model.config, model.transformer
-        # The largest first: while it is packed, memory holds it more than once.
+        # The largest first, while little else takes memory: packing holds copies of it.
         wte, head = self._embedding_and_head()
-        found = input_importance(model, self._quantize)
-        self._importance = {one: found.get(name) for name, one in model.named_parameters()}
+        importance = input_importance(model, self._quantize)
+        self._importance = {one: importance.get(name) for name, one in model.named_parameters()}
         wpe, angles = None, list[Angles | None]()
         if transformer.rotary:
             angles += transformer.rotary.at(torch.arange(config.n_positions), torch.float32)
         else:
             wpe = self._full(transformer.wpe.weight)
             angles += [None] * config.n_layer
-        both = zip(transformer.h, angles, strict=True)
-        blocks = [self._block(block, layer, own) for layer, (block, own) in enumerate(both)]
+        pairs = enumerate(zip(transformer.h, angles, strict=True))
+        blocks = [self._block(block, layer, own) for layer, (block, own) in pairs]
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
             *map(self._floats, (wte, wpe)),
@@ -97,15 +100,15 @@ class NativeWeights:
         )
 
     def _embedding_and_head(self) -> tuple[Tensor | None, abi.Linear]:
-        """The embedding, or None where a tied head's panels hold the same numbers; and the head."""
+        """The embedding, or None if a tied head's panels hold the same numbers; and the head."""
         model = self._model
         wte = self._full(model.transformer.wte.weight)
         weight = wte if model.lm_head is None else self._full(model.head)
         head = self._linear(
             weight[: model.valid_vocab_size], None, quantized=head_kind(self._quantize)
         )
-        is_there = self._quantize == "none" and model.lm_head is None
-        if is_there and wte.to(self._dtype).float().equal(wte):
+        is_shared = self._quantize == "none" and model.lm_head is None
+        if is_shared and wte.to(self._dtype).float().equal(wte):
             return None, head
         return wte, head
 
@@ -123,7 +126,7 @@ class NativeWeights:
         assert isinstance(block, Block)
         config, attention = self._model.config, block.attn
         pack = self._gated if config.is_gated else self._layer
-        # The scores' scale is in the rows that make q, unless a norm comes after them.
+        # The attention scale is folded into the rows that make q, or into the norm after them.
         scale: float = config.head_width**-0.5
         linear = (
             self._attention_input(attention, 1.0 if config.qk_norm else scale),
@@ -148,8 +151,8 @@ class NativeWeights:
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
         bias = self._full(module.bias) if isinstance(module, nn.LayerNorm) else None
-        less = module.less if isinstance(module, RMSNorm) else 0.0
-        weight = (self._full(module.weight) + less) * scale
+        offset = module.less if isinstance(module, RMSNorm) else 0.0
+        weight = (self._full(module.weight) + offset) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 
     def _linear(
@@ -161,40 +164,37 @@ class NativeWeights:
         quantized: str | None = None,
         importance: Tensor | None = None,
     ) -> abi.Linear:
-        """weight (out, in), its outputs times `factors` (out,); quantized: unless as all are."""
+        """A layer with weight (out, in), its outputs times `factors` (out,).
+
+        quantized: this layer's own kind; None takes the network's. importance: (in,), for it.
+        """
         outputs, inputs = weight.shape
         self.count += outputs * inputs
-        kind, scale = quantized or self._quantize, None
-        if kind == "none":
-            number = abi.BF16 if self._dtype == torch.bfloat16 else abi.FP32
-            packed = self._panels(weight if factors is None else weight * factors[:, None], number)
+        quantized, scale = quantized or self._quantize, None
+        if quantized == "none":
+            kind = abi.BF16 if self._dtype == torch.bfloat16 else abi.FP32
+            packed = self._panels(weight if factors is None else weight * factors[:, None], kind)
         else:
-            number, made = QUANTIZED[kind], quantize(weight, kind, importance).times(factors)
-            if number != abi.INT8:
-                packed = self._groups(made)
+            kind, rounded = QUANTIZED[quantized], quantize(weight, quantized, importance)
+            rounded = rounded.times(factors)
+            if kind != abi.INT8:
+                packed = self._groups(rounded)
             else:
-                packed = self._panels(made.values.view(torch.uint8) ^ 128, number)  # unsigned
-                scale = made.scales[:, 0].float()
-        return abi.Linear(
-            packed.data_ptr(),
-            self._floats(bias),
-            self._floats(scale),
-            inputs,
-            outputs,
-            number,
-            -1,
-        )
+                packed = self._panels(rounded.values.view(torch.uint8) ^ 128, kind)  # unsigned
+                scale = rounded.scales[:, 0].float()
+        floats = map(self._floats, (bias, scale))
+        return abi.Linear(packed.data_ptr(), *floats, inputs, outputs, kind, -1)
 
     def _panels(self, weight: Tensor, kind: int) -> Tensor:
-        """weight (out, in) as [panel][word][64 outputs][numbers of a word]."""
+        """Pack weight (out, in) as [panel][word][64 outputs][numbers of a word]."""
         dtype = DTYPES[kind]
         word = 4 // dtype.itemsize
         padded = F.pad(weight, (0, -weight.size(1) % word, 0, -len(weight) % PANEL)).to(dtype)
         panels = padded.view(-1, PANEL, padded.size(1) // word, word).transpose(1, 2)
-        return self._keep(self._rooms.place(panels.shape, dtype).copy_(panels))
+        return self._keep(self._arena.place(panels.shape, dtype).copy_(panels))
 
     def _groups(self, weight: QuantizedWeight) -> Tensor:
-        """Weights of 4 bits as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
+        """Pack 4-bit weights as [panel][group] of grouped_decode.h's PanelGroup, in bytes."""
         below = -len(weight.values) % PANEL
         codes = F.pad(weight.codes(), (0, -weight.inputs % GROUP, 0, below))
         # (panels, blocks, 16 outputs, groups, halves of a byte, words, numbers of a word)
@@ -204,21 +204,21 @@ class NativeWeights:
         scales = F.pad(weight.scales, (0, 0, 0, below)).view(-1, PANEL, pairs.size(1))
         both = pairs.flatten(2), scales.transpose(1, 2).contiguous().view(torch.uint8)
         width = sum(part.size(2) for part in both)
-        placed = self._rooms.place((*pairs.shape[:2], width), torch.uint8)
+        placed = self._arena.place((*pairs.shape[:2], width), torch.uint8)
         return self._keep(torch.cat(both, dim=2, out=placed))
 
     def _gated(self, layer: nn.Linear) -> abi.Linear:
-        """A layer that makes gates and inputs."""
-        bias = None if layer.bias is None else woven(self._full(layer.bias)).flatten()
-        counts = self._importance[layer.weight]
-        return self._linear(woven(self._full(layer.weight)), bias, importance=counts)
+        """Pack a layer that makes gates and the values that they gate."""
+        bias = None if layer.bias is None else interleaved(self._full(layer.bias)).flatten()
+        importance = self._importance[layer.weight]
+        return self._linear(interleaved(self._full(layer.weight)), bias, importance=importance)
 
     def _layer(self, layer: nn.Linear) -> abi.Linear:
-        counts = self._importance[layer.weight]
-        return self._linear(self._full(layer.weight), self._bias(layer.bias), importance=counts)
+        bias, importance = self._bias(layer.bias), self._importance[layer.weight]
+        return self._linear(self._full(layer.weight), bias, importance=importance)
 
     def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
-        """c_attn, with its outputs that make q times `scale`."""
+        """Pack c_attn, its queries times `scale`."""
         layer = attention.c_attn
         factors = torch.ones(layer.out_features)
         factors[: attention.n_head * attention.head_width] = scale
@@ -231,16 +231,16 @@ class NativeWeights:
         )
 
 
-def woven(both: Tensor) -> Tensor:
-    """Rows of gates, then of inputs -> panels that are half gates and half inputs."""
+def interleaved(both: Tensor) -> Tensor:
+    """Rows of gates, then of the values they gate -> panels that are half gates, half values."""
     inner = len(both) // 2
     halves = F.pad(both.view(2, inner, -1), (0, 0, 0, -inner % (PANEL // 2)))
     blocks = halves.view(2, -1, PANEL // 2, halves.size(2))
     return blocks.transpose(0, 1).flatten(0, 2)
 
 
-def room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that is not touched yet; NumPy asks the system for large pages, PyTorch does not."""
+def untouched(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Aligned memory that is not yet written to, from NumPy, which asks for large pages."""
     size = math.prod(shape) * dtype.itemsize
     memory = torch.from_numpy(np.empty(size + ALIGNMENT, np.uint8))
     start = -memory.data_ptr() % ALIGNMENT

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a counter, so no row depends on another's draws."""
+"""Counter-based random numbers (Philox), so that no row depends on another's draws."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# The constants of Philox4x32-10; the keys grow by WEYL.
 ROUNDS = 10
 MULTIPLIERS, WEYL = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
 
+_32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+_PHILOX_M = tuple(np.uint64(number) for number in MULTIPLIERS)
+_PHILOX_W = tuple(np.uint64(number) for number in WEYL)
+
 
 def uniform(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """One number in [0, 1) for each (seed, sample, position), fp64; the same on every machine.
+    """A number in [0, 1) with 53 random bits for each (seed, sample, position), (N,) fp64.
 
-    Philox4x32-10, a hash of a counter (Salmon et al. 2011, Parallel Random Numbers: As Easy as
-    1, 2, 3). 53 random bits each.
+    The same on every machine. Philox4x32-10: Salmon et al. 2011, Parallel Random Numbers: As Easy
+    as 1, 2, 3.
     """
     seed = np.asarray(seeds, dtype=np.uint64)
     key = [seed & _LOW, seed >> _32]
@@ -34,8 +39,3 @@ def uniform(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[in
         key = [(k + w) & _LOW for k, w in zip(key, _PHILOX_W, strict=True)]
     bits: NDArray[np.uint64] = (counter[0] << _32 | counter[1]) >> np.uint64(11)
     return torch.from_numpy(bits.astype(np.float64) * 2.0**-53)
-
-
-_32, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
-_PHILOX_M = tuple(np.uint64(number) for number in MULTIPLIERS)
-_PHILOX_W = tuple(np.uint64(number) for number in WEYL)

@@ -1,4 +1,4 @@
-"""Which kernels multiply by quantized weights fastest on this GPU: each is tried once."""
+"""Times the kernels for products with quantized weights and uses the fastest on this GPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
-# Calls of each, in turns, of which the median counts.
+# Timed calls of each kernel, in turns; the median counts.
 ROUNDS = 15
-# Bytes written twice before each call: more than a GPU's cache holds, for a step finds its weights
-# in memory; and time for the host to get ahead of the GPU.
+# Bytes written twice before each call. They evict the weights from the GPU's cache, where a step
+# would not find them either, and give the host time to get ahead of the GPU.
 FLUSHED = 1 << 28
-# What the kernels are made from.
+# The kernels' source files: a change to them makes a stored measurement void.
 SOURCES = [Path(__file__).with_name(name) for name in ("triton_weights.py", "weight_only.py")]
-# The way that expands weights; those that multiply by them directly have their tiles' names.
+# Expanding the weights first; the kernels that multiply by them directly are named by their tiles.
 WHOLE = "whole"
 
 
@@ -35,16 +35,16 @@ WHOLE = "whole"
 def choose_kernels(products: Iterable[Product], rows: int) -> None:
     """Let products with quantized weights on a GPU use the fastest kernels for up to `rows` rows.
 
-    Each is compared with expanded weights before it is used. The first engine of a kind on a
-    machine measures, and Triton compiles for a few seconds; later ones reuse the result.
+    A kernel is used only if its results match those with expanded weights. The first engine of a
+    kind on a machine measures, and Triton compiles for a few seconds; later ones reuse the result.
     """
     shapes = dict[tuple[object, ...], list[WeightOnly]]()
     for one in products:
         if isinstance(one, WeightOnly) and isinstance(one.weight, GpuWeight):
-            held = one.weight
-            shape = (held.kind, *held.values.shape, held.inputs, str(one.dtype), one.bias is None)
+            weight, dtype = one.weight, str(one.dtype)
+            shape = (weight.kind, *weight.values.shape, weight.inputs, dtype, one.bias is None)
             shapes.setdefault(shape, []).append(one)
-    taken = if_whole = 0.0
+    best_s = expanded_s = 0.0
     for shape, alike in shapes.items():
         ways = _ways(alike[0], rows)
         if len(ways) == 1:
@@ -53,18 +53,18 @@ def choose_kernels(products: Iterable[Product], rows: int) -> None:
         best = next(name for name in sorted(seconds, key=seconds.__getitem__) if _works(ways, name))
         for one in alike:
             one.tile, one.rows = ways[best].tile, rows
-        taken += len(alike) * seconds[best]
-        if_whole += len(alike) * seconds[WHOLE]
-    if taken < if_whole:
+        best_s += len(alike) * seconds[best]
+        expanded_s += len(alike) * seconds[WHOLE]
+    if best_s < expanded_s:
         log.info(
             "quantize.weights: multiplying by quantized weights directly, %.2fx as fast here as "
             "expanding them first (%.3g against %.3g ms for %s)",
-            *(if_whole / taken, 1e3 * taken, 1e3 * if_whole, count(rows, "row")),
+            *(expanded_s / best_s, 1e3 * best_s, 1e3 * expanded_s, count(rows, "row")),
         )
 
 
 def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
-    """The same product in every way that may be the fastest."""
+    """The product in every way that may be the fastest, by name, without its GELU."""
     plain = replace(one, gelu=None, tile=None)
     tiles = tiles_for(rows, one.dtype).items()
     return {WHOLE: plain} | {name: replace(plain, tile=tile, rows=rows) for name, tile in tiles}
@@ -73,7 +73,7 @@ def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
 def _seconds(
     shape: tuple[object, ...], rows: int, ways: Mapping[str, WeightOnly]
 ) -> Mapping[str, float]:
-    """Of each way that works."""
+    """The time of each way that works, measured now or earlier on this machine."""
     plain = ways[WHOLE]
     asked = {
         "of": "products with quantized weights",
@@ -88,7 +88,7 @@ def _seconds(
 
 
 def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:
-    """Time the ways in rounds in which they take turns."""
+    """Time the ways that work, taking turns."""
     trials = {name: way for name, way in ways.items() if _works(ways, name)}
     x = _numbers(ways[WHOLE], rows)
     flushed = torch.empty(FLUSHED, dtype=torch.int8, device=x.device)
@@ -111,18 +111,18 @@ def _measure(rows: int, ways: Mapping[str, WeightOnly]) -> Measured:
 
 
 def _works(ways: Mapping[str, WeightOnly], name: str) -> bool:
-    """Whether a way runs here, and gives what whole weights do but for rounding."""
+    """Whether a way runs here and matches expanded weights up to rounding."""
     if name == WHOLE:
         return True
     way = ways[name]
     x = _numbers(way, way.rows)
     expected = ways[WHOLE](x).float()
-    room = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
-    return is_right(way.weight.kind, lambda: way(x).float(), expected, room)
+    tolerance = (2 * torch.finfo(way.dtype).eps + 1e-4) * expected.abs().max()
+    return is_right(way.weight.kind, lambda: way(x).float(), expected, tolerance)
 
 
 def _numbers(one: WeightOnly, rows: int) -> Tensor:
-    """The same each time."""
+    """Random inputs x (rows, in), the same each time."""
     device = one.weight.values.device
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(rows, one.weight.inputs, generator=generator, device=device).to(one.dtype)

@@ -1,7 +1,7 @@
-"""x W^T + b with the weight packed once, in the form that is fastest for a few rows of x.
+"""x W^T + b with the weight packed once, for a few rows of x at a time.
 
-On a CPU through oneDNN, whose packed layout reads the weight at the memory's speed; elsewhere
-PyTorch's own. A row of the result depends only on that row of x.
+On CPUs through oneDNN, whose packed layout reads the weight at memory speed; elsewhere through
+PyTorch. A row of the result depends only on that row of x.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gptray.generation.weight_only import GpuWeight, Tile, for_gpu, multiply
 from gptray.model.precision import has_onednn_linear
 from gptray.model.quantized import QuantizedWeight, quantize
 
-# Up to this many inputs oneDNN sums a row in the same order whatever the number of rows.
+# Up to this many inputs, oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
 
 
@@ -37,11 +37,12 @@ def product(
     factors: Tensor | None = None,
     gelu: str | None = None,
 ) -> Product:
-    """The product with weight (out, in) and bias (out,), fp32 masters, computed in `dtype`.
+    """The product with weight (out, in) and bias (out,), both fp32, computed in `dtype`.
 
-    gelu: "tanh" for GPT-2's, "none" for the exact one, as torch calls its approximation. quantized:
-    another kind keeps the weight as `gptray.model.quantized` makes it, by the importance. factors:
-    (out,), of the weight's outputs; quantized weights are rounded before.
+    gelu: torch's name of its approximation: "tanh" for GPT-2's, "none" for the exact one; None
+    applies no GELU. quantized: "none", or how `gptray.model.quantized` quantizes the weight, given
+    the importance (in,) of its inputs. factors: (out,), scale the weight's outputs, after rounding
+    if it is quantized.
     """
     if quantized != "none":
         kept = quantize(weight, quantized, importance).times(factors)
@@ -79,12 +80,12 @@ class _Packed:
     def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._bias, self._gelu = bias, gelu
-        # A single row of a long sum is added up in another order than the same row among others.
-        self._never_alone = weight.size(1) > ONE_ROW_WIDTH
+        # Beyond this, oneDNN sums a single row in another order than the same row among others.
+        self._pads_one_row = weight.size(1) > ONE_ROW_WIDTH
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         rows = x.size(0)
-        if self._never_alone and rows == 1:
+        if self._pads_one_row and rows == 1:
             x = F.pad(x, (0, 0, 0, 1))
             add = None if add is None else F.pad(add, (0, 0, 0, 1))
         weight, bias = self._weight, self._bias
@@ -101,10 +102,10 @@ class _Packed:
 
 @dataclass
 class WeightOnly:
-    """A product with quantized weights; x is not rounded.
+    """A product with quantized weights; x is not quantized.
 
-    tile: of the kernel that multiplies up to `rows` rows by the weights directly; for more they
-    are expanded for each product. See `gptray.generation.weight_only`.
+    tile: of the kernel that multiplies up to `rows` rows by the quantized weights directly; for
+    more rows, or without a tile, every call expands them. See `gptray.generation.weight_only`.
     """
 
     weight: QuantizedWeight | GpuWeight
@@ -122,7 +123,7 @@ class WeightOnly:
 
 
 class _Int8:
-    """int8 weights by rows of x made int8, each with a scale of its own; sums are exact integers.
+    """int8 weights by x quantized to int8 row by row; sums are exact integers.
 
     Dettmers et al. 2022, LLM.int8.
     """
@@ -140,13 +141,13 @@ class _Int8:
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         x = x.float()
         scale = x.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        # Unsigned, with 128 for zero: the only kind that the processor multiplies fast.
+        # Unsigned with a zero point of 128: the only kind that processors multiply fast.
         rounded = (x / scale).round_().add_(128).to(torch.uint8)
         weight, zero = self._weight, self._zero
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(rounded, 1.0, 128),  # with its scale and zero
+            *(rounded, 1.0, 128),  # x, its scale and zero point
             *(weight, self._scale, zero, None),
-            *(1.0, 0, torch.float32, "none", [], ""),  # of the output
+            *(1.0, 0, torch.float32, "none", [], ""),  # the output's
         )
         y = torch.addcmul(self._bias, y, scale)
         return _finished(y, add, self._gelu).to(self._dtype)

@@ -1,9 +1,8 @@
-"""Drawing the next token of every row, each by its own settings: functions on logits.
+"""Draws the next token of every row from its logits, each with its own settings.
 
-A row's token depends on its logits, its settings and (seed, sample, position) alone: the same
-whatever its neighbours in the batch ask for. For that, candidates have one order (likelier first,
-then the lower id, so that ties are never cut at random), sums run along that order, and the
-random number is a function of a counter.
+A row's token depends only on its logits, its settings and (seed, sample, position), never on its
+neighbours in the batch. So candidates have one order (likelier first, ties by the lower id), sums
+run in that order, and random numbers are a function of a counter.
 
 Shapes: B rows of the batch, V entries of the vocabulary, K candidates.
 """
@@ -31,15 +30,15 @@ from gptray.generation.philox import uniform
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import Mask
 
-# Draws a token of each row from logits (B, V).
+# Draws a token for each row of logits (B, V).
 Choose = Callable[[Tensor, Sequence["Row"]], Chosen]
 
 
 class Row(Protocol):
-    """What drawing needs of a row of the batch, which is a `Sequence`; the same at every step.
+    """What drawing needs to know of a sequence; the same object at every step.
 
-    sample: which of a prompt's outputs it is. history: its tokens so far, prompt included, which
-    grows. eos_ids: the tokens that end it. mask: the tokens that would break a character now
+    history: its tokens so far, prompt included. eos_ids: the tokens that end it. sample: which of
+    its prompt's outputs it is. mask: keeps the next token from breaking a character
     (`gptray.generation.utf8`).
     """
 
@@ -56,9 +55,10 @@ class Row(Protocol):
 
 
 class Drawn(NamedTuple):
-    """A token; with `Sampling.logprobs` its log-probability and the likeliest tokens' too.
+    """A token; with `Sampling.logprobs`, also its log-probability and the likeliest tokens'.
 
-    Log-probabilities are the model's own, before any setting changes them.
+    Log-probabilities (nats) are the model's own, before any setting changes the logits. top: pairs
+    of id and log-probability, likeliest first.
     """
 
     token: int
@@ -73,7 +73,7 @@ def draw(
     """Draw the next token of each row from logits (B, V), fp32, which are overwritten.
 
     None for a row whose logits are not a distribution (NaN, infinity, or nothing eligible).
-    top, ranked: a faster `top_candidates` and a faster `draw_ranked_rows`, to the same effect.
+    top, ranked: faster versions of `top_candidates` and `draw_ranked_rows`, with equal results.
     """
     assert logits.size(0) == len(rows)
     top = top or top_candidates
@@ -103,7 +103,7 @@ def draw(
 
 @torch.no_grad()
 def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = None) -> list[Drawn]:
-    """Each row's token with its log-probability in logits (B, V), and the `count` likeliest.
+    """Score the given token of each row of logits (B, V), with the `count` likeliest beside it.
 
     Raises ValueError if a row's logits are not a distribution.
     """
@@ -114,10 +114,10 @@ def score(logits: Tensor, tokens: Sequence[int], count: int, top: Top | None = N
 
 
 def _apply_settings(logits: Tensor, rows: Sequence[Row]) -> None:
-    """Apply bias, penalties, minimum length and masks; only entries that they name are touched.
+    """Apply bias, penalties, minimum length and masks to logits (B, V), in place.
 
-    An id that is there several times gets the same value each time: all are read before one is
-    written.
+    Only the entries concerned are touched. An id that occurs several times is written the same
+    value each time, because all are read before any is written.
     """
     for i, row in enumerate(rows):
         sampling = row.sampling
@@ -142,7 +142,7 @@ def _apply_settings(logits: Tensor, rows: Sequence[Row]) -> None:
 
 
 def _apply_masks(logits: Tensor, rows: Sequence[Row]) -> None:
-    """Leave what may be drawn: between characters a few entries go, inside one a few stay."""
+    """Set banned tokens to -inf; a mask lists either those or the allowed ones."""
     masks = [(i, row.mask) for i, row in enumerate(rows) if row.mask]
     banned = {i: mask.banned for i, mask in masks if mask.banned is not None}
     allowed = {i: mask.allowed for i, mask in masks if mask.allowed is not None}
@@ -158,7 +158,7 @@ def _apply_masks(logits: Tensor, rows: Sequence[Row]) -> None:
 
 
 def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-    """Where these ids of these rows stand; rows that have fewer repeat one."""
+    """Indices of each row's ids, (R, 1) and (R, most ids); rows with fewer repeat their first."""
     lists = list(ids.values())
     if any(one is not lists[0] for one in lists):
         most = max(map(len, lists))
@@ -168,7 +168,7 @@ def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def is_ranked(sampling: Sampling) -> bool:
-    """Whether drawing needs the candidates in order, for top_k or top_p."""
+    """Whether drawing needs ranked candidates, for top_k or top_p."""
     is_cut = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
     return is_cut and not sampling.is_greedy
 
@@ -179,7 +179,7 @@ def _take_likeliest(logits: Tensor, rows: Sequence[Row]) -> Chosen:
 
 
 def draw_ranked_rows(top: Top, logits: Tensor, rows: Sequence[Row]) -> Chosen:
-    """Draw from the first of the ranked candidates, as many as top_k, top_p and min_p leave."""
+    """Draw from the ranked candidates that top_k, top_p and min_p leave, V of them at most."""
     V = logits.size(1)
     ranks = min(max(row.sampling.top_k or FIRST_RANKS for row in rows), V)
     beyond = [i for i, row in enumerate(rows) if min(row.sampling.top_k or V, V) > ranks]
@@ -198,7 +198,7 @@ def _draw_unranked_rows(logits: Tensor, rows: Sequence[Row]) -> Chosen:
 
 
 def _columns(rows: Sequence[Row], logits: Tensor) -> Columns:
-    """Rows' settings, for logits (B, V), on their device."""
+    """The rows' settings as columns on the device of logits (B, V)."""
     device, V = logits.device, logits.size(1)
     settings = [row.sampling for row in rows]
     asked = [
@@ -218,7 +218,7 @@ def _columns(rows: Sequence[Row], logits: Tensor) -> Columns:
 def _report(
     logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int], top: Top
 ) -> list[Drawn]:
-    """Each row's token with its log-probability and that of its `count` likeliest."""
+    """Each row's token with its log-probability, and its `counts` likeliest with theirs."""
     values, ids = top(logprobs, max(1, *counts))
     own = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None])[:, 0]
     return [

@@ -1,4 +1,4 @@
-"""One text on its way from prompt to tokens: the request, the result so far, and its progress."""
+"""A sequence: a prompt with its sampling settings, its output so far, and its progress."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ NOT_FINITE = "the model's logits are not finite for this text and these settings
 class Sequence:
     """A prompt's token ids, how to continue it, and what an engine has made of it so far.
 
-    An engine takes a sequence once; `dataclasses.replace` makes a new one of the same prompt.
+    An engine takes a sequence once; `dataclasses.replace` makes a new one from the same prompt.
 
-    sample: which of several outputs of one prompt this is; each has a random stream of its own.
-    live_text: keep `text` up to date at every token, not only at the end.
-    prompt_logprobs: how many of the likeliest tokens to report at each of the prompt's; None
-    reports none. With it `sampling.max_new_tokens` may be 0: the prompt is read, no more.
-    adapter: of the engine's model, packed by the engine.
+    sample: which of several outputs of one prompt this is; each has its own random stream.
+    live_text: update `text` with every token, not only at the end.
+    prompt_logprobs: how many of the likeliest tokens to report at each prompt token; None scores no
+    prompt. With it, `sampling.max_new_tokens` may be 0: the prompt is scored, nothing generated.
+    adapter: one of the engine's model, packed by the engine.
 
-    scored: with `prompt_logprobs` the prompt's tokens, complete as soon as there is a new one; the
-    first has no log-probability. drawn: the new tokens. end: the end-of-text token if that ended
-    the output. error: why, where finish_reason is "error". history: the prompt's tokens and the
-    new ones. read: how many of the prompt's are in the cache. lead: the prompt's last tokens,
-    which the text continues (see `left_context`), or in which its first character begins.
+    scored: with `prompt_logprobs`, the prompt's tokens, complete once the first token is drawn; the
+    first has no log-probability. drawn: the new tokens, without end. end: the end-of-text token
+    that ended the output, if one did. error: the reason if finish_reason is "error". history: the
+    prompt's tokens and the new ones, end included. read: how many of the prompt's are in the KV
+    cache. lead: the prompt's last tokens, as context to decode with (see `left_context`), or those
+    in which the text's first character begins.
     """
 
     prompt: abc.Sequence[int]
@@ -59,7 +60,7 @@ class Sequence:
     history: list[int] = field(init=False, default_factory=list)
     read: int = field(init=False, default=0)
     lead: list[int] = field(init=False, default_factory=list)
-    # For the sampler: the tokens that end the text, and what would break a character now.
+    # For the sampler, see `Row`.
     eos_ids: abc.Sequence[int] = field(init=False, default=())
     mask: Mask | None = field(init=False, default=None)
 
@@ -75,7 +76,7 @@ class Sequence:
     def begin(
         self, tokenizer: Tokenizer, n_positions: int, utf8: Utf8 | None, eos_ids: abc.Sequence[int]
     ) -> None:
-        """Get ready for an engine whose context has n_positions tokens; eos_ids end the text."""
+        """Prepare for an engine with a context of n_positions tokens; any of eos_ids ends it."""
         assert not self.history, "an engine takes a sequence once"
         sampling = self.sampling
         self.history = list(self.prompt)
@@ -85,7 +86,7 @@ class Sequence:
             self.scored = [Drawn(self.prompt[0])]
         self._utf8 = utf8 if sampling.utf8 else None
         if self._utf8:
-            # The end of a prompt that stops inside a character.
+            # A prompt may end inside a character.
             self.lead = self._utf8.open_end(self.prompt)
             self._state = self._utf8.state_after(self.lead)
         self.lead = self.lead or left_context(tokenizer, self.prompt)
@@ -94,12 +95,12 @@ class Sequence:
 
     @property
     def tokens(self) -> list[int]:
-        """The new tokens, end of text not among them."""
+        """The new tokens, without end-of-text."""
         return [drawn.token for drawn in self.drawn]
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were drawn, end of text among them."""
+        """How many tokens were drawn, end-of-text included."""
         return len(self.history) - self.prompt_tokens
 
     @property
@@ -108,11 +109,11 @@ class Sequence:
 
     @property
     def is_reading(self) -> bool:
-        """Whether a part of the prompt is not in the cache yet."""
+        """Whether the prompt is still in prefill: some of it is not in the KV cache yet."""
         return self.read < self.prompt_tokens
 
     def next_piece(self, slot: int, tokens: int) -> Piece:
-        """The part of the prompt that is read next, at most so many tokens; it counts as read."""
+        """The next piece of the prompt, at most `tokens` long; counted as read from now on."""
         start = self.read
         part = self.history[start : start + tokens]
         self.read += len(part)
@@ -120,11 +121,11 @@ class Sequence:
         return Piece(slot, start, part, scored=scored, adapter=self.adapter)
 
     def last_piece(self, slot: int) -> Piece:
-        """The last token alone, after which the next is drawn."""
+        """The last token alone: what a decoding step reads."""
         return Piece(slot, len(self.history) - 1, self.history[-1:], adapter=self.adapter)
 
     def score(self, piece: Piece, logits: Tensor, top: Top) -> None:
-        """Take in the log-probabilities of the prompt's tokens after each of a piece's."""
+        """Score the prompt token after each of a piece's, given the piece's logits (T, V)."""
         follow = self.history[piece.start + 1 : piece.start + 1 + len(piece.tokens)]
         if not follow:
             return
@@ -132,17 +133,17 @@ class Sequence:
             self.scored += score(logits[: len(follow)], follow, self.prompt_logprobs or 0, top)
         except ValueError as error:
             self.fail(str(error))
-        except Exception as error:  # one text's fault is not its neighbours'
+        except Exception as error:  # one sequence's fault must not end the others
             self.fail(f"{type(error).__name__}: {error}")
 
     def set_mask(self) -> None:
-        """Note which tokens would break a character, before the next one is drawn."""
+        """Set which tokens would break a character, before the next one is drawn."""
         if self._utf8:
             left = self._longest - len(self.history) - 1
             self.mask = self._utf8.mask(self._state, left)
 
     def take(self, drawn: Drawn | None) -> None:
-        """Add a token and end the text if it is complete; None: no token could be drawn."""
+        """Add a token, and end if the output is complete. None: no token could be drawn."""
         if self.ended:
             return
         if drawn is None:
@@ -174,7 +175,7 @@ class Sequence:
     def fail(self, reason: str) -> None:
         """End with an error; other sequences are not affected."""
         self.error = reason
-        self.finish_reason = "error"  # last: from then on another thread may look at it
+        self.finish_reason = "error"  # last, because other threads may read the rest from then on
 
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:

@@ -1,8 +1,8 @@
-"""How one sequence is sampled, and what is refused. Without torch, so jobs can check it at once.
+"""How one sequence is sampled, and which settings are valid. No torch, so jobs check it quickly.
 
-Names and meaning are Hugging Face's GenerationConfig, or OpenAI's where that has none, in their
-order: bias, repetition penalty, frequency and presence penalty, minimum length, whole characters,
-temperature, top-k, top-p, min-p.
+Names and meanings are those of Hugging Face's GenerationConfig, or OpenAI's where that has none.
+They apply in this order: bias, repetition penalty, frequency and presence penalty, minimum length,
+whole characters, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ _REAL = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
 _OPTIONAL = ("top_k", "top_p", "min_p", "logprobs")
-# Seeds made here stay whole where a program keeps them as floats: JavaScript, a pandas column.
+# Derived seeds stay exact in programs that store them as floats, such as JavaScript and pandas.
 _DERIVED_SEEDS = 2**53
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one sequence.
+    """The sampling settings of one sequence; `gptray.config.limits` has their bounds.
 
-    `gptray.config.limits` has the bounds. temperature: 0 takes the likeliest token. top_k,
-    top_p, min_p, stop: None or empty is off. max_new_tokens counts the end-of-text token;
-    min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other. utf8:
-    draw no token that would break a character.
-    repetition_penalty divides the logits of all tokens seen so far; presence_penalty is subtracted
-    from those of the output's tokens, frequency_penalty once for each time a token occurs there.
-    logit_bias: (token id, what to add), each id once. logprobs: how many of the likeliest tokens to
-    report at each position; None reports none.
-    Raises ValueError naming the setting that is impossible.
+    max_new_tokens counts the end-of-text token, which min_new_tokens bans until so many tokens are
+    drawn. temperature: 0 is greedy. top_k, top_p, min_p, stop: None or empty is off.
+    repetition_penalty: divides positive logits of all tokens so far, and multiplies negative ones.
+    presence_penalty: subtracted from the logits of tokens in the output; frequency_penalty: once
+    for each time they occur there. logit_bias: (token id, what to add), each id once. ignore_eos:
+    treat end-of-text like any other token. utf8: draw no token that would break a character.
+    logprobs: how many of the likeliest tokens to report at each position; None reports none.
+
+    Raises ValueError naming the setting that is invalid.
     """
 
     max_new_tokens: int = 64
@@ -87,8 +87,8 @@ class Sampling:
 
     @classmethod
     def of(cls, config: SampleConfig, **changes: object) -> Sampling:
-        """The `sample` section's settings, some of them changed (a row's own columns)."""
-        values: dict[str, Any] = {  # of whatever types; __post_init__ looks at each
+        """The `sample` section's settings, with some replaced, such as by a row's own columns."""
+        values: dict[str, Any] = {  # of any type: __post_init__ checks each
             field.name: getattr(config, field.name)
             for field in fields(cls)
             if hasattr(config, field.name)
@@ -100,9 +100,9 @@ class Sampling:
 
 
 def derived_seed(seed: int, *key: int | str) -> int:
-    """A seed of its own for whatever `key` names under `seed`: a row's id, the number of a sample.
+    """A seed below 2^53 for what `key` names, such as a row's id or the number of a sample.
 
-    Equal arguments give equal seeds on every machine; 1 and "1" are one key. Below 2^53.
+    Equal arguments give equal seeds on every machine; 1 and "1" are the same key.
     """
     text = "\x1f".join(map(str, (seed, *key)))
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
@@ -110,7 +110,7 @@ def derived_seed(seed: int, *key: int | str) -> int:
 
 
 def numbered_seed(seed: int, number: int) -> int:
-    """The seed of draw `number` of several under one seed; the first has that seed itself."""
+    """The seed of sample `number` of several with one seed; number 0 has that seed itself."""
     return derived_seed(seed, number) if number else seed
 
 
@@ -119,10 +119,10 @@ class PromptTooLong(ValueError):
 
 
 def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
-    """Raise PromptTooLong for one that the model's context of `n_positions` tokens cannot hold.
+    """Raise PromptTooLong if the model's context of `n_positions` tokens cannot hold the prompt.
 
-    max_new_tokens is an upper bound, not a promise: a sequence that fills the context ends there.
-    An empty prompt is a ValueError.
+    max_new_tokens is an upper bound: a sequence that fills the context ends there. Raises
+    ValueError for an empty prompt.
     """
     if not prompt:
         raise ValueError("the prompt is empty")
@@ -134,7 +134,7 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
 
 
 def _check(name: str, value: object, kind: type[int] | type[float]) -> None:
-    """Raise ValueError unless the value is a number of that kind within its bounds, or off."""
+    """Raise ValueError unless the value is off, or a number of that kind within its bounds."""
     if value is None and name in _OPTIONAL:
         return
     low, high, is_open = SAMPLING[name]

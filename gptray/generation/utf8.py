@@ -1,12 +1,11 @@
-"""Which tokens keep a text valid UTF-8, so that no character comes out broken.
+"""Masks that keep generated text valid UTF-8, so that no character comes out broken.
 
-Byte tokens (byte-level BPE, SentencePiece's byte fallback) can stand for parts of characters. Each
-row carries a state of an automaton that reads UTF-8. A token is allowed if its bytes lead to a
-state from which the tokens that may still follow can finish the character. The list of allowed
-tokens is built once for each state.
+A byte token (byte-level BPE, SentencePiece's byte fallback) may be only part of a character. Each
+row carries the state of an automaton that reads UTF-8. A token is allowed if its bytes lead to a
+state from which the tokens left can complete the character. Each state's mask is built once.
 
-The automaton is RFC 3629's, without surrogates and overlong forms. It also refuses U+FFFD itself,
-the mark of a broken character.
+The automaton is RFC 3629's, without surrogates and overlong forms. It also rejects U+FFFD itself,
+which marks a broken character.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from torch import Tensor
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 
-# Between two characters; after bytes that no UTF-8 text has.
+# Between two characters; after bytes that are not UTF-8.
 START, INVALID = 0, 10
 # Edges: state, first and last byte, next state. States 1 and 2 need that many more bytes; the
-# others, after the bytes in their names, allow only some second bytes.
+# others, named after the bytes read, restrict the next byte.
 _AFTER_E0, _AFTER_ED, _AFTER_EF, _AFTER_EF_BF, _AFTER_F0, _AFTER_F1, _AFTER_F4 = range(3, 10)
 _EDGES = (
     (START, 0x00, 0x7F, START), (START, 0xC2, 0xDF, 1), (START, 0xE1, 0xEE, 2),
@@ -38,7 +37,7 @@ _EDGES = (
     (_AFTER_EF_BF, 0x80, 0xBF, START), (_AFTER_EF_BF, 0xBD, 0xBD, INVALID),
     (_AFTER_F0, 0x90, 0xBF, 2), (_AFTER_F1, 0x80, 0xBF, 2), (_AFTER_F4, 0x80, 0x8F, 2),
 )  # fmt: skip
-# The most tokens that a character takes: one for each byte.
+# The most bytes, so also the most tokens, of a character.
 _LONGEST = 4
 
 States = NDArray[np.uint8]
@@ -48,8 +47,8 @@ States = NDArray[np.uint8]
 class Mask:
     """The tokens that a row may draw; rows in the same state share a mask.
 
-    Between characters few tokens are banned, inside one nearly all: only the shorter of the two
-    lists is stored, the other is None. Ids are in order.
+    Between characters few tokens are banned, inside one nearly all. Only the shorter of the two
+    lists of ids is stored, in ascending order; the other is None.
     """
 
     banned: Tensor | None
@@ -64,14 +63,14 @@ class Mask:
 
 
 class Utf8:
-    """The automaton over a vocabulary of V tokens. `is_needed`: whether it ever bans a token."""
+    """The automaton over a vocabulary of tokens. is_needed: whether it ever bans one."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, device: torch.device) -> None:
         self._pieces = pieces(tokenizer)[:vocab_size]
         self._device = device
         states = np.repeat(np.arange(INVALID + 1, dtype=np.uint8)[:, None], vocab_size, axis=1)
         states[:, : len(self._pieces)] = _transitions(tokenizer)[:, :vocab_size]
-        # A text ends between characters; a tokenizer may have more tokens than its model.
+        # A text may end only between characters. Tokens that the tokenizer lacks add no bytes.
         self._is_end = np.arange(vocab_size) == tokenizer.eos_id
         states[:, self._is_end] = INVALID
         states[START, self._is_end] = START
@@ -87,7 +86,7 @@ class Utf8:
         return following
 
     def open_end(self, tokens: Sequence[int]) -> list[int]:
-        """The last of these tokens, from the one in which an unfinished character begins."""
+        """The tokens of an incomplete character at the end, from the one in which it begins."""
         end = b""
         for count in range(1, min(len(tokens), _LONGEST) + 1):
             token = tokens[-count]
@@ -99,15 +98,15 @@ class Utf8:
         return []
 
     def state_after(self, tokens: Sequence[int]) -> int:
-        """The state after any tokens, valid or not."""
+        """The state after tokens that may break characters."""
         end = b"".join(self._pieces[t] for t in self.open_end(tokens) if t < len(self._pieces))
         begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), 0)
         return _read(end[len(end) - begin :])
 
     def mask(self, state: int, left: int) -> Mask | None:
-        """What may be drawn in a state if `left` tokens can follow the drawn one.
+        """What may be drawn in a state if at most `left` tokens can follow.
 
-        None if every token may be drawn, or none could.
+        None if every token may be drawn, or no token but end-of-text.
         """
         key = state, min(max(left, 0), _LONGEST - 1)
         if key not in self._masks:
@@ -153,7 +152,7 @@ def _transitions(tokenizer: Tokenizer) -> States:
 
 
 def _distances(states: States) -> NDArray[np.int64]:
-    """How many tokens each state needs to finish its character; a huge number if none can."""
+    """The fewest tokens that complete each state's character; a huge number if none can."""
     never = 1 << 30
     distance = np.full(INVALID + 1, never)
     distance[START] = 0

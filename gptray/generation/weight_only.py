@@ -1,8 +1,8 @@
 """Products with quantized weights on a GPU, by Triton kernels.
 
-Products are summed in fp32 and rounded once to what x is in. Of many rows, and in fp32, they are
-those with weights that `dequantize` rounds; of few rows in 16 bits a weight is its value times its
-scale in fp32. Shapes: M rows, K inputs, N outputs, H = half of the inputs.
+Sums are fp32, rounded once to x's dtype. Few rows in 16 bits are multiplied by the quantized
+weights directly, each its value times its scale in fp32; many rows, and fp32, by weights that
+`dequantize` rounds to the dtype. Shapes: M rows, K inputs, N outputs, H = half of the inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gptray.model.quantized import CODES, QuantizedWeight, quantize
 
 log = logging.getLogger("gptray")
 
-# Of the program that expands weights.
+# What one program of `dequantize_kernel` expands.
 _OUTPUTS, _INPUTS = 8, 256
 
 
@@ -30,8 +30,8 @@ _OUTPUTS, _INPUTS = 8, 256
 class Tile:
     """What a program multiplies: `rows` of x by `outputs` rows of the weight.
 
-    is_sliced: each warp has inputs of its own and all outputs, else outputs of its own and all
-    inputs. stages: steps whose numbers are on their way from memory at a time, and one.
+    is_sliced: warps divide the inputs among themselves, each for all outputs, instead of the
+    outputs. stages: of Triton's software pipeline, one more than the loads in flight.
     """
 
     rows: int
@@ -42,7 +42,7 @@ class Tile:
 
 
 def tiles_for(rows: int, dtype: torch.dtype) -> dict[str, Tile]:
-    """What may be the fastest for so many rows in a dtype, by name; in fp32 nothing is."""
+    """The tiles that may be the fastest for so many rows in a dtype, by name; none in fp32."""
     if dtype.itemsize > 2:
         return {}
     if rows > 64:
@@ -50,7 +50,7 @@ def tiles_for(rows: int, dtype: torch.dtype) -> dict[str, Tile]:
     block = max(8, 1 << (rows - 1).bit_length())
     tiles = {"shared": Tile(block if block in (8, 64) else 32, 64, warps=4, stages=6)}
     if block <= 32:
-        # Small products need many warps; scales of more outputs would go through shared memory.
+        # Small products need many warps; with more outputs, scales would go through shared memory.
         tiles["sliced"] = Tile(block, 16, warps=4, stages=4 if block == 32 else 6, is_sliced=True)
     return tiles
 
@@ -59,8 +59,9 @@ def tiles_for(rows: int, dtype: torch.dtype) -> dict[str, Tile]:
 class GpuWeight:
     """A `QuantizedWeight` as the kernels read it.
 
-    Of 4 bits a byte holds the codes of inputs i and H + i, H a multiple of GROUP: so both halves
-    meet neighbouring inputs. values (out, H) and scales (2 H / GROUP, out). Of int8 as they are.
+    With 4 bits, a byte holds the codes of inputs i and H + i, H a multiple of GROUP, so that each
+    half of the bytes multiplies neighbouring inputs: values (N, H), scales (2 H / GROUP, N). int8
+    values stay (N, K), with scales (1, N).
     """
 
     kind: str
@@ -70,7 +71,7 @@ class GpuWeight:
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> GpuWeight:
-        """The same weight."""
+        """Repack a quantized weight."""
         inputs, scales = weight.inputs, weight.scales.T.contiguous()
         if weight.kind == "int8":
             return cls(weight.kind, inputs, weight.values, scales)
@@ -95,19 +96,19 @@ class GpuWeight:
 
 
 def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None, tile: Tile) -> Tensor:
-    """x (M, K) by the weight (N, K), transposed, plus bias (N,): (M, N) in x's dtype, 16 bits.
+    """x W^T + bias, for x (M, K) in 16 bits, the weight (N, K) and bias (N,): (M, N) in x's dtype.
 
-    A row depends on that row of x alone, whatever M is.
+    A row of the result depends only on that row of x, whatever M is.
     """
     (M, K), (N, width), kernels = x.shape, weight.values.shape, _kernels(x)
     out = x.new_empty(M, N)
     is_interpreted = kernels.interpreted
-    by_hand = weight.kind != "int8" and not is_interpreted and torch.version.hip is None
+    has_ptx = weight.kind != "int8" and not is_interpreted and torch.version.hip is None
     kernels.weights.multiply_kernel[(-(-M // tile.rows), -(-N // tile.outputs))](
         *(x.contiguous(), weight.values, weight.scales, bias, out),
         *(M, N, K, width),
         KIND=weight.kind,
-        UNPACK=unpacking(weight.kind, x.dtype) if by_hand else None,
+        UNPACK=unpacking(weight.kind, x.dtype) if has_ptx else None,
         HAS_BIAS=bias is not None,
         IN_FP32=is_interpreted,
         BLOCK_M=tile.rows,
@@ -122,19 +123,22 @@ def multiply(x: Tensor, weight: GpuWeight, bias: Tensor | None, tile: Tile) -> T
 
 @cache
 def unpacking(kind: str, dtype: torch.dtype) -> str:
-    """PTX from four bytes of codes, $4, to values, two in a word: of the lower codes $0 and $1, of
-    the upper ones $2 and $3."""
+    """PTX that turns four bytes of codes, $4, into values, two to a word.
+
+    $0 and $1 receive those of the lower codes, $2 and $3 those of the upper.
+    """
     lines = _added(dtype) if kind == "int4" else _looked_up(dtype)
     return "{ " + " ".join(lines) + " }"
 
 
 def _added(dtype: torch.dtype) -> list[str]:
-    """Codes become the last bits of a power of 2, from which it and 8 are taken away again."""
+    """PTX for int4: codes become the last bits of a power of 2; then it and 8 are subtracted."""
     power = 128 if dtype == torch.bfloat16 else 1024
     words = torch.tensor([power, 1, -power - 8], dtype=dtype).view(torch.int16).int() & 0xFFFF
-    power, one, less = (word * 0x10001 for word in words.tolist())
+    power, one, offset = (word * 0x10001 for word in words.tolist())
     name = "bf16x2" if dtype == torch.bfloat16 else "f16x2"
-    lines = [".reg .b32 pair<2>, one, less;", f"mov.b32 one, {one};", f"mov.b32 less, {less};"]
+    lines = [".reg .b32 pair<2>, one, offset;"]
+    lines += [f"mov.b32 one, {one};", f"mov.b32 offset, {offset};"]
     lines += ["prmt.b32 pair0, $4, 0, 0x4140;", "prmt.b32 pair1, $4, 0, 0x4342;"]
     for place in range(4):
         pair = f"pair{place % 2}"
@@ -142,14 +146,17 @@ def _added(dtype: torch.dtype) -> list[str]:
             lines.append(f"shr.u32 {pair}, {pair}, 4;")
         lines += [
             f"lop3.b32 ${place}, {pair}, 0x000F000F, {power}, 0xEA;",
-            f"fma.rn.{name} ${place}, ${place}, one, less;",
+            f"fma.rn.{name} ${place}, ${place}, one, offset;",
         ]
     return lines
 
 
 def _looked_up(dtype: torch.dtype) -> list[str]:
-    """`prmt` picks four bytes of eight by the last three bits of four numbers: from each half of a
-    table, then by the codes' first bits from what these gave; and so for each byte of a value."""
+    """PTX for iq4_nl: a table lookup by `prmt`, which picks four bytes of eight by 3 bits each.
+
+    For each byte of a value it looks in both halves of the table, then picks one of the two by the
+    codes' top bits.
+    """
     values = torch.tensor(CODES, dtype=dtype).view(torch.uint8).view(16, 2)
     lines = [
         ".reg .b32 place, half, first, second, found<2>;",
@@ -172,7 +179,7 @@ def _looked_up(dtype: torch.dtype) -> list[str]:
 
 
 def for_gpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | GpuWeight:
-    """The weight as the kernels read it, if it is on a GPU where they run for a dtype."""
+    """The weight as the kernels read it, or unchanged where they do not run for the dtype."""
     device = weight.values.device
     works = device.type == "cuda" and _works(weight.kind, dtype, device)
     return GpuWeight.of(weight) if works else weight
@@ -180,7 +187,7 @@ def for_gpu(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight | Gp
 
 @cache
 def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel expands weights as PyTorch does."""
+    """Whether the kernel that expands weights gives PyTorch's results here."""
     generator = torch.Generator(device).manual_seed(0)
     weight = quantize(torch.randn(64, 256, generator=generator, device=device), kind)
     expected = weight.dequantize(dtype)
@@ -188,28 +195,28 @@ def _works(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def is_right(
-    kind: str, compute: Callable[[], Tensor], expected: Tensor, room: Tensor | float = 0.0
+    kind: str, compute: Callable[[], Tensor], expected: Tensor, tolerance: Tensor | float = 0.0
 ) -> bool:
-    """Whether a kernel for a kind of weights runs here, and is at most `room` off; tells why not.
+    """Whether a kernel for a kind of weights runs here and is within `tolerance`; warns if not.
 
-    Raises MemoryError and torch.OutOfMemoryError, which say nothing of the kernel.
+    Raises MemoryError and torch.OutOfMemoryError, which say nothing about the kernel.
     """
     try:
         found = compute()
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # Triton's have no base class outside of it
+    except Exception as error:  # Triton's exceptions have no base class outside Triton
         why = f"{type(error).__name__}: {error}".splitlines()[0]
     else:
-        if bool(((found - expected).abs() <= room).all()):
+        if bool(((found - expected).abs() <= tolerance).all()):
             return True
         why = f"its results differ from PyTorch's for {kind}"
-    _tell_once(why)
+    _warn_once(why)
     return False
 
 
 @cache
-def _tell_once(why: str) -> None:
+def _warn_once(why: str) -> None:
     log.warning("not using a kernel for quantized weights, which may be slower: %s", why)
 
 

@@ -1,4 +1,4 @@
-"""Reads whole windows of text with an engine's network, to measure what its weights cost."""
+"""Scores windows of text with an engine's decoder, to measure what quantized weights cost."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gptray.generation.decoder import PIECE_TOKENS, PROMPT_TOKENS, Piece
 from gptray.generation.decoders import make_decoder
 from gptray.model.gpt import GPT
 
-# Windows that are read at a time: what a step of an engine carries of prompts.
+# Windows read at a time: as many as a step of an engine carries pieces.
 SLOTS = PROMPT_TOKENS // PIECE_TOKENS
 
 
 class WindowReader:
-    """A network as `gptray.generation.engine` runs it, with the arguments of an `Engine`."""
+    """The network as an `Engine` with the same arguments runs it."""
 
     def __init__(
         self, model: GPT, *, dtype: torch.dtype, quantize: str = "none", backend: str = "torch"
@@ -27,7 +27,7 @@ class WindowReader:
         return self.read(idx, targets)[0]
 
     def read(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of targets (B, T) after the tokens idx (B, T): the losses in nats, fp32, and the
+        """The losses of targets (B, T) after the tokens idx (B, T), in nats, fp32, and the
         likeliest tokens, which greedy decoding would take; both (B, T)."""
         losses, likeliest = torch.empty(targets.shape), torch.empty_like(targets)
         losses = losses.to(targets.device)
