@@ -89,7 +89,7 @@ class Network(ABC):
     # Prompts are cut at multiples of this whatever else the step carries, so that a prompt gives
     # the same numbers under any load.
     piece_tokens = PIECE_TOKENS
-    # A step that carries this many prompt tokens starts no further piece: decoding never stalls.
+    # Once a step carries this many prompt tokens, it takes no more pieces: decoding never stalls.
     prompt_tokens = PROMPT_TOKENS
 
     @torch.no_grad()

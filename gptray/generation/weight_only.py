@@ -42,7 +42,7 @@ class Tile:
 
 
 def tiles_for(rows: int, dtype: torch.dtype) -> dict[str, Tile]:
-    """The tiles that may be the fastest for so many rows in a dtype, by name; none in fp32."""
+    """The tiles that may be the fastest for up to `rows` rows in a dtype, by name; none in fp32."""
     if dtype.itemsize > 2:
         return {}
     if rows > 64:
