@@ -56,7 +56,7 @@ class AdapterWatch:
             try:
                 folder = adapter_folder(place)
             except UserError:
-                continue  # something else
+                continue  # not an adapter
             yield place.name, (_state(folder / CONFIG), _state(folder / WEIGHTS))
 
     def _take(self, name: str) -> str:

@@ -208,7 +208,7 @@ class _Routes:
 
     async def health(self) -> Response:
         if not await self._endpoint.healthy():
-            raise ApiError(503, "the engine does not generate")
+            raise ApiError(503, "the engine is not generating")
         return JSONResponse({"status": "ok"})
 
     async def page(self) -> Response:

@@ -1,4 +1,4 @@
-"""Receives request bodies within limits of time and size, of each and of all together."""
+"""Receives request bodies within limits of time and size, for each and for all together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOSE = {"Connection": "close"}
 
 
 class Arrival:
-    """Reads one server's bodies. max_bytes: of one body; timeout_s: for one body to arrive."""
+    """Reads one server's bodies, each of at most `max_bytes` and arriving within `timeout_s`."""
 
     def __init__(self, max_bytes: int, timeout_s: float) -> None:
         self._max_bytes, self._timeout_s = max_bytes, timeout_s
@@ -28,8 +28,8 @@ class Arrival:
 
         Raises ApiError (408, 413 or 503), or ClientGone if the client disconnects before its end.
         """
-        said = Headers(scope=scope).get("content-length", "")
-        if said.isdecimal() and int(said[:20]) > self._max_bytes:
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_bytes:
             raise self._too_long()
         try:
             async with asyncio.timeout(self._timeout_s):

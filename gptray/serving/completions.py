@@ -31,7 +31,7 @@ class Completion:
     """A completion request and the model that answers it: the sequences and their outputs."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
-    prompt_key = "prompt"  # of a request
+    prompt_key = "prompt"  # the request's key, for error messages
 
     def __init__(
         self,

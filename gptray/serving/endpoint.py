@@ -151,14 +151,14 @@ class Served:
         try:
             async with asyncio.timeout(HEALTH_S):
                 if self.thread.running:
-                    await self._steps_on()
+                    await self._wait_for_step()
                 else:
                     await self._generate_one()
             return self.thread.alive
         except (TimeoutError, Overloaded, EngineStopped):
             return False
 
-    async def _steps_on(self) -> None:
+    async def _wait_for_step(self) -> None:
         before = self.thread.steps
         while self.thread.alive and self.thread.steps == before:
             await asyncio.sleep(HEALTH_POLL_S)

@@ -96,15 +96,15 @@ class Order:
 
     def update(self) -> Update:
         """What is new since the last call."""
-        made = self.sequence
+        sequence = self.sequence
         update = Update(
             self.index,
-            made.text[self.characters :],
-            tuple(made.drawn[self.tokens :]),
-            () if self.tokens else tuple(made.scored),
-            made.end,
-            made.finish_reason,
-            made.error,
+            sequence.text[self.characters :],
+            tuple(sequence.drawn[self.tokens :]),
+            () if self.tokens else tuple(sequence.scored),
+            sequence.end,
+            sequence.finish_reason,
+            sequence.error,
         )
         self.tokens += len(update.drawn)
         self.characters += len(update.text)

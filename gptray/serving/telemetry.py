@@ -90,7 +90,7 @@ class Stopwatch:
             self._telemetry.first_token.observe(now - self._began)
             if self._telemetry.on_first_token:
                 self._telemetry.on_first_token(now - self._began)
-        # Of an output's first update, all tokens but the first came at once.
+        # The first token of an output has no predecessor to time it from.
         gaps = tokens if update.index in self._last else tokens - 1
         elapsed = now - self._last.get(update.index, now)
         for _ in range(gaps):
@@ -112,12 +112,12 @@ class _EngineCounters(Collector):
         thread = served.thread
         for name, what, value in (
             ("gptray_sequences_running", "sequences in the batch", thread.running),
-            ("gptray_sequences_waiting", "sequences in line", thread.waiting),
+            ("gptray_sequences_waiting", "sequences waiting for a slot", thread.waiting),
             ("gptray_batch_size", "sequences that fit in a batch", served.engine.max_batch_size),
         ):
             yield GaugeMetricFamily(name, what, value)
         yield CounterMetricFamily("gptray_steps", "steps of the engine", thread.steps)
         # Occupancy: rate(gptray_step_sequences) / rate(gptray_steps) / gptray_batch_size.
         yield CounterMetricFamily(
-            "gptray_step_sequences", "sequences that got a token, over all steps", thread.rows
+            "gptray_step_sequences", "sequences that drew a token, summed over steps", thread.rows
         )
