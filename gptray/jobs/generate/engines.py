@@ -49,29 +49,29 @@ class Engine(Member):
 
     written_rows: int = 0
     progress: Progress | None = None
-    _look: Ref | None = None
+    _asked: Ref | None = None
 
     @property
     def ahead(self) -> int:
         """Finished rows whose files are not written yet."""
         return max(0, self.progress.rows - self.written_rows) if self.progress else 0
 
-    def look(self) -> None:
-        """Refresh the counters without waiting for them."""
-        if self._look is not None and ray.wait([self._look], timeout=0)[0]:
-            counted, self._look = ray.get(self._look), None
+    def refresh(self) -> None:
+        """Update the counters if an answer has come, and ask again; never waits."""
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            counted, self._asked = ray.get(self._asked), None
             assert counted is None or isinstance(counted, Progress)
             if counted and not self.progress:
                 log.debug("an engine runs as process %s", self.process)
             self.progress = counted
-        if self._look is None:
-            self._look = self.actor.progress.remote()
+        if self._asked is None:
+            self._asked = self.actor.progress.remote()
 
 
 class Engines:
     """A job's engines and the parts that are left to do.
 
-    Running engines get the parts; those of an engine that dies go to the others.
+    If an engine dies, its unfinished parts go to the others.
     """
 
     def __init__(self, config: Config, output: Output, missing: list[int]) -> None:
@@ -91,7 +91,7 @@ class Engines:
         return override(config, {"generate.backend": output.backend})
 
     def run(self) -> dict[str, Any]:
-        """Have every part generated; return the speed. Raises RunFailed if engines keep dying."""
+        """Generate every part; return the speed. Raises RunFailed if engines keep dying."""
         most = self._config.compute.max_failures
         size, exporter = self._config.generate.max_batch_size, Exporter(self._output.folder.name)
         with (
@@ -115,7 +115,7 @@ class Engines:
             engine.call(engine.actor.feed.remote(part, self._output.handed(part)), part)
         if engine.held and not engine.calls:
             engine.call(engine.actor.finish.remote())
-        engine.look()
+        engine.refresh()
 
     def _note(self, engine: Engine, written: list[int]) -> None:
         """Note the parts that an engine has written."""
@@ -150,7 +150,7 @@ class Engines:
 
 
 def _speed(counts: list[Progress | None]) -> dict[str, Any]:
-    """Total tokens per second from engines' first to last steps; share of time in steps."""
+    """Tokens per second of all engines, first to last step; the share of that time in steps."""
     ran = [(c, c.last - c.first) for c in counts if c and c.first is not None and c.last > c.first]
     rate = sum(counted.output_tokens / seconds for counted, seconds in ran)
     share = sum(counted.step_seconds for counted, _ in ran) / (sum(s for _, s in ran) or 1.0)

@@ -1,4 +1,4 @@
-"""A generate job's output folder: what it is to hold, what is there, and whether it is complete."""
+"""A generate job's output folder: opened or resumed, filled part by part, checked at the end."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ log = logging.getLogger("gptray")
 
 
 class Output:
-    """A job's opened output folder, which no other job may write meanwhile.
-
-    `RemoteOutput` is the one for object stores.
-    """
+    """A job's opened output folder, locked against other jobs. For a URI, `RemoteOutput`."""
 
     def __init__(self, job: CheckedBatch, plan: Record) -> None:
         self.job, self.folder = job, job.folder
@@ -115,7 +112,7 @@ class Output:
         return min(self.rows_per_file, self.rows - part * self.rows_per_file)
 
     def staged(self, part: int) -> Path:
-        """A part's staged input; not *.parquet, since some readers also search hidden folders."""
+        """A part's staged input, not named *.parquet: some readers search hidden folders too."""
         return self.folder / SCRATCH / Path(part_name(part)).with_suffix(".staged")
 
     def handed(self, part: int) -> str | bytes:

@@ -46,9 +46,9 @@ BACKEND, UNDECIDED = "generate.backend", "auto (CPU)"
 
 
 def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -> Record:
-    """All that the output depends on, by config key.
+    """Everything that the output depends on, by config key.
 
-    Input counts by its content, whatever its name.
+    Model and input are identified by their content, not by their names.
     """
     settings, sample = config.generate, config.sample
     is_undecided = settings.backend == "auto" and not config.compute.use_gpu

@@ -42,7 +42,7 @@ class GenerateTask:
 class EngineWorker:
     """A Ray actor with one engine. Calls come in several threads; one at a time runs the engine.
 
-    The first part loads the model, so that errors in it are the call's.
+    The first part loads the model, so that its errors are returned by that call.
     """
 
     def __init__(self, task: GenerateTask) -> None:
@@ -97,7 +97,7 @@ class EngineWorker:
 
 
 def _scratch() -> Path:
-    """An empty folder in this node's cache, whose cleaning removes it if a kill leaves it."""
+    """A new folder in this node's cache, whose cleanup removes it if this process is killed."""
     folder = cache_folder() / "engines" / uuid.uuid4().hex
     hold(folder)
     folder.mkdir()

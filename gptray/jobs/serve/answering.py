@@ -22,7 +22,7 @@ from gptray.serving.app import make_app
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.telemetry import Telemetry, side_by_side
 
-# Serve keeps the replica's lines of this logger.
+# Serve records what a replica logs here.
 log = logging.getLogger("ray.serve")
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ def environment(limits: ServeConfig) -> Mapping[str, str]:
 
 
 def body_limits() -> tuple[int, float] | None:
-    """The most bytes and seconds of a body; None in a Ray that is not the job's own.
+    """The most bytes and seconds of a body; None in a Ray that the job did not start.
 
-    There only the replicas apply the limits.
+    Then only the replicas apply the limits.
     """
     if BODY_LIMITS not in os.environ:
         return None
