@@ -103,7 +103,7 @@ class Driver:
 
 
 class Reader:
-    """Opens every visible file again and again until closed, counting opened and broken ones."""
+    """Opens every visible file over and over until closed, counting opened and broken ones."""
 
     def __init__(self, output: Path) -> None:
         self.opened, self.broken = 0, 0

@@ -1,4 +1,4 @@
-"""The endpoint under a thousand slow clients of one kind at a time, beside a few good ones.
+"""The endpoint under a thousand slow clients of one kind at a time, next to a few good ones.
 
 Kinds: headers (a request's headers never end), body (half a body, then a byte at a time), unread (a
 stream is requested and never read), idle (kept alive after one answer). A slow client that is

@@ -7,7 +7,7 @@ own process; ratios are medians over rounds.
 
 ray-bf16 runs the step in a Ray Train worker; its ratio to bf16 is the overhead of Ray. bf16 uses
 the backend that train.backend=auto chooses; bf16:native and bf16:torch name one. With --rank,
-gptray's systems and hf-peft train an adapter of all linear layers beside a frozen bf16 network.
+gptray's systems and hf-peft train an adapter of all linear layers of a frozen bf16 network.
 Prints a table with the peak memory of each process and, last, one JSON line.
 """
 

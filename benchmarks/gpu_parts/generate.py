@@ -58,7 +58,7 @@ def generate(bench: Bench) -> None:
 
 
 def generate_llama(bench: Bench, batches: tuple[int, ...], new_tokens: int) -> None:
-    """The same with SmolLM2's shape, and with long prompts, of which attention is a good part."""
+    """The same with SmolLM2's shape, and with long prompts, whose attention takes time."""
     folder = model_folder(bench, "tiny-llama" if bench.tiny else "llama-135m")
     engine = engine_of(bench, folder, max(batches), precision="bf16")
     peer = transformers_model(bench, folder)

@@ -204,7 +204,7 @@ def _spec(key: str, info: FieldInfo) -> FieldSpec:
 
 
 def _runtime_class(form: object) -> type:
-    """The runtime class of an annotation that is no union: list for list[int]."""
+    """The runtime class of an annotation that is not a union: list for list[int]."""
     kind = get_origin(form) or form
     assert isinstance(kind, type), form
     return kind

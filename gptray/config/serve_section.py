@@ -20,7 +20,7 @@ class ServeConfig(Section):
     model: Annotated[str | None, model_to("serve")] = None
     adapters: dict[str, str] | str | None = Field(
         None,
-        description="adapters (LoRA) to serve beside the model, by name: {tales: folder} is "
+        description="adapters (LoRA) to serve alongside the model, by name: {tales: folder} is "
         "served as model:tales; each is a PEFT folder or a run that trained one; or one folder "
         "of such folders, watched while serving",
     )

@@ -35,7 +35,7 @@ _FIRST_LOOK = 1 << 16  # characters
 
 
 def read_parts(piece: Piece) -> Iterator[Part]:
-    """Yield a piece's documents. One in a text file without separator may go on in the next piece.
+    """Yield a piece's documents; in a text file without separator, one may span several pieces.
 
     Raises UserError at the first line that cannot be read.
     """

@@ -27,7 +27,7 @@ _UNKNOWN = "\U0010fffe"
 _RESUMES = ((2, 6), (4, 32), (1, 32), (4, 1024))
 # Differences to examine in a text; the rest of it is assumed to lose as much.
 _MAX_DIFFERENCES = 10_000
-# Differing texts of a shard are all compared up to so many characters, then every eighth.
+# Differing texts of a shard are all compared up to this many characters, then every eighth.
 _COMPARED_WHOLE, _EVERY = 1 << 20, 8
 
 

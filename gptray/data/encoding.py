@@ -154,7 +154,7 @@ def _scripts(sample: bytes, encoding: str) -> Counter[str]:
 def refuse_wide_characters(name: str, head: bytes) -> None:
     """Raise UserError for UTF-16 or UTF-32 without a byte order mark.
 
-    Its ASCII letters are valid UTF-8, with a zero in every other byte. Zeros alone are no text.
+    Its ASCII letters are valid UTF-8, with a zero in every other byte. Zeros alone are not text.
     """
     if head and not head.strip(b"\0"):
         raise UserError(

@@ -51,9 +51,9 @@ class Windows:
         return range(first, self.span(number)[1])
 
     def sample(self, targets: int) -> list[int]:
-        """Window numbers, spread evenly and always the same, that count about so many targets.
+        """Numbers of evenly spread windows, always the same, that hold about `targets` targets.
 
-        All windows if there are no more targets than that.
+        All windows if they hold fewer.
         """
         wanted = max(1, math.ceil(targets / self.stride))
         if wanted >= len(self) or targets >= self.tokens - 1:

@@ -29,7 +29,7 @@ class Change:
 
     @property
     def words(self) -> str:
-        """Such as: on docs 2.20 -> 2.90: it forgot."""
+        """One text's change, such as: on docs 2.20 -> 2.90: it forgot."""
         where = f"on {self.name}" if self.name else "on your text"
         if self.before is None:
             return f"{where} {self.after:.2f}"

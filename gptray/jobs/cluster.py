@@ -67,7 +67,7 @@ _SETTINGS = b"\x04"
 def ray_cluster(
     environment: Mapping[str, str] | None = None, *, wait_s: float | None = None
 ) -> Iterator[bool]:
-    """Have Ray for the duration of a job: the cluster in RAY_ADDRESS, or else one of its own here.
+    """Provide Ray for the duration of a job: the cluster in RAY_ADDRESS, or one of its own here.
 
     If the process is already connected to Ray, that is used and left running. Yields whether the
     cluster is the job's own, which ends with the block. A job that waits for resources says so.

@@ -86,7 +86,7 @@ METRICS = {
         Metric("gptray_engines", "gauge", "engines", "that run"),
         # Batches (all engines together) and serving (per replica, where `run` is the model's name).
         Metric("gptray_sequences_running", "gauge", "sequences", "in the engines' batches"),
-        Metric("gptray_sequences_waiting", "gauge", "sequences", "in line"),
+        Metric("gptray_sequences_waiting", "gauge", "sequences", "waiting for a slot"),
         Metric("gptray_batch_size", "gauge", "sequences", "that fit in the engines' batches"),
         Metric("gptray_output_tokens", "counter", "tokens", "generated"),
         # Serving.
@@ -109,7 +109,7 @@ _exporters: weakref.WeakSet[Exporter] = weakref.WeakSet()
 
 @cache
 def _keep_setting() -> None:
-    """Start a thread that sets all gauges of this process again and again."""
+    """Start a thread that periodically sets all gauges of this process again."""
 
     def follow() -> None:
         pause = threading.Event()
@@ -129,7 +129,7 @@ class _Series(Protocol):
 
 
 class Exporter:
-    """Sets the metrics of one run; without Ray, to no effect.
+    """Sets the metrics of one run; does nothing without Ray.
 
     Ray drops gauges that are not set for 20 seconds, so they are set again as long as the exporter
     exists.

@@ -59,7 +59,7 @@ def check_shared(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> None:
-    """Refuse paths that some node that will work does not see. Needs Ray.
+    """Refuse paths that a node with workers does not see. Needs Ray.
 
     written: folders by how the user names them, such as storage_path=/x; they are created if
     needed, and nothing is left behind. read: files and folders by key. stores: object stores that
@@ -122,9 +122,9 @@ def blind_nodes(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> list[UserError | RunFailed]:
-    """The problems of nodes that will work: for each, the first path that it does not see.
+    """A UserError for each node with workers that does not see a path, naming the first such path.
 
-    RunFailed: for a node that did not answer.
+    A RunFailed for each that did not answer.
     """
     nodes = alive_nodes()
     working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]

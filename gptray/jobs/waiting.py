@@ -30,7 +30,7 @@ log = logging.getLogger("gptray")
 POLL_S = 1.0
 # Seconds until a wait is first reported and then again; from there the gap doubles, up to the last.
 FIRST_S, REPEAT_S, MOST_S = 2.0, 10.0, 300.0
-# A wait is over after so many seconds without demand. Ray Train renews its demand every minute.
+# A wait is over after this long without demand. Ray Train renews its demand every minute.
 GONE_S = 5.0
 # Replicas belong to Serve, which may have been started by another job.
 REPLICA = "SERVE_REPLICA::gptray#"

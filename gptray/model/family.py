@@ -30,12 +30,12 @@ class Family:
     architecture: transformers' class; None: transformers has none. keys: the fields of ModelConfig
     that its config.json sets. always: the fields that are the same in all its models. fixed: other
     keys of config.json, with the values that gptray supports, the default first. windows: how it
-    writes sliding windows; window: the default; pattern: one layer in so many has no window, in
-    files without layer_types; global_rope: whether that layer has positions. rope_base, local_base,
+    writes sliding windows; window: the default; pattern: every how many layers one has no window,
+    in files without layer_types; global_rope: whether it has positions. rope_base, local_base,
     rope_part: its keys for rotary positions in files without rope_parameters; no rope_part: whole
     heads are rotated. scores: the number by whose root scores are divided, which must be the width
-    of a head. scalings: the scalings of rotary positions that its class supports. unrotated: one
-    layer in so many has no positions, in files without no_rope_layers. prefix, layers: how the
+    of a head. scalings: the scalings of rotary positions that its class supports. unrotated: every
+    how many layers one has no positions, in files without no_rope_layers. prefix, layers: how the
     names of weights and of layers begin. modules: its modules for each of
     `gptray.model.parameters`'s, which may fuse several. transposed: linear layers are stored
     (in, out). by_head: q, k and v are interleaved head by head. even_heads: n_head must divide

@@ -82,7 +82,7 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
 
 
 def _other_gemma(config: ModelConfig, pattern: int) -> str | None:
-    """What of a network llama.cpp's gemma3 does otherwise."""
+    """What llama.cpp's gemma3 does differently from this network."""
     has_window = [config.window(layer) is not None for layer in range(config.n_layer)]
     if has_window != [(layer + 1) % pattern != 0 for layer in range(config.n_layer)]:
         return f"sliding windows in other layers than all but every {pattern}th"

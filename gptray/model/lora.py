@@ -1,4 +1,4 @@
-"""LoRA: a network with frozen linear layers and narrow trainable matrices beside them.
+"""LoRA: a network with frozen linear layers and narrow trainable matrices alongside them.
 
 Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models. Frozen weights are kept
 quantized or in the dtype of the computation, adapters as fp32 masters. `gptray.model.adapter_files`

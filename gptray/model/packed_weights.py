@@ -37,7 +37,7 @@ class Packing:
         return 1 if self.group is None else -(-inputs // self.group)
 
     def inputs(self, words: int, groups: int) -> int:
-        """The inputs of a row with so many words and scales, if they are a multiple of 32."""
+        """How many inputs a row has, given its words and scales, if they are a multiple of 32."""
         return words * 32 // self.bits if self.group is None else groups * self.group
 
 

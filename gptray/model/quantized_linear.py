@@ -1,6 +1,6 @@
 """Frozen linear layers whose weights are kept quantized and expanded one at a time.
 
-Dettmers et al. 2023, QLoRA: gradients pass through such a layer to the adapters beside it and
+Dettmers et al. 2023, QLoRA: gradients pass through such a layer to its adapters and to the layers
 before it; the weight gets none.
 """
 

@@ -34,7 +34,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     hub, UserError for a folder without a model.
     """
     if is_uri(source):
-        what = "no config.json in it or in its model/, so this is no model"
+        what = "no config.json in it or in its model/, so this is not a model"
         return fetched_holder(str(source), ("model",), _HOLDING, _FETCHED, what=what)
     folder = expanded(source)
     if is_gguf(folder):
@@ -46,7 +46,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
         what = f"a file, but not a model: a model is a folder or a file ending in {SUFFIX}"
         raise UserError(f"{folder}: {what}")
     if folder.exists():
-        raise UserError(f"{folder}: no config.json in it or in its model/, so this is no model")
+        raise UserError(f"{folder}: no config.json in it or in its model/, so this is not a model")
     return _download(str(source), weights=weights)
 
 

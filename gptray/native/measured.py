@@ -37,7 +37,7 @@ MARGIN, BUSY_MARGIN = 1.05, 2.0
 BUSY = 0.1
 # Seconds for which an unconfirmed measurement counts.
 UNCONFIRMED_S = 3600.0
-# Rounds of each backend, of which the best counts; no round begins after so many seconds.
+# Rounds of each backend, of which the best counts; no round begins after MEASURE_S seconds.
 ROUNDS, MEASURE_S = 20, 1.5
 # Seconds to wait for another process that is measuring.
 WAIT_S, POLL_S = 10.0, 0.05

@@ -1,4 +1,4 @@
-"""Renders pages from Jinja2 templates: self-contained files without scripts; and PNGs beside them.
+"""Renders pages from Jinja2 templates: self-contained files without scripts, and PNGs next to them.
 
 Templates clean and escape every value; the page's content security policy also forbids scripts.
 """

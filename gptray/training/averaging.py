@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of the weights, which validation scores beside the weights.
+"""An exponential moving average (EMA) of the weights, scored next to the weights in validation.
 
 With a constant learning rate it gains some of what a cool-down would (Izmailov et al. 2018;
 Morales-Brotons et al. 2024), without taking any steps.

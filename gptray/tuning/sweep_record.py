@@ -1,4 +1,4 @@
-"""A sweep's own record, `trials.jsonl`: its trials and what became of each.
+"""A sweep's own record, `trials.jsonl`: its trials and the outcome of each.
 
 One event per line, synced to disk before the sweep continues, so that a killed sweep knows what it
 had decided. A trial's measurements are in its own run folder, `trials/<name>/`.

@@ -60,7 +60,7 @@ def test_twice_the_text_and_the_worth_of_settings_are_told(tmp_path: Path) -> No
         r"1\.7 times the text \(95 %: 1\.[56] to (1\.[89]|2\.0)\), with data\.fraction=0\.25\."
     )
     assert re.search(told, page.text)
-    assert "Cut off by" not in page.text and "no clear effect" not in page.text
+    assert "Cut off by" not in page.text and "not a clear effect" not in page.text
     assert "seed 2 instead of 1" not in page.text
     assert page.text.index(SECTION) < page.text.index("Learning curves")
 
@@ -83,7 +83,7 @@ def test_settings_that_do_harm_or_nothing_are_told_as_such(tmp_path: Path) -> No
     assert "optim.lr=0.001 was worth 0.6 times the text" in page.text and "it did harm" in page.text
     page = page_of(tmp_path / "b", [FRACTIONS, SEEDS, entry], with_lr(0.001))
     assert "optim.lr=0.001 was worth 1.0 times the text" in page.text
-    assert "which is no clear effect" in page.text
+    assert "which is not a clear effect" in page.text
 
 
 def test_settings_of_the_smallest_share_are_told_from_nothing_only_if_they_did_more(
@@ -95,7 +95,7 @@ def test_settings_of_the_smallest_share_are_told_from_nothing_only_if_they_did_m
     entry = {"path": "optim.lr", "grid": [2e-3, 1e-3], "when": {"data.fraction": 0.125}}
     for change in (-0.002, 0.002):
         page = page_of(tmp_path / f"{change}", [FRACTIONS, SEEDS, entry], with_lr(change))
-        assert "which is no clear effect" in page.text and "harm" not in page.text
+        assert "which is not a clear effect" in page.text and "harm" not in page.text
     page = page_of(tmp_path / "worse", [FRACTIONS, SEEDS, entry], with_lr(0.1))
     assert "was worth less than 1.0 times the text, with data.fraction=0.125: it did" in page.text
     page = page_of(tmp_path / "better", [FRACTIONS, SEEDS, entry], with_lr(-0.1))

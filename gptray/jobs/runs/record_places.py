@@ -25,8 +25,8 @@ from gptray.remote_folder import RemoteFolder, StoredFile
 class RecordPlace:
     """A folder of a storage path, or a local copy of the records in the one at the URI `path`.
 
-    is_held: whether a job is at work in it. bytes: of its files. changed: when one of its own files
-    last changed. problem: why these are not known.
+    is_held: whether a job is at work in it. bytes: its files' size. changed: when one of its own
+    files last changed. problem: why these are not known.
     """
 
     folder: Path

@@ -168,7 +168,7 @@ def check_base(config: Config, checkpoint: Path | None) -> None:
         if (kind := config.quantize.weights) != "none":
             raise UserError(
                 f"quantize.weights={kind}: only frozen weights can be quantized in training; set "
-                "lora.rank to train an adapter beside them, or leave quantize.weights out"
+                "lora.rank to train an adapter on top of them, or leave quantize.weights out"
             )
         return
     base = _base(config, weights=checkpoint is not None)

@@ -157,7 +157,7 @@ class _Brake(_QueueUser, ray.tune.Stopper):  # type: ignore[misc]
 
 
 class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
-    """Records what becomes of each trial."""
+    """Records the outcome of each trial."""
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         with _failure_kept(self._queue):

@@ -106,7 +106,7 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
     # At the curve's smallest share, nothing below `least` can be measured.
     if low <= max(1.0, 1.01 * least) <= high:
-        return lead, f" was worth {about}{times}, which is no clear effect."
+        return lead, f" was worth {about}{times}, which is not a clear effect."
     if middle > 0.99 * most:
         low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
         return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
