@@ -55,7 +55,7 @@ class Arena:
 class NativeWeights:
     """Packs a network's weights, and keeps alive the memory that the library points to.
 
-    dtype: fp32 or bf16; of linear layers, only if quantize is "none". count: their weights so far.
+    dtype: fp32 or bf16, for linear layers that are not quantized. count: weights packed so far.
     """
 
     def __init__(self, model: GPT, dtype: torch.dtype, quantize: str) -> None:
