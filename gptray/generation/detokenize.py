@@ -41,20 +41,27 @@ class TextStream:
     """The text of one sequence as its tokens arrive.
 
     lead: tokens before these, see `left_context`; a character that begins in them is passed on
-    whole.
+    whole. unstopped: a stop string does not count within the text of this many first tokens.
     """
 
     def __init__(
-        self, decode: Decode, stop: Sequence[str] = (), *, lead: Sequence[int] = ()
+        self,
+        decode: Decode,
+        stop: Sequence[str] = (),
+        *,
+        lead: Sequence[int] = (),
+        unstopped: int = 0,
     ) -> None:
         self._decode = decode
         self._stop = tuple(stop)
+        self._stoppable_at = len(lead) + unstopped + 1  # tokens
         self._tokens: list[int] = list(lead)
         self._settled = 0  # what comes before is not decoded again
         self._begin = 0  # where the newest tokens begin
         # Characters of tokens[settled:] that were passed on.
         self._given = len(decode(lead).rstrip(REPLACEMENT)) if lead else 0
         self._held = ""  # passed on by the decoder, but may begin a stop string
+        self._unstopped = 0  # characters at the start of it at which no stop string ends
         self.text = ""
         self.stopped = False
 
@@ -91,15 +98,21 @@ class TextStream:
 
     def _pass_on(self, fresh: str) -> str:
         self._held += fresh
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if len(self._tokens) < self._stoppable_at:
+            self._unstopped = len(self._held)
+        found = [at for at in map(self._find, self._stop) if at >= 0]
         if found:
             self.stopped = True
             ready, self._held = self._held[: min(found)], ""
         else:
             sure = len(self._held) - self._possible_stop()
             ready, self._held = self._held[:sure], self._held[sure:]
+            self._unstopped = max(0, self._unstopped - sure)
         self.text += ready
         return ready
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._unstopped - len(stop) + 1))
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text with which a stop string begins."""

@@ -30,8 +30,8 @@ class Sampling:
 
     `gptray.config.limits` has the bounds. temperature: 0 takes the likeliest token. top_k,
     top_p, min_p, stop: None or empty is off. max_new_tokens counts the end-of-text token;
-    min_new_tokens forbids it before. ignore_eos: treat the end-of-text token like any other. utf8:
-    draw no token that would break a character.
+    min_new_tokens forbids it, and stop strings, before. ignore_eos: treat the end-of-text token
+    like any other. utf8: draw no token that would break a character.
     repetition_penalty divides the logits of all tokens seen so far; presence_penalty is subtracted
     from those of the output's tokens, frequency_penalty once for each time a token occurs there.
     logit_bias: (token id, what to add), each id once. logprobs: how many of the likeliest tokens to
