@@ -127,9 +127,17 @@ def test_the_driver_and_the_choice_for_cuda_12_are_named(provider: str) -> None:
 
 
 @pytest.mark.parametrize("provider", PATHS)
-def test_storage_is_a_folder_that_nodes_mount(provider: str) -> None:
-    (command,) = re.findall(r"storage_path=(\S+)", PATHS[provider].read_text(encoding="utf-8"))
-    assert command == "/mnt/gptray"
+def test_storage_is_a_folder_that_nodes_mount_or_a_bucket(provider: str) -> None:
+    text = PATHS[provider].read_text(encoding="utf-8")
+    places = set(re.findall(r"storage_path=([^\s,.]+)", text))
+    buckets = {"aws": {"s3://BUCKET/runs"}, "gcp": {"gs://BUCKET/runs"}}
+    assert places == {"/mnt/gptray"} | buckets.get(provider, set())
+
+
+def test_aws_nodes_may_save_in_the_bucket_that_the_script_is_given() -> None:
+    script = AWS_SETUP.read_text(encoding="utf-8")
+    assert "SAVE_TO=BUCKET bash" in script and "SAVE_TO, aws-setup.sh" in PATHS["aws"].read_text()
+    assert {"s3:PutObject", "s3:DeleteObject"} <= set(re.findall(r"s3:\w+", script))
 
 
 def test_aws_nodes_have_the_profiles_and_the_group_that_the_script_makes() -> None:

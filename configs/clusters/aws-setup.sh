@@ -4,6 +4,7 @@
 # line with an administrator's credentials, and a default VPC.
 #
 #   bash configs/clusters/aws-setup.sh us-west-2 us-west-2a
+#   SAVE_TO=BUCKET bash configs/clusters/aws-setup.sh us-west-2 us-west-2a     # for storage_path=s3://BUCKET/runs
 #
 # It prints the name of the shared folder, which goes into cluster.yaml.
 set -euo pipefail
@@ -47,6 +48,16 @@ worker=$(aws iam get-role --role-name gptray-worker --query Role.Arn)
 aws iam put-role-policy --role-name gptray-head --policy-name start-workers --policy-document \
     "{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\",
     \"Action\": \"iam:PassRole\", \"Resource\": \"$worker\"}]}"
+
+# Workers and head save runs in the bucket and delete the ones that are no longer kept.
+if [ -n "${SAVE_TO:-}" ]; then
+    for role in gptray-worker gptray-head; do
+        aws iam put-role-policy --role-name "$role" --policy-name save-runs --policy-document \
+            "{\"Version\": \"2012-10-17\", \"Statement\": [{\"Effect\": \"Allow\",
+            \"Action\": [\"s3:PutObject\", \"s3:DeleteObject\", \"s3:AbortMultipartUpload\"],
+            \"Resource\": \"arn:aws:s3:::$SAVE_TO/*\"}]}"
+    done
+fi
 
 # In the same group as the nodes, which allows their traffic to port 2049.
 files=$(aws efs create-file-system --creation-token gptray --encrypted \

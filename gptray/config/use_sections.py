@@ -36,7 +36,7 @@ class SampleConfig(Section):
         64, description="most tokens to add; fewer if the model's context fills up"
     )
     min_new_tokens: Annotated[int, within("min_new_tokens")] = Field(
-        0, description="tokens to add before the text may end"
+        0, description="tokens to add before the text may end, even at a stop string"
     )
     temperature: Annotated[float, within("temperature")] = Field(0.7, description="0: greedy")
     top_k: Annotated[int, within("top_k")] | None = Field(

@@ -42,20 +42,28 @@ class TextStream:
     """The text of one sequence as its tokens arrive.
 
     stop: the text ends before the first of these strings. lead: the tokens before the first, see
-    `left_context`; a character that begins in them is returned whole.
+    `left_context`; a character that begins in them is returned whole. unstopped: a stop string does
+    not count if it ends within the text of this many first tokens.
     """
 
     def __init__(
-        self, decode: Decode, stop: Sequence[str] = (), *, lead: Sequence[int] = ()
+        self,
+        decode: Decode,
+        stop: Sequence[str] = (),
+        *,
+        lead: Sequence[int] = (),
+        unstopped: int = 0,
     ) -> None:
         self._decode = decode
         self._stop = tuple(stop)
+        self._stoppable_at = len(lead) + unstopped + 1  # tokens
         self._tokens: list[int] = list(lead)
         self._settled = 0  # tokens before this are not decoded again
         self._begin = 0  # where the newest tokens begin
         # How many characters of tokens[settled:] were taken already.
         self._taken = len(decode(lead).rstrip(REPLACEMENT)) if lead else 0
         self._held = ""  # whole characters that may begin a stop string
+        self._unstopped = 0  # how many of them a stop string must not end within
         self.text = ""
         self.stopped = False
 
@@ -93,15 +101,22 @@ class TextStream:
     def _release(self, fresh: str) -> str:
         """Add whole characters; return what can no longer become part of a stop string."""
         self._held += fresh
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if len(self._tokens) < self._stoppable_at:
+            self._unstopped = len(self._held)
+        found = [at for at in map(self._find, self._stop) if at >= 0]
         if found:
             self.stopped = True
             ready, self._held = self._held[: min(found)], ""
         else:
             sure = len(self._held) - self._stop_overlap()
             ready, self._held = self._held[:sure], self._held[sure:]
+            self._unstopped = max(0, self._unstopped - sure)
         self.text += ready
         return ready
+
+    def _find(self, stop: str) -> int:
+        """Where a stop string begins in the held text; -1 if it is not there, or ends too early."""
+        return self._held.find(stop, max(0, self._unstopped - len(stop) + 1))
 
     def _stop_overlap(self) -> int:
         """The length of the longest suffix of the held text that begins a stop string."""

@@ -91,7 +91,12 @@ class Sequence:
             self._state = self._utf8.state_after(self.lead)
         self.lead = self.lead or left_context(tokenizer, self.prompt)
         if self.live_text or sampling.stop:
-            self._stream = TextStream(self._decode, sampling.stop, lead=self.lead)
+            self._stream = TextStream(
+                self._decode,
+                sampling.stop,
+                lead=self.lead,
+                unstopped=sampling.min_new_tokens,
+            )
 
     @property
     def tokens(self) -> list[int]:

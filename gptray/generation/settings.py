@@ -28,8 +28,9 @@ _DERIVED_SEEDS = 2**53
 class Sampling:
     """The sampling settings of one sequence; `gptray.config.limits` has their bounds.
 
-    max_new_tokens counts the end-of-text token, which is banned until min_new_tokens tokens are
-    drawn. temperature: 0 is greedy. top_k, top_p, min_p, stop: None or empty is off.
+    max_new_tokens counts the end-of-text token. Until min_new_tokens tokens are drawn, that one is
+    banned, and stop strings do not count. temperature: 0 is greedy. top_k, top_p, min_p, stop: None
+    or empty is off.
     repetition_penalty: divides positive logits of all tokens so far, and multiplies negative ones.
     presence_penalty: subtracted from the logits of tokens in the output; frequency_penalty: once
     for each time they occur there. logit_bias: (token id, what to add), each id once. ignore_eos:

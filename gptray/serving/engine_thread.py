@@ -195,6 +195,7 @@ class EngineThread:
             while not (self._arrived or self._left or self._engine.busy or self._stopping):
                 self._news.wait()
             left, self._left = self._left, []
+            self.ended += len(self._unfinished.intersection(left))
             self._unfinished.difference_update(left)
             self._share_room()
             arrived, self._arrived = self._arrived, []

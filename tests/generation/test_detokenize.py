@@ -45,8 +45,10 @@ def metaspace_tokenizer() -> Tokenizer:
     return Tokenizer(backend, {"eos_token": "</s>"})
 
 
-def streamed(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = ()) -> list[str]:
-    stream = TextStream(tokenizer.decode, stop)
+def streamed(
+    tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), unstopped: int = 0
+) -> list[str]:
+    stream = TextStream(tokenizer.decode, stop, unstopped=unstopped)
     pieces = []
     for token in ids:
         pieces.append(stream.add(token))
@@ -115,6 +117,25 @@ def test_text_flows_without_delay() -> None:
 def test_stop_strings_cut_exactly(text: str, stop: list[str], expected: str) -> None:
     for tokenizer in (byte_tokenizer(), train_bpe([text] * 5, 280)):
         assert "".join(streamed(tokenizer, tokenizer.encode(text), stop)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "unstopped", "expected"),
+    [
+        ("xx one xx two", ["xx"], 2, "xx one "),
+        ("xx one xx two", ["xx"], 1, ""),
+        ("xxx", ["xx"], 2, "x"),
+        ("xx one", ["xx"], 9, "xx one"),
+        ("abcabc", ["ca", "b"], 2, "ab"),
+        ("\n\nword\n", ["\n"], 3, "\n\nword"),
+    ],
+)
+def test_stop_strings_count_only_where_they_end_behind_the_least_tokens(
+    text: str, stop: list[str], unstopped: int, expected: str
+) -> None:
+    tokenizer = byte_tokenizer()
+    pieces = streamed(tokenizer, tokenizer.encode(text), stop, unstopped)
+    assert "".join(pieces) == expected
 
 
 def test_an_unfinished_character_is_shown_at_the_end_only() -> None:

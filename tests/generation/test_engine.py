@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -296,6 +297,16 @@ def test_stop_strings_end_a_row_and_are_cut(tokenizer: Tokenizer) -> None:
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert len(stopped.tokens) < len(whole.tokens)
+
+
+def test_no_stop_string_ends_a_row_before_its_least_tokens(tokenizer: Tokenizer) -> None:
+    sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=1, min_new_tokens=20)
+    stops = tuple(string.ascii_letters + " ")  # one of them ends almost every token
+    (row,) = run(
+        Engine(random_gpt(tokenizer), tokenizer),
+        [Sequence([1, 2], replace(sampling, stop=stops))],
+    )
+    assert row.finish_reason == "stop" and 20 < row.new_tokens < 40
 
 
 def test_live_text_grows_as_tokens_come(tokenizer: Tokenizer) -> None:

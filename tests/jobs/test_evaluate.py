@@ -94,6 +94,7 @@ def test_validation_loss_is_the_one_that_training_reported(
     saved = json.loads((storage / "run" / "evaluation.json").read_text())
     assert saved["splits"]["test"]["loss"] == evaluated["test_loss"]
     assert saved["bleu"]["greedy"]["score"] == evaluated["bleu"]
+    assert saved["how"]["distinct_2"].endswith("temperature=0.7 top_k=40 seed=0")  # top_p is off
     json.dumps(evaluated, allow_nan=False)
 
 

@@ -59,7 +59,7 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
     states = {name: (run.state, run.verdict) for name, run in runs.items()}
     assert states == {
         "best": ("finished", "overfits since step 70"),
-        "patient": ("early stopped", "overfits since step 70"),
+        "patient": ("stopped early", "overfits since step 70"),
         "short": ("finished", "does not overfit, still falling"),
         "cut": ("interrupted at step 40", "does not overfit, still falling"),
         "diverged": ("failed", "unstable"),
@@ -81,6 +81,16 @@ def test_each_run_has_its_state_verdict_losses_and_next_command(tmp_path: Path) 
 def write_config(folder: Path, config: Config) -> None:
     own = {"name": folder.name, "storage_path": str(folder.parent)}
     (folder / "config.yaml").write_text(dump(override(config, own)))
+
+
+def test_a_run_that_landed_says_so(tmp_path: Path) -> None:
+    rows = rows_of([*OVERFITTED, 1.9])
+    for row in rows:
+        row["phase"] = "landing" if row is rows[-1] else "stable"
+    config = config_of(rows, "optim.schedule=wsd")
+    folder = write_run(tmp_path / "run", rows, [started(), {**END, "stopped": "patience"}], config)
+    write_config(folder, config)
+    assert by_name(tmp_path)["run"].verdict == "overfits since step 70, landed from step 60"
 
 
 def test_a_run_that_a_driver_holds_is_training(tmp_path: Path) -> None:

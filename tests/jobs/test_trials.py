@@ -11,15 +11,20 @@ from typing import Any
 
 import pytest
 
-from gptray.config import Config, dump, override
+from gptray.config import Config, dump, load_config, override
 from gptray.jobs.resources import trial_resources
+from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.task import TrainTask, TrialTask
+from gptray.jobs.tune.check import check
+from gptray.jobs.tune.check import plan as sweep_plan
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
 from gptray.record import METRICS
 from gptray.tuning.halving import Halving
 from gptray.tuning.sweep_record import Record, load_trials, trial_dir
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture
@@ -155,3 +160,27 @@ def test_a_trial_whose_text_is_gone_may_run_again(tmp_path: Path) -> None:
     result = run_trial(TrialTask("0000", run, is_cut=True, reserved={}))
     assert (result["outcome"], result["passing"]) == ("failed", True)
     assert "manifest.json cannot be read" in str(result["message"])
+
+
+@pytest.mark.parametrize(
+    ("shipped", "trials", "rungs"),
+    [
+        ("data_sweep", "18 drawn", "none, every trial runs to its end"),
+        (
+            "overfitting_demo",
+            "16: the config as it is, 15 drawn",
+            "at step 240: the best 1 in 4 continues",
+        ),
+        (
+            "overfitting_sweep",
+            "12: the config as it is, 11 drawn",
+            "at steps 75, 225: the best 1 in 3 continues",
+        ),
+    ],
+)
+def test_a_dry_run_counts_trials_and_names_rungs(
+    tmp_path: Path, shipped: str, trials: str, rungs: str
+) -> None:
+    config = load_config(str(CONFIGS / f"{shipped}.yaml"), [f"storage_path={tmp_path}"])
+    told = dict(sweep_plan(check(resolve(config))))
+    assert (told["trials"], told["rungs"]) == (trials, rungs)

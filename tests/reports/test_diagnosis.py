@@ -287,3 +287,11 @@ def test_counts_have_singular_and_plural_and_small_differences_their_decimals() 
     config = config_of(rows)
     text = sentence(diagnose(rows, config), config)
     assert "1 steps" not in text
+
+
+def test_another_seed_keeps_the_split() -> None:
+    rows = rows_of(OVERFIT)
+    for overrides, seed, split in (((), 1338, 1337), (("seed=9", "data.seed=5"), 10, 5)):
+        config = config_of(rows, *overrides)
+        keys = {advice.change: advice.keys for advice in advise(diagnose(rows, config), config)}
+        assert keys["several seeds"] == {"seed": seed, "data.seed": split}

@@ -266,6 +266,30 @@ def test_those_turned_away_are_told_to_come_back_one_after_the_other(tokenizer: 
         asyncio.run(turn_away(worker))
 
 
+def test_who_leaves_frees_a_place_as_well(tokenizer: Tokenizer) -> None:
+    engine = GatedEngine(tokenizer, slots=1)
+
+    async def leave(worker: EngineThread) -> None:
+        for _ in range(9):
+            stream = worker.stream([replace(LONG)])
+            engine.allow(2)
+            await anext(stream)
+            await stream.aclose()
+        engine.allow(2)
+        await collect(worker, [SHORT])
+        worker.seconds = 20.0  # of ten sequences
+        tasks = [await accepted(worker, SHORT) for _ in range(3)]
+        with pytest.raises(Overloaded) as refused:
+            await collect(worker, [SHORT])
+        assert refused.value.retry_after_s == 2
+        engine.open()
+        await asyncio.gather(*tasks)
+
+    with started(engine, max_waiting=2) as worker:
+        asyncio.run(leave(worker))
+        assert worker.ended == 13
+
+
 def test_what_can_never_run_is_refused_and_leaves_no_trace(tokenizer: Tokenizer) -> None:
     with started(Engine(random_gpt(tokenizer), tokenizer), max_waiting=3) as worker:
         with pytest.raises(ValueError, match="outside"):

@@ -195,9 +195,10 @@ def _how(
         f"{len(passages)} held-out passages of up to {PASSAGE_TOKENS} tokens: the first half is "
         "the prompt, the continuation is compared with the real second half"
     )
-    drawn = (
-        f"sampled with temperature={sampling.temperature:g} top_k={sampling.top_k} "
-        f"top_p={sampling.top_p} seed={sampling.seed}"
+    keys = ("temperature", "top_k", "top_p", "seed")
+    settings = {key: getattr(sampling, key) for key in keys}
+    drawn = "sampled with " + " ".join(
+        f"{key}={value:g}" for key, value in settings.items() if value is not None
     )
     recited = (
         "share of the {n}-grams of tokens in greedy continuations of training passages "

@@ -176,7 +176,7 @@ def _state(place: RecordPlace, diagnosis: Diagnosis, events: Sequence[Event]) ->
     if diagnosis.ended is None:
         word = "failed" if has_failed(events) else "interrupted"
         return f"{word} at step {diagnosis.last_step:,}"
-    return {"max_steps": "finished", "patience": "early stopped", "non_finite": "failed"}[
+    return {"max_steps": "finished", "patience": "stopped early", "non_finite": "failed"}[
         diagnosis.ended
     ]
 
@@ -184,7 +184,8 @@ def _state(place: RecordPlace, diagnosis: Diagnosis, events: Sequence[Event]) ->
 def verdict(diagnosis: Diagnosis) -> str:
     """The report's verdict in a few words."""
     turned = f"{diagnosis.turned.step:,}" if diagnosis.turned else ""
-    return {
+    landing = f", landed from step {diagnosis.landed.back_to:,}" if diagnosis.landed else ""
+    word = {
         "none": "not evaluated yet",
         "single": "one evaluation only",
         "overfitting": f"overfits since step {turned}",
@@ -195,6 +196,7 @@ def verdict(diagnosis: Diagnosis) -> str:
         "falling": "does not overfit, still falling",
         "level": "does not overfit",
     }[diagnosis.verdict]
+    return word + landing
 
 
 def _finite(value: float) -> float | None:

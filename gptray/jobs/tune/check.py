@@ -215,7 +215,8 @@ def _trials(checked: CheckedSweep) -> str:
     )
     if checked.num_replicates:
         parts.append(f"{checked.num_replicates} repetitions of the best at most")
-    return f"{checked.num_trials + checked.num_replicates}: {', '.join(parts)}"
+    in_all = checked.num_trials + checked.num_replicates
+    return f"{in_all}: {', '.join(parts)}" if len(parts) > 1 else parts[0]
 
 
 def _may_stop(config: Config) -> str:
@@ -237,4 +238,5 @@ def _rungs(config: Config) -> str:
     if not steps:
         return "none, every trial runs to its end"
     keep = config.tune.reduction_factor
-    return f"at steps {', '.join(f'{step:,}' for step in steps)}: the best 1 in {keep} continues"
+    at = f"step{'s' if len(steps) > 1 else ''} {', '.join(f'{step:,}' for step in steps)}"
+    return f"at {at}: the best 1 in {keep} continues"

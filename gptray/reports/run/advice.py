@@ -116,7 +116,9 @@ def _average_seeds(config: Config) -> Iterator[Advice]:
             "three runs with different seeds predict better together (evaluate.model), and can "
             "teach one model most of what they gain (train.teachers)"
         )
-        yield Advice("several seeds", reason, 2.8)
+        split = config.seed if config.data.seed is None else config.data.seed
+        another = {"seed": config.seed + 1, "data.seed": split}
+        yield Advice("several seeds", reason, 2.8, another)
 
 
 def _whole_text(config: Config) -> Iterator[Advice]:
