@@ -17,6 +17,7 @@ from gptray.data.roundtrip import is_byte_token, unknown_name
 from gptray.data.sentencepiece_fields import bpe_fields, unigram_fields
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
+from gptray.data.vocabulary import needed_rows, without_spare
 from gptray.gguf_pieces import MARK
 from gptray.gguf_tokenizer import (
     BYTE,
@@ -57,16 +58,19 @@ def gguf_vocabulary(
 ) -> dict[str, object]:
     """The fields of a tokenizer.
 
-    rows: those of the embedding; rows without a token are named [PADn].
+    rows: those of the embedding; rows without a token are named [PADn]. Special tokens at the end
+    without a row, such as an added <pad>, are left out.
     ends: tokens that end a text besides the tokenizer's own end of text.
     Raises UserError, one sentence, for a tokenizer that llama.cpp cannot reproduce.
     """
-    names = tokenizer.names
-    if len(names) > rows:
+    if needed_rows(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer has {len(names):,} tokens, but the model has only {rows:,}: train "
-            "with model.resize_vocab=true first"
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model has only {rows:,}: "
+            "train with model.resize_vocab=true first"
         )
+    if tokenizer.vocab_size > rows:
+        tokenizer = without_spare(tokenizer, rows)
+    names = tokenizer.names
     parts = tokenizer.parts()
     refused = _context_dependent(parts)
     if refused:

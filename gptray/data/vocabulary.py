@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+import tokenizers
+
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 
@@ -16,6 +20,20 @@ def needed_rows(tokenizer: Tokenizer) -> int:
     while rows - 1 in special:
         rows -= 1
     return rows
+
+
+def without_spare(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer without the special tokens at its end that an embedding of `rows` lacks."""
+    parts, spare = tokenizer.parts(), {*tokenizer.names[rows:]}
+    parts["added_tokens"] = [one for one in parts["added_tokens"] if one["content"] not in spare]
+    vocab = parts["model"]["vocab"]
+    parts["model"]["vocab"] = (
+        {name: number for name, number in vocab.items() if number < rows}
+        if isinstance(vocab, dict)
+        else vocab[:rows]
+    )
+    special = {role: name for role, name in tokenizer.special_names.items() if name not in spare}
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(parts)), special)
 
 
 def differing_ids(own: Tokenizer, other: Tokenizer) -> int:

@@ -322,6 +322,28 @@ def test_rows_without_a_token_are_named_and_tokens_without_a_row_refused(tmp_pat
     assert found["token_type"][-2:] == [5, 5]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        small_tokenizer,
+        lambda: foreign.as_tokenizer(foreign.llama()),
+        lambda: foreign.as_tokenizer(foreign.unigram("<unk>")),
+    ],
+)
+def test_a_special_token_at_the_end_needs_no_row(
+    make: Callable[[], Tokenizer], tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "m", make())
+    assert export(model, tmp_path / "m.gguf") == 0
+    padded = AutoTokenizer.from_pretrained(model)
+    padded.add_special_tokens({"pad_token": "<added>"})
+    padded.save_pretrained(model)
+    assert export(model, tmp_path / "padded.gguf") == 0
+    assert vocabulary(tmp_path / "padded.gguf") == vocabulary(tmp_path / "m.gguf")
+    assert export(model, tmp_path / "hf", "export.format=hf") == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").pad_token == "<added>"
+
+
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_weights_that_the_network_has_not_are_refused(
     form: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

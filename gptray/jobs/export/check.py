@@ -12,6 +12,7 @@ from gptray.config import Config, ExportConfig, UserError
 from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
+from gptray.data.vocabulary import needed_rows
 from gptray.files import absolute, check_writable, is_uri
 from gptray.jobs.base import Mistakes
 from gptray.jobs.models import find_model
@@ -182,10 +183,10 @@ def _called(name: str) -> str:
 
 
 def _check_tokenizer(folder: Path, rows: int) -> None:
-    """Raise UserError for a damaged tokenizer or one with more tokens than the embedding."""
+    """Raise UserError for a damaged tokenizer, or one with tokens that the embedding lacks."""
     backend, _ = open_tokenizer(str(folder))
     tokens = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    if tokens > rows:
+    if tokens > rows and needed_rows(Tokenizer.load(folder)) > rows:
         raise UserError(
             f"{folder}: the tokenizer has {tokens:,} tokens, but the model's embedding has only "
             f"{rows:,} rows"
