@@ -9,9 +9,11 @@ import httpx
 import pytest
 
 from gptray.generation.engine import Engine
+from gptray.generation.loading import pack_adapter
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.serving.api_keys import Keys, read_keys
+from tests.generation.adapted import save_base, write_adapter
 from tests.serving.browser import Tab, chromium, needs_chromium
 from tests.serving.servers import TOKENIZER, Server, running, tiny
 
@@ -122,6 +124,33 @@ def test_the_first_prompt_is_the_models_own(tab: Tab, server: Server) -> None:
     tab.open(server.url)
     tab.until("document.title === 'tiny'")
     assert tab.run("document.querySelector('#prompt').value") == "Once upon a time"
+
+
+def test_it_offers_the_adapters(tab: Tab, server: Server, tmp_path: Path) -> None:
+    tab.open(server.url)
+    tab.until("document.title === 'tiny'")
+    assert tab.run("document.querySelector('#choice').hidden")
+    base = save_base(tiny(), tmp_path / "base", TOKENIZER)
+    write_adapter(base, tmp_path / "one")
+    with running(tiny()) as adapted:
+        model = adapted.endpoint.served
+        assert model is not None
+        model.put("one", pack_adapter(model.engine, base, tmp_path / "one"))
+        tab.open(adapted.url, width=360)
+        tab.until("document.querySelectorAll('#name option').length === 2")
+        assert not tab.run("document.querySelector('#choice').hidden")
+        assert tab.run("document.documentElement.scrollWidth <= innerWidth")
+        texts = {}
+        for name in ("tiny", "tiny:one"):
+            tab.run(f"document.querySelector('#name').value = '{name}'")
+            fill(tab, prompt="the cat", temperature="0", max_tokens="12")
+            tab.run("document.querySelector('#generate').click()")
+            tab.until(f"document.querySelectorAll('.token').length > 0 && {IDLE}")
+            texts[name] = tab.run(OUTPUT)
+            body = {"prompt": "the cat", "temperature": 0, "max_tokens": 12, "model": name}
+            answer = adapted.post(**body).json()["choices"][0]["text"]
+            assert texts[name] == "the cat" + answer
+        assert len({*texts.values()}) == 2
 
 
 def test_it_asks_for_the_key(tab: Tab, tmp_path: Path) -> None:
