@@ -237,6 +237,16 @@ def test_what_was_not_measured_says_why(tmp_path: Path) -> None:
     page = Page(write_report(with_evaluation(tmp_path / "m", **changes, how=how)))
     assert f"Recited, 50 tokens in a row - {reason}" in page.text
     assert "BLEU - - not measured: evaluate.passages is 0" in page.text
+    assert "Time 2026-01-01 00:00:00 UTC" in page.text
+
+
+def test_one_reason_for_measuring_no_generated_text_is_given_once(tmp_path: Path) -> None:
+    generated = "chrf bleu distinct_1 distinct_2 repetition memorised_20 memorised_50"
+    keys = generated.split()
+    reason = "not measured: an ensemble scores text but does not generate it"
+    nothing: dict[str, Any] = dict.fromkeys(keys)
+    folder = with_evaluation(tmp_path / "m", **nothing, how=dict.fromkeys(keys, reason))
+    assert Page(write_report(folder)).text.count(reason) == 1
 
 
 @pytest.mark.parametrize("name", ["run", "\ud55c\uad6d\uc5b4", 'it\'s a "run" $HOME'])

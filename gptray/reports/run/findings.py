@@ -76,6 +76,7 @@ def evaluation_view(evaluation: Evaluation) -> dict[str, object]:
         "quantized": _quantized(evaluation),
         "text_scores": _text_scores(evaluation),
         "single_scores": _single_scores(evaluation),
+        "unscored": _unscored(evaluation),
         "samples": evaluation["samples"][:SHOWN],
         "identity": _identity(evaluation),
     }
@@ -198,6 +199,22 @@ def _single_scores(evaluation: Evaluation) -> Table:
     )
 
 
+def _unscored(evaluation: Evaluation) -> str:
+    """Why no measure of generated text was taken; empty if any was, or for several reasons."""
+    scores = {
+        "chrf": evaluation["chrf"],
+        "bleu": evaluation["bleu"],
+        "distinct_1": evaluation["distinct_1"],
+        "distinct_2": evaluation["distinct_2"],
+        "repetition": evaluation["repetition"],
+        "memorised_20": evaluation["memorised_20"],
+        "memorised_50": evaluation["memorised_50"],
+    }
+    reasons = {evaluation["how"].get(key, "") for key in scores}
+    any_taken = any(score is not None for score in scores.values())
+    return "" if any_taken or len(reasons) > 1 else reasons.pop()
+
+
 def _identity(evaluation: Evaluation) -> Table:
     rows = [
         Row("Model", "", (evaluation["model_dir"],)),
@@ -207,7 +224,7 @@ def _identity(evaluation: Evaluation) -> Table:
         Row("Window", "tokens that the model sees at a time", (f"{evaluation['block_size']:,}",)),
         Row("Weights", "none: not quantized", (evaluation.get("weights", "none"),)),
         Row("Stride", "tokens between two windows", (f"{evaluation['stride']:,}",)),
-        Row("Time", "UTC", (evaluation["time"],)),
+        Row("Time", "UTC", (f"{datetime.fromisoformat(evaluation['time']):%Y-%m-%d %H:%M:%S}",)),
     ]
     return Table([], rows)
 
