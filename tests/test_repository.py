@@ -98,3 +98,19 @@ def test_no_model_folder_may_bring_code_of_its_own(folder: str) -> None:
                 ) if name.startswith("Auto"):
                     said = {word.arg: ast.unparse(word.value) for word in node.keywords}
                     assert said.get("trust_remote_code") == "False", f"{path}:{node.lineno}"
+
+
+def test_percentages_are_written_as_english_does() -> None:
+    """No text in the package, its templates or its dashboard has a space before the sign."""
+    spaced = [
+        f"{path.name}:{node.lineno}"
+        for path in (ROOT / "gptray").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(^|\d) %(?!s)", node.value)
+    ]
+    for path in (*(ROOT / "gptray").rglob("*.j2"), *(ROOT / "configs").rglob("*.*")):
+        if re.search(r"(\d|\}\}) %(?!\})", path.read_text(encoding="utf-8")):
+            spaced.append(path.name)
+    assert spaced == []

@@ -261,7 +261,7 @@ class TuneConfig(Section):
     min_gain: Annotated[float, Field(ge=0)] = Field(
         0.01,
         description="start no more trials once ten more would improve the best by less than this "
-        "with a probability of 95 %, in bits per byte; 0: run all, as a grid and Optuna always do",
+        "with a probability of 95%, in bits per byte; 0: run all, as a grid and Optuna always do",
     )
 
     def broken_rules(self) -> Iterator[str]:

@@ -105,7 +105,7 @@ def loses(entry: LostEntry, num_bytes: int) -> str:
 
 def percent(share: float) -> str:
     """A share above 0 as a readable percentage."""
-    return "less than 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+    return "less than 0.1%" if share < 0.0005 else f"{100 * share:.1f}%"
 
 
 def measure(text: str, back: str, unknown: str | None) -> Lost:

@@ -104,7 +104,7 @@ class LayerNorm(nn.LayerNorm):
 class _CastLayerNorm(torch.autograd.Function):
     """Layer norm of bf16 rows on a CPU with fp32 weights and accurate gradients for them.
 
-    PyTorch's kernel sums those gradients over all rows in bf16: 7 % off after 4,096 rows.
+    PyTorch's kernel sums those gradients over all rows in bf16: 7% off after 4,096 rows.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ TAILS = (0.025, 0.975)  # an interval leaves these out
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % credible interval, in bits per byte."""
+    """An estimate and its 95% credible interval, in bits per byte."""
 
     low: float
     middle: float

@@ -57,7 +57,7 @@ class StoppedEarly:
     def words(self) -> str:
         return (
             f"Stopped after {self.trials} of {self.of} trials: {MORE} more would improve the best "
-            f"by {self.gain:.4f} bits per byte (95 %: by {self.gain_at_most:.4f} at most), "
+            f"by {self.gain:.4f} bits per byte (95%: by {self.gain_at_most:.4f} at most), "
             f"less than tune.min_gain={self.min_gain:g}; tune.min_gain=0 runs the others."
         )
 

@@ -36,7 +36,7 @@ class Seen:
     @property
     def words(self) -> str:
         """The end of a sentence that begins "it has seen"."""
-        share = f"{100 * self.share:.2g} %" if self.share < 1 else "all"
+        share = f"{100 * self.share:.2g}%" if self.share < 1 else "all"
         times = f" {self.epochs:.1f} times" if self.epochs >= 1.05 else ""
         part = " (data.fraction)" if self.fraction < 1 else ""
         return (

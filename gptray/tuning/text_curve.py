@@ -1,7 +1,7 @@
 """The value of text: validation loss as a function of the share of the text trained on.
 
 It knows the losses of runs that differ in their share of the text and in their seed, and nothing of
-sweeps. Intervals are 95 % credible intervals over seeds.
+sweeps. Intervals are 95% credible intervals over seeds.
 """
 
 from __future__ import annotations

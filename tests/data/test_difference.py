@@ -48,7 +48,7 @@ def test_losses_add_up_and_read_as_a_sentence() -> None:
     lost = Lost.joined(parts)
     assert lost.bytes == 8
     assert loses(lost.entry(), 100) == (
-        "the tokenizer loses 8.0 % of the text (unknown characters 6.0 %, changed case 2.0 %), "
+        "the tokenizer loses 8.0% of the text (unknown characters 6.0%, changed case 2.0%), "
         "such as '안녕' -> '[UNK]', 'Hello' -> 'hello'"
     )
     assert loses(Lost().entry(), 100) == ""

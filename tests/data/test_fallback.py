@@ -38,11 +38,11 @@ def test_syllables_in_bytes_are_counted_and_the_key_to_raise_is_named(tmp_path: 
         {"bytes_per_token": 12 / 13, "tokens_per_character": 13 / 6, "fallback": 9 / 13}
     )
     assert token_words(manifest) == (
-        "0.92 bytes each, 2.17 per character; 69.2 % are parts of characters or unknown"
+        "0.92 bytes each, 2.17 per character; 69.2% are parts of characters or unknown"
     )
     size = tokenizer.vocab_size
     told = fallback_warning(manifest, asked=size)
-    assert told and told.startswith("69.2 % of the tokens are parts of characters")
+    assert told and told.startswith("69.2% of the tokens are parts of characters")
     assert told.endswith(f"raise data.vocab_size from {size}, for example to {4 * size}")
     short = fallback_warning(manifest, asked=5000)
     assert short and short.endswith(f"too short for data.vocab_size=5000, only for {size}")

@@ -210,7 +210,7 @@ def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     mean = "" if part == 1 else ", by the split's mean"
     assert after["how"] == (
         f"{before['how']}; each byte that the tokenizer loses counts 8 bits, "
-        f"{100 * after['lost_bytes'] / after['bytes']:.1f} % of the text{mean}"
+        f"{100 * after['lost_bytes'] / after['bytes']:.1f}% of the text{mean}"
     )
 
 

@@ -329,8 +329,8 @@ def test_what_a_tokenizer_loses_is_counted_told_and_kept(
     assert kinds == {"unknown": 9 * 40, "case": 40}
     total = manifest["bytes"]
     assert data.loses == (
-        f"the tokenizer loses {100 * 400 / total:.1f} % of the text (unknown characters "
-        f"{100 * 360 / total:.1f} %, changed case {100 * 40 / total:.1f} %), such as "
+        f"the tokenizer loses {100 * 400 / total:.1f}% of the text (unknown characters "
+        f"{100 * 360 / total:.1f}%, changed case {100 * 40 / total:.1f}%), such as "
         "'\ud55c\uad6d\uc5b4' -> '[UNK]', 'The' -> 'the'"
     )
     told = f"{data.loses}; losses and bits per byte count 8 bits for each lost byte"

@@ -50,14 +50,12 @@ def page_of(
 
 def test_twice_the_text_and_the_worth_of_settings_are_told(tmp_path: Path) -> None:
     page = page_of(tmp_path, [FRACTIONS, SEEDS, MEASURED])
-    twice = (
-        r"Twice the text: 2\.4[4-7] bits per byte instead of 2\.60 \(95 %: 2\.4\d to 2\.[45]\d\)"
-    )
+    twice = r"Twice the text: 2\.4[4-7] bits per byte instead of 2\.60 \(95%: 2\.4\d to 2\.[45]\d\)"
     assert re.search(twice, page.text)
     assert "Fitted: a straight line over the logarithm of the share" in page.text
     told = (
         r"What you did against overfitting \(data\.token_replacement=0\.1\) was worth as much as "
-        r"1\.7 times the text \(95 %: 1\.[56] to (1\.[89]|2\.0)\), with data\.fraction=0\.25\."
+        r"1\.7 times the text \(95%: 1\.[56] to (1\.[89]|2\.0)\), with data\.fraction=0\.25\."
     )
     assert re.search(told, page.text)
     assert "Cut off by" not in page.text and "not a clear effect" not in page.text

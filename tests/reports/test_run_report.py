@@ -119,7 +119,7 @@ def test_a_page_renews_itself_only_while_the_run_goes_on(tmp_path: Path) -> None
     folder = overfitted(tmp_path / "run", "train.max_steps=400")
     running = Page(write_report(folder, running=True))
     assert [m for m in running.all("meta") if m.get("http-equiv") == "refresh"]
-    assert "running : step 120 of 400 (30 %)" in running.text
+    assert "running : step 120 of 400 (30%)" in running.text
     assert not (folder / "loss.png").exists()
     done = Page(write_report(folder))
     assert not [m for m in done.all("meta") if m.get("http-equiv") == "refresh"]
@@ -155,8 +155,8 @@ def test_a_page_needs_nothing_but_itself(tmp_path: Path) -> None:
 def test_an_evaluation_alone_has_a_report_with_how_each_number_came(tmp_path: Path) -> None:
     page = Page(write_report(with_evaluation(tmp_path / "gpt2")))
     assert "The loss on the test text is 2.346 nats per token: perplexity 10.4" in page.text
-    assert "It recites its training text: 87.5 %" in page.text
-    for text in ("2.3457", "0.0123", "12,345", "12.34", "5.67", "nrefs:1|case:mixed", "50.0 %"):
+    assert "It recites its training text: 87.5%" in page.text
+    for text in ("2.3457", "0.0123", "12,345", "12.34", "5.67", "nrefs:1|case:mixed", "50.0%"):
         assert text in page.text
     assert "sacrebleu's corpus BLEU" in page.text and "share of the 50-grams" in page.text
     assert "every token but the first" in page.text and "b" * 64 in page.text

@@ -65,7 +65,7 @@ def test_the_headline_says_who_won_by_what_and_at_what_cost(forty: Path) -> None
         rf"Trial {best} generalises best: (1\.\d+) validation bits per byte, against 2\.560 of "
         r"the config as it is\. Its model has seen all of the training text, in 1[0-2]0 steps of "
         r"2\d\d,\d00 tokens in all\. What helped it: model\.dropout=0\.2\d*\. "
-        r"The sweep took (\d+) % of the steps that all trials would take in full: "
+        r"The sweep took (\d+)% of the steps that all trials would take in full: "
         r"([\d,]+) of 4,920\.",
         page.text,
     )
@@ -73,9 +73,9 @@ def test_the_headline_says_who_won_by_what_and_at_what_cost(forty: Path) -> None
     score, share, run = float(head[1]), int(head[2]), int(head[3].replace(",", ""))
     assert 1.6 < score < 1.85 and 25 < share < 60 and share == round(100 * run / 4920)
     assert f"finished after {41} trials" in page.text
-    assert f"run: {run:,} ({share} %)" in page.text
+    assert f"run: {run:,} ({share}%)" in page.text
     saved = 4920 - run
-    assert f"saved by stopping at rungs: {saved:,} ({100 - share} %)" in page.text
+    assert f"saved by stopping at rungs: {saved:,} ({100 - share}%)" in page.text
 
 
 def test_the_report_says_what_each_setting_was_worth_and_how_that_is_known(forty: Path) -> None:
@@ -128,7 +128,7 @@ def test_trials_gone_wrong_are_told_with_their_words_and_nothing_is_run(tmp_path
     assert "0003 failed at step 0: </li><script>alert('1')</script>" in page.text
     assert "0004 diverged at step 30: step 120: loss nan, lr 0.5" in page.text
     assert "\x00" not in page.html and "1.\xa00004" not in page.html
-    assert "not run because trials went wrong: 210 (11 %)" in page.text
+    assert "not run because trials went wrong: 210 (11%)" in page.text
     policy = [m for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in str(policy[0]["content"])
     attributes = {name for _, attributes in page.tags for name in attributes}
@@ -265,10 +265,10 @@ def test_a_trial_ahead_whose_tokenizer_loses_text_is_told(tmp_path: Path) -> Non
     behind.curve, behind.lost = [(9.0, 0.1)] * 12, 0.5
     page = page_of(write_sweep(tmp_path, config, made, winner=ahead.name))
     assert (
-        f"Trial {ahead.name}'s tokenizer loses 2.1 % of the text. "
+        f"Trial {ahead.name}'s tokenizer loses 2.1% of the text. "
         "In scores, each lost byte counts 8 bits."
     ) in page.text
-    assert "its tokenizer loses 50.0 % of the text" in page.text  # in the ranking alone
+    assert "its tokenizer loses 50.0% of the text" in page.text  # in the ranking alone
     assert f"rial {behind.name}'s tokenizer" not in page.text
 
 

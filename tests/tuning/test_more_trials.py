@@ -110,7 +110,7 @@ def test_why_a_sweep_stopped_is_read_from_its_record_until_it_is_reopened(tmp_pa
     assert stopped and json.loads(json.dumps(stopped.__dict__))["of"] == 30
     assert stopped.words == (
         "Stopped after 14 of 30 trials: 10 more would improve the best by 0.0041 bits per byte "
-        "(95 %: by 0.0093 at most), less than tune.min_gain=0.01; tune.min_gain=0 runs the others."
+        "(95%: by 0.0093 at most), less than tune.min_gain=0.01; tune.min_gain=0 runs the others."
     )
     record.winner("0000")
     assert StoppedEarly.of_sweep(tmp_path) == stopped

@@ -222,7 +222,7 @@ def _trials(checked: CheckedSweep) -> str:
 def _may_stop(config: Config) -> str:
     return (
         f"once {MORE} more trials would improve the best by less than "
-        f"{shown(config.tune.min_gain)} bits per byte (95 %)"
+        f"{shown(config.tune.min_gain)} bits per byte (95%)"
     )
 
 

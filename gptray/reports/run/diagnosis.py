@@ -142,7 +142,7 @@ def turning_point(losses: Sequence[float], *, min_delta: float = 0.0) -> Turn:
     of these are above the band.
 
     band = noise x (2 + sqrt(2 ln n)), but at most a tenth of the lowest loss, since a few
-    evaluations cannot tell noise from a leap, and at least 0.2 % of it, and min_delta. The lowest
+    evaluations cannot tell noise from a leap, and at least 0.2% of it, and min_delta. The lowest
     of n noisy values of a level curve is about noise x sqrt(2 ln n) below it, so a level curve
     stays in the band. `noise` is the standard deviation around the trend, 1.4826 x median |third
     difference| / sqrt(20), in which a smooth trend cancels out; n and noise are those of the part
@@ -204,7 +204,7 @@ def _training_rose(points: Sequence[Point], since: Point) -> bool:
 
 
 def _is_stuck(rows: Sequence[MetricsRow], best: Point) -> bool:
-    """Whether neither loss ever got 2 % below where training began."""
+    """Whether neither loss ever got 2% below where training began."""
     began = rows[0]["train_loss"]
     lowest = min(best.val_loss, min(row["train_loss"] for row in rows))
     return bool(lowest > 0.98 * began)

@@ -234,7 +234,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}%"
 
 
 @dataclass(frozen=True)

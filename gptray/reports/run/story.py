@@ -72,7 +72,7 @@ def run_state(run: RunRecord, *, running: bool) -> tuple[str, str]:
     step, steps = diagnosis.last_step, diagnosis.max_steps
     of_all = f"step {step:,} of {steps:,}"
     if running:
-        return "running", f": {of_all} ({100 * step // steps} %)"
+        return "running", f": {of_all} ({100 * step // steps}%)"
     if diagnosis.ended == "max_steps":
         return "finished", f" after {count(step, 'step')}"
     if diagnosis.ended == "patience":

@@ -168,7 +168,7 @@ def _cost(standing: Ranking) -> str:
     if not standing.sweep.winner:
         return f"So far it took {count(run, 'step')}."
     return (
-        f"The sweep took {100 * run / full:.0f} % of the steps that all trials would take in "
+        f"The sweep took {100 * run / full:.0f}% of the steps that all trials would take in "
         f"full: {run:,} of {full:,}."
     )
 

@@ -43,7 +43,7 @@ def text_lines(found: TextShares) -> _Lines:
             (
                 "More text did not help",
                 f" as far as these trials tell: from {SHARE}={first:g} to {last:g} validation "
-                f"loss changed by {-fall.middle:+.3f} bits per byte (95 %: {-fall.high:+.3f} to "
+                f"loss changed by {-fall.middle:+.3f} bits per byte (95%: {-fall.high:+.3f} to "
                 f"{-fall.low:+.3f}). So they cannot tell what even more text would bring, or "
                 "what other settings are worth in text.",
             )
@@ -62,7 +62,7 @@ def _doubled(found: TextShares) -> tuple[str, str]:
     return (
         f"{lead}:",
         f" {then.middle:.{places}f} bits per byte instead of {now.middle:.{places}f} "
-        f"(95 %: {then.low:.{places}f} to {then.high:.{places}f}).",
+        f"(95%: {then.low:.{places}f} to {then.high:.{places}f}).",
     )
 
 
@@ -76,7 +76,7 @@ def _fit(found: TextShares) -> tuple[str, str]:
     return (
         "Fitted:",
         f" a power law of the share with a floor at {floor.middle:.2f} bits per byte "
-        f"(95 %: {floor.low:.2f} to {floor.high:.2f}).",
+        f"(95%: {floor.low:.2f} to {floor.high:.2f}).",
     )
 
 
@@ -103,12 +103,12 @@ def _worth(found: TextShares, recipe: Recipe, share: float) -> tuple[str, str]:
     start = "less than " * (low < 1.01 * least)
     end = "more than " * (high > 0.99 * most)
     about = "more than " * (middle > 0.99 * most) or "less than " * (middle < 1.01 * least)
-    times = f"{middle:.1f} times the text (95 %: {start}{low:.1f} to {end}{high:.1f}){on}"
+    times = f"{middle:.1f} times the text (95%: {start}{low:.1f} to {end}{high:.1f}){on}"
     # At the curve's smallest share, nothing below `least` can be measured.
     if low <= max(1.0, 1.01 * least) <= high:
         return lead, f" was worth {about}{times}, which is not a clear effect."
     if middle > 0.99 * most:
-        low_end = f" (95 %: more than {low:.1f})" if low < 0.99 * most else ""
+        low_end = f" (95%: more than {low:.1f})" if low < 0.99 * most else ""
         return lead, f" was worth more than {most:.1f} times the text{low_end}{on}."
     if middle < 1.01 * least:
         return lead, f" was worth less than {least:.1f} times the text{on}: it did harm."
@@ -152,7 +152,7 @@ def text_figure(found: TextShares) -> Figure | None:
         (_role(number), recipe.differences(found.plain))
         for number, recipe in enumerate(found.others)
     ]
-    unit = "bits per byte, over the share of the text; bar: 95 %"
+    unit = "bits per byte, over the share of the text; bar: 95%"
     wide, narrow = _picture(found, WIDE), _picture(found, NARROW)
     return Figure("text", "Validation loss by amount of text", unit, legend, wide, narrow)
 

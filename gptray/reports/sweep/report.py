@@ -117,7 +117,7 @@ def _tiles(standing: Ranking) -> list[tuple[str, str]]:
     )
     if standing.steps_full:
         share = 100 * standing.steps_run / standing.steps_full
-        found.append((f"{share:.0f} %", "of the steps of all trials were run"))
+        found.append((f"{share:.0f}%", "of the steps of all trials were run"))
     return found
 
 

@@ -27,7 +27,7 @@ def effects_figure(effects: Sequence[Effect]) -> Figure | None:
         return None
     wide = _picture(found, WIDE, left=345, row=34)
     narrow = _picture(found, NARROW, left=6, row=62)
-    unit = "bits per byte; line: 95 %"
+    unit = "bits per byte; line: 95%"
     return Figure("effects", "Effect of each level", unit, LEGEND, wide, narrow)
 
 
