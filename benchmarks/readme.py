@@ -16,8 +16,6 @@ any command failed.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
 import json
 import os
 import re
@@ -32,8 +30,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import IO
+
+from reader_files import write_files
 
 ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 3600.0
@@ -204,32 +203,6 @@ def _outcome(command: Command, run: Callable[[], int], shell: Shell, name: str) 
     status = run()
     said = shell.output(name, "err").strip().splitlines() or [f"exit status {status}"]
     return Outcome(command, time.monotonic() - begin, said[-1] if status else "")
-
-
-def write_files(folder: Path) -> None:
-    """Write the files that the pages take as the reader's own, from text in every Python."""
-    text = "\n\n".join(topics.values()).encode("ascii", "ignore").decode()
-    lengths = {"book": 200_000, "train": 120_000, "val": 20_000, "other": 20_000}
-    for name, length in (lengths | {"old": 20_000, "the-verdict": 20_000}).items():
-        (folder / f"{name}.txt").write_text(text[:length], "utf-8")
-        text = text[length:]
-    stories = "<|endoftext|>\n".join(text[:100_000].split("\n\n"))
-    (folder / "TinyStories.txt").write_text(stories, "utf-8")
-    who, where, what = ["나는", "너는", "우리는", "그는"], ["집에서", "학교에서", "밖에서"], [
-        "밥을 먹어", "책을 읽어", "노래를 불러", "친구를 만나", "잠을 자",
-    ]  # fmt: skip
-    with (folder / "chats.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["Q", "A"])
-        for number in range(30):
-            for words in itertools.product(who, where, what):
-                rows.writerow([f"{' '.join(words)}? {number}", f"응, {words[-1]}."])
-    prompts = [{"id": n, "prompt": f"The {word}"} for n, word in enumerate(text[:600].split())]
-    lines = (json.dumps(prompt) + "\n" for prompt in prompts)
-    (folder / "prompts.jsonl").write_text("".join(lines), "utf-8")
-    (folder / "my.yaml").write_text(
-        "generate: {input_path: prompts.jsonl, output_path: out-gpt2}\n", "utf-8"
-    )
 
 
 def environment(home: Path, python_folder: Path) -> dict[str, str]:
