@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 
 from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section
 
-# An adapter's best learning rate is about this many times that of full fine-tuning.
+# The default learning rate of an adapter divided by that of all weights (Schulman et al. 2025, LoRA
+# Without Regret).
 LEARNING_RATE_FACTOR = 10
 
 
@@ -19,8 +20,7 @@ class LoraConfig(Section):
     rank: PositiveInt | None = Field(
         None,
         description="train an adapter of this rank (LoRA) and freeze the weights of "
-        "model.init_from; optim.lr and optim.min_lr are then ten times as high unless given; "
-        "null: train all weights",
+        "model.init_from; null: train all weights",
     )
     alpha: Positive = Field(16.0, description="the adapter is scaled by alpha / sqrt(rank)")
     use_rslora: bool = Field(

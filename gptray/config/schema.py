@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
 from gptray.config.keys import EntriesError
-from gptray.config.lora_section import LoraConfig
+from gptray.config.lora_section import LEARNING_RATE_FACTOR, LoraConfig
 from gptray.config.model_section import ModelConfig
 from gptray.config.names import checked_name
 from gptray.config.reader import Reader, nested
@@ -86,6 +86,14 @@ class Config(Section):
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, all workers."""
         return self.train.global_batch_size * self.train.block_size
+
+    @property
+    def tuning_lr(self) -> float:
+        """The default of optim.lr to train a given model, or an adapter of it, further.
+
+        It falls with the width, as the best rate in Adam does (Yang et al. 2021, muP).
+        """
+        return (LEARNING_RATE_FACTOR if self.lora.rank else 1) * 0.1 / self.model.n_embd
 
     @property
     def stable_steps(self) -> int:
@@ -196,14 +204,14 @@ def dump(config: Config) -> str:
 def differences(config: Config) -> dict[str, object]:
     """The dotted keys that differ from the defaults, with their values.
 
-    With lora.rank the learning rates have other defaults, so they count whenever they were given.
+    With model.init_from, optim.lr has another default, so it counts whenever it was given.
     """
-    defaults, given = flatten(Config()), flatten(config, given=True)
-    rates = () if config.lora.rank is None else ("optim.lr", "optim.min_lr")
+    defaults, is_given = flatten(Config()), "lr" in config.optim.model_fields_set
+    always = {"optim.lr"} if config.model.init_from and is_given else set()
     return {
         key: value
         for key, value in flatten(config).items()
-        if value != defaults[key] or (key in rates and key in given)
+        if value != defaults[key] or key in always
     }
 
 

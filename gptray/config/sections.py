@@ -82,8 +82,14 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    lr: Positive = Field(2e-3, description="peak learning rate")
-    min_lr: NonNegative = Field(2e-4, description="learning rate at the end of the schedule")
+    lr: Positive = Field(
+        2e-3,
+        description="peak learning rate; unless given, all weights of model.init_from get "
+        "0.1 / n_embd, and an adapter 1 / n_embd",
+    )
+    min_lr: NonNegative | None = Field(
+        None, description="learning rate at the end of the schedule; null: a tenth of lr"
+    )
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = Field(
         "cosine",
         description="how lr falls to min_lr after the warm-up; step: multiply by gamma every "
@@ -120,13 +126,18 @@ class OptimConfig(Section):
         """Whether training ends with a cool-down from the best checkpoint."""
         return self.schedule == "wsd"
 
+    @property
+    def final_lr(self) -> float:
+        """The learning rate at the end of the schedule."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
     def cooldown_steps(self, steps: int) -> int:
         """Steps of the cool-down from a checkpoint of `steps`."""
         # The subtraction absorbs the rounding error of products such as 0.1 * 30.
         return max(1, math.ceil(self.decay_fraction * steps - 1e-9))
 
     def broken_rules(self) -> Iterator[str]:
-        if self.min_lr > self.lr:
+        if self.min_lr is not None and self.min_lr > self.lr:
             yield f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}"
 
 

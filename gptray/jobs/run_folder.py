@@ -12,7 +12,6 @@ from pathlib import Path
 
 from gptray.config import Config, EvaluateConfig, RunFailed, UserError, flatten, override
 from gptray.config.keys import shown
-from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.names import slug
 from gptray.evaluation.forgetting import also_scores, changes_of
 from gptray.evaluation.model_commands import home_of
@@ -84,8 +83,9 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
         values["data.tokenizer"] = "bpe"
     key = "train.teachers"
     values[key] = [_absolute(locate(config, one, key=key)) for one in config.train.teachers]
-    values |= _adapter_rates(config)
     resolved = override(config, values)
+    if config.model.init_from and "lr" not in config.optim.model_fields_set:
+        resolved = override(resolved, {"optim.lr": float(f"{resolved.tuning_lr:.2g}")})
     if resolved.name:
         return resolved
     return override(resolved, {"name": _free_name(resolved, sweep=sweep)})
@@ -203,17 +203,6 @@ def _absolute(source: str) -> str:
     if is_gguf(expanded(source)):
         return str(absolute(source))
     return str(model_folder(source).resolve()) if expanded(source).exists() else source
-
-
-def _adapter_rates(config: Config) -> dict[str, object]:
-    """The default learning rates for an adapter, if none is given."""
-    optim, given = config.optim, config.optim.model_fields_set
-    if config.lora.rank is None or "lr" in given:
-        return {}
-    rates = {"optim.lr": optim.lr, "optim.min_lr": optim.min_lr}
-    if "min_lr" in given:
-        del rates["optim.min_lr"]
-    return {key: LEARNING_RATE_FACTOR * rate for key, rate in rates.items()}
 
 
 def _bare(value: object) -> str:

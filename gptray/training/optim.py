@@ -60,8 +60,8 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
 
     Warm-up rises linearly and reaches `lr` at `warmup_steps`. Then `constant` stays there, as does
     `wsd` until it lands (see `gptray.training.landing`); `linear` and `cosine` (Loshchilov & Hutter
-    2017) fall to `min_lr` at `max_steps`; `step` multiplies by `gamma` every `step_size` steps but
-    never goes below `min_lr`.
+    2017) fall to `final_lr` at `max_steps`; `step` multiplies by `gamma` every `step_size` steps
+    but never goes below `final_lr`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -69,10 +69,10 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
     if config.schedule in ("constant", "wsd"):
         return config.lr
     if config.schedule == "step":
-        return max(config.min_lr, config.lr * config.gamma ** (since // config.step_size))
+        return max(config.final_lr, config.lr * config.gamma ** (since // config.step_size))
     progress = min(1.0, since / max(1, max_steps - config.warmup_steps))
     left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return config.min_lr + left * (config.lr - config.min_lr)
+    return config.final_lr + left * (config.lr - config.final_lr)
 
 
 def weight_decay(cooled: float, config: OptimConfig) -> float:

@@ -85,8 +85,8 @@ class Run:
         lr = learning_rate(step, self.config.train.max_steps, optim)
         if not landing:
             return lr
-        # A landing from a step of the warm-up may start below min_lr.
-        return landing.learning_rate(self.state.step, lr=lr, min_lr=min(lr, optim.min_lr))
+        # A landing from a step of the warm-up may start below final_lr.
+        return landing.learning_rate(self.state.step, lr=lr, min_lr=min(lr, optim.final_lr))
 
     @property
     def batch(self) -> GlobalBatch:

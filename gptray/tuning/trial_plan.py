@@ -274,8 +274,8 @@ def _rates(config: Config, values: Mapping[str, object]) -> dict[str, object]:
     if "optim.lr" in values or is_adapter == (config.lora.rank is not None):
         return {}
     factor = LEARNING_RATE_FACTOR if is_adapter else 1 / LEARNING_RATE_FACTOR
-    optim = config.optim
-    return {"optim.lr": factor * optim.lr, "optim.min_lr": factor * optim.min_lr}
+    rates = {"optim.lr": config.optim.lr, "optim.min_lr": config.optim.min_lr}
+    return {key: factor * rate for key, rate in rates.items() if rate}
 
 
 def _as_text(values: Mapping[str, object]) -> str:

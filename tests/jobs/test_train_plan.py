@@ -55,6 +55,7 @@ def test_a_base_in_few_bits_needs_less_memory(tmp_path: Path) -> None:
     config = load_config(None, [*words, "quantize.weights=int8", "train.block_size=16"])
     rows = dict(plan(check(config)))
     assert "GiB with an unquantized base" in rows["memory per worker"]
+    assert rows["peak learning rate"] == "0.021"  # chosen by the base's width, 48
     assert rows["shared memory"].endswith(": all processes of a machine hold it once")
 
 

@@ -198,8 +198,12 @@ def test_a_model_that_training_made_worse_is_told_what_it_was_before() -> None:
     base: Event = {"event": "base", "time": 0.0, "val_loss": 3.19, "val_bpb": 1.38, "also": {}}
     rows = rows_of([3.372, 3.948, 6.735, 6.260, 6.259, 6.182])
     folder = "model.init_from=gpt2"
-    for given, lower in (("lora.rank=8", 5e-4), ("optim.lr=0.02", 5e-5), ("optim.lr=3e-5", 1e-5)):
-        config = config_of(rows, folder, given, "optim.min_lr=0")
+    for words, lower in (
+        (["lora.rank=8", "optim.lr=0.02"], 1.3e-3),
+        (["optim.lr=0.02"], 1.3e-4),
+        (["optim.lr=3e-5"], 1e-5),
+    ):
+        config = config_of(rows, folder, "model.n_embd=768", *words)
         diagnosis = diagnose(rows, config, [started(), base])
         assert diagnosis.verdict == "harmed"
         assert sentence(diagnosis, config).startswith(

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from gptray.config import Config, UserError, load_config
+from gptray.config.schema import differences
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.run_folder import resolve
@@ -159,14 +160,20 @@ def test_weights_that_are_trained_as_a_whole_are_the_adapters(
     )
 
 
-def test_the_learning_rate_is_ten_times_as_high_unless_given(
-    tiny_data: TokenData, tmp_path: Path
+@pytest.mark.parametrize(("rank", "lr"), [("null", 0.1 / 48), ("2", 1 / 48)])
+def test_the_learning_rate_follows_from_the_models_width_unless_given(
+    rank: str, lr: float, tiny_data: TokenData, tmp_path: Path
 ) -> None:
-    config = config_in(tmp_path, tiny_data)
-    assert (config.optim.lr, config.optim.min_lr) == (2e-2, 2e-3)
+    config = config_in(tmp_path, tiny_data, f"lora.rank={rank}")
+    assert config.model.n_embd == 48
+    assert config.optim.lr == pytest.approx(lr, rel=0.02)
+    assert config.optim.final_lr == pytest.approx(lr / 10, rel=0.02)
     assert resolve(config).optim == config.optim
-    given = config_in(tmp_path, tiny_data, "optim.lr=1e-3")
-    assert (given.optim.lr, given.optim.min_lr) == (1e-3, 2e-4)
+    for given in (2e-3, 1e-5):  # the default of a new model, and less than a tenth of that
+        again = config_in(tmp_path, tiny_data, f"lora.rank={rank}", f"optim.lr={given}")
+        assert again.optim.lr == given
+        assert again.optim.final_lr == pytest.approx(given / 10)
+        assert differences(again)["optim.lr"] == given
 
 
 @pytest.mark.parametrize(

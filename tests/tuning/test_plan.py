@@ -81,15 +81,25 @@ def test_a_grid_is_visited_once_for_each_draw() -> None:
     assert len(plan_trials(sweep(grid, num_samples=4, baseline=False), "/s/a")) == 3
 
 
+def test_a_trial_without_the_sweeps_adapter_trains_at_a_tenth_of_its_rate() -> None:
+    given = {"model.init_from": "base", "lora.rank": 8, "optim.lr": 4e-3}
+    for least in (None, 1e-3):
+        config = override(sweep({"path": "lora.rank", "choice": [None]}), given)
+        _, whole = plan_trials(override(config, {"optim.min_lr": least}), "/s/a")
+        optim = whole.config.optim
+        assert optim.lr == pytest.approx(4e-4)
+        assert optim.final_lr == pytest.approx((4e-4 if least is None else least) / 10)
+
+
 def test_values_that_do_not_go_together_are_refused_with_the_trial() -> None:
     heads = {"path": "model.n_head", "choice": [4, 6]}
-    low = {"path": "optim.lr", "choice": [1e-4]}
+    low = {"paths": ["optim.lr", "optim.min_lr"], "choice": [[1e-4, 2e-4]]}
     with pytest.raises(ConfigError) as caught:
         plan_trials(sweep(heads, low), "/s/a")
     text = str(caught.value)
     assert "optim.min_lr=0.0002 must not be above optim.lr=0.0001" in text
     assert "model.n_embd=256 must be divisible by model.n_head=6" in text
-    assert "(in a trial with model.n_head=6, optim.lr=0.0001)" in text
+    assert "(in a trial with model.n_head=6, optim.lr=0.0001, optim.min_lr=0.0002)" in text
     width = {"paths": ["model.n_head", "model.n_embd"], "choice": [[4, 128], [6, 96]]}
     assert len(plan_trials(sweep(width), "/s/a")) == 3
 

@@ -168,6 +168,7 @@ def plan(checked: CheckedTraining) -> Plan:
         ("tokens per step", f"{config.tokens_per_step:,}"),
         ("micro-batch", _passes(config)),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
+        ("peak learning rate", f"{config.optim.lr:g}"),
     ]
     if config.optim.lands:
         stable = config.stable_steps
@@ -232,11 +233,10 @@ def _is_sharded(config: Config) -> bool:
 
 
 def _passes(config: Config) -> str:
+    micro = config.micro_batch_size
     if config.compute.is_elastic:
-        return (
-            f"{config.micro_batch_size} x {config.micro_batches} passes, shared among the workers"
-        )
-    return f"{config.micro_batch_size} x {config.grad_accum_steps} passes a worker"
+        return f"{micro} x {config.micro_batches} passes, shared among the workers"
+    return f"{micro} x {config.grad_accum_steps} passes a worker"
 
 
 def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:

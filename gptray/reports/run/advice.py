@@ -60,12 +60,13 @@ def _against_overfitting(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
 
 
 def _gentler(config: Config) -> Iterator[Advice]:
-    """The rates that are usual in fine-tuning; adapters learn at ten times those of all weights."""
-    usual, lr = ("fine-tuning usually takes 1e-5 to 1e-4", 5e-5)
-    if config.lora.rank:
-        usual, lr = ("an adapter usually takes 1e-4 to 1e-3", 5e-4)
+    """The default rate for a given model, if the run's own is far above it."""
+    lr = config.tuning_lr
     if config.model.init_from and config.optim.lr > 2 * lr:
-        reason = f"optim.lr is {config.optim.lr:g}; {usual}"
+        trained = "an adapter" if config.lora.rank else "all weights"
+        reason = (
+            f"optim.lr is {config.optim.lr:g}; the default for {trained} of this model is {lr:.2g}"
+        )
         yield Advice("a lower learning rate", reason, 3.0, _lr(config, lr))
 
 
@@ -128,12 +129,9 @@ def _whole_text(config: Config) -> Iterator[Advice]:
 
 
 def _lr(config: Config, lr: float) -> dict[str, object]:
-    """The keys that set another learning rate, scaling optim.min_lr in proportion."""
-    optim = config.optim
-    return {
-        "optim.lr": float(f"{lr:.2g}"),
-        "optim.min_lr": float(f"{optim.min_lr * lr / optim.lr:.2g}"),
-    }
+    """The keys that set another learning rate, scaling a given optim.min_lr in proportion."""
+    rates = {"optim.lr": lr, "optim.min_lr": (config.optim.min_lr or 0) * lr / config.optim.lr}
+    return {key: float(f"{rate:.2g}") for key, rate in rates.items() if rate}
 
 
 def _more_text(diagnosis: Diagnosis) -> Iterator[Advice]:
