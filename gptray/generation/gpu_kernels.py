@@ -24,8 +24,13 @@ from gptray.model.rotary import Angles
 # Keys that a program reads at a time, and its warps for heads of 64: of 32 to 128 and of 1 to 8,
 # near the fastest on an H200 for contexts of 80 and of 900 tokens.
 BLOCK_KEYS, WARPS = 64, 2
-# Rows that share a tile: the fewest that tensor cores take. Warps for 64 x 128 numbers of theirs.
-TILE_ROWS, TILE_WARPS = 16, 4
+# Keys of a chunk: programs share the keys of a row that decodes, or few of a GPU's processors would
+# read all of a long context. And chunks merged at a time. Neither depends on how many rows there
+# are or how long another one is: a row's rounding would.
+CHUNK_KEYS, MERGED_CHUNKS = 256, 16
+# Rows that share a tile: the fewest that tensor cores take. The most numbers of queries or keys in
+# a tile, for which each GPU with tensor cores has room, and its warps.
+TILE_ROWS, TILE_NUMBERS, TILE_WARPS = 16, 64 * 128, 4
 # Numbers of a program.
 _PHILOX_BLOCK, _GATED_BLOCK = 128, 1024
 _formulas = ContextVar("_formulas", default=False)
@@ -56,29 +61,82 @@ def attend(
     if kernels is None:
         return _attend(queries(qkv, angles), keys, values, slots, positions, window)
     q, stride = _stored(kernels, qkv, queries, angles, keys, values, slots, positions)
-    triton, N, (S, K, P, E) = kernels.layers, len(qkv), keys.shape
-    H, block = queries.n_head, _power_of_2(E)
-    heads = {"H": H, "K": K, "E": E, "BLOCK_K": BLOCK_KEYS}
-    sees = P if window is None else window
-    if tiles is None or not _has_tensor_cores(qkv):
-        out = qkv.new_empty(N, H * E)
-        triton.attend_kernel[(N, H)](
-            *(q, keys, values, slots, positions, out, P, S - 1, sees, stride),
-            **heads,
-            BLOCK_E=block,
-            num_warps=WARPS * max(1, block // 64),
-        )
-        return out
-    out, group = qkv.new_zeros(N, H * E), _power_of_2(H // K)
-    triton.attend_tile_kernel[(len(tiles), K)](
-        *(q, keys, values, tiles, slots, positions, out, N, P, S - 1, sees, stride),
-        **heads,
-        BLOCK_E=max(16, block),
-        ROWS=TILE_ROWS,
-        GROUP=group,
-        num_warps=TILE_WARPS * max(1, TILE_ROWS * group * block // (64 * 128)),
+    N, (_, K, P, E), H = len(qkv), keys.shape, queries.n_head
+    past = _Past(keys, values, slots, positions, P if window is None else window)
+    heads = {"Q_ROW": stride, "H": H, "K": K, "E": E}
+    if tiles is None and P > CHUNK_KEYS:
+        return _attend_split(kernels, q, past, heads)
+    out = qkv.new_zeros(N, H * E)
+    _attend_chunks(kernels, q, past, tiles, out, None, P, heads)
+    return out
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What rows attend to, see `attend`."""
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    positions: Tensor
+    window: int
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """The slot of padding, and the window."""
+        return len(self.keys) - 1, self.window
+
+
+def _attend_split(kernels: Kernels, q: Tensor, past: _Past, heads: dict[str, int]) -> Tensor:
+    """Attend to chunks of CHUNK_KEYS keys, and merge them."""
+    N, H, E, chunks = len(q), heads["H"], heads["E"], -(-past.keys.size(2) // CHUNK_KEYS)
+    parts, sums = (q.new_empty(N, H, chunks, n, dtype=torch.float32) for n in (E, 1))
+    _attend_chunks(kernels, q, past, None, parts, sums, CHUNK_KEYS, heads)
+    out = q.new_empty(N, H * E)
+    kernels.layers.merge_kernel[(N, H)](
+        *(parts, sums, past.slots, past.positions, out, *past.seen, CHUNK_KEYS, chunks),
+        E=E,
+        BLOCK_E=_power_of_2(E),
+        BLOCK_C=MERGED_CHUNKS,
     )
     return out
+
+
+def _attend_chunks(
+    kernels: Kernels,
+    q: Tensor,
+    past: _Past,
+    tiles: Tensor | None,
+    out: Tensor,
+    sums: Tensor | None,
+    chunk: int,
+    heads: dict[str, int],
+) -> None:
+    """Attend to each chunk of `chunk` keys by itself; out and sums: see the kernels."""
+    N, (_, K, P, E), H = len(q), past.keys.shape, heads["H"]
+    block, chunks = _power_of_2(E), -(-P // chunk)
+    where = past.slots, past.positions
+    if not _has_tensor_cores(q) or (tiles is None and H == K):
+        kernels.layers.attend_kernel[(N, H, chunks)](
+            *(q, past.keys, past.values, *where, out, sums, P, *past.seen, chunk),
+            **heads,
+            BLOCK_E=block,
+            BLOCK_K=BLOCK_KEYS,
+            num_warps=WARPS * max(1, block // 64),
+        )
+        return
+    block, rows = max(16, block), 1 if tiles is None else TILE_ROWS
+    group = max(TILE_ROWS, min(TILE_NUMBERS // block, rows * _power_of_2(H // K))) // rows
+    groups = -(-H // (K * group))
+    kernels.layers.attend_tile_kernel[(N if tiles is None else len(tiles), K * groups, chunks)](
+        *(q, past.keys, past.values, tiles, *where, out, sums, N, P, *past.seen, chunk),
+        **heads,
+        BLOCK_E=block,
+        BLOCK_K=max(16, min(BLOCK_KEYS, TILE_NUMBERS // block)),
+        ROWS=rows,
+        GROUP=group,
+        num_warps=TILE_WARPS,
+    )
 
 
 def _stored(

@@ -24,7 +24,7 @@ from gptray.generation import gpu_kernels
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.cache import FIRST_TOKENS, grown
 from gptray.generation.decoder import Network, Piece, StepRows
-from gptray.generation.gpu_kernels import TILE_ROWS
+from gptray.generation.gpu_kernels import CHUNK_KEYS, TILE_ROWS
 from gptray.generation.graph_sampler import GraphSampler, token_of
 from gptray.generation.packed import PackedGPT
 from gptray.generation.queries import Queries
@@ -80,8 +80,11 @@ class GraphDecoder(Network):
         if gpu_kernels.kernels_for(self._caches[0]) is None:
             return
         count = min(TRIED_TOKENS, self._most - 1)
+        # Around the place where the second chunk of keys begins; what is before them is zeros.
+        start = max(0, min(CHUNK_KEYS - count // 2, self._most - 1 - count))
         tokens = [number % self._network.vocab_size for number in range(count)]
-        prompt, after = StepRows([], [Piece(0, 0, tokens)]), StepRows([(0, count)], [])
+        prompt = StepRows([], [Piece(0, start, tokens)])
+        after = StepRows([(0, start + count)], [])
 
         def computed() -> Tensor:
             parts = [self._hidden(self._reading)[:count] for _ in self._reading.passes(prompt)]

@@ -1,7 +1,7 @@
 """Kernels for GPUs in Triton: layers and random numbers, for `gptray.generation.gpu_kernels`.
 
 A row of a result depends on no other row: keys are summed in blocks that begin at multiples of
-BLOCK_K, wherever the row stands.
+BLOCK_K, in chunks of as many keys for every row.
 """
 
 import triton
@@ -97,62 +97,81 @@ def gated_kernel(x, out, N, WIDTH, IS_SWIGLU: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _added(most, total, carried, scores, values):
+    # One more block of a softmax's sums: scores (B,) and values (B, E).
+    above = tl.maximum(most, tl.max(scores, axis=0))
+    scale, weights = tl.exp(most - above), tl.exp(scores - above)
+    carried = carried * scale + tl.sum(weights[:, None] * values, axis=0)
+    return above, total * scale + tl.sum(weights, axis=0), carried
+
+
+@triton.jit
 def attend_kernel(
-    queries, keys, values, slots, positions, out, P, spare, window, Q_ROW: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
+    queries, keys, values, slots, positions, out, sums, P, spare, window, chunk,
+    Q_ROW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Softmax in one pass over the keys (Milakov & Gimelshein 2018; Dao et al. 2022).
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # Softmax in one pass over the keys (Milakov & Gimelshein 2018; Dao et al. 2022): one head of a
+    # row and one chunk of keys. out (N, H, chunks, E); sums (N, H, chunks): the logarithm of the
+    # sum of exponentials, None if there is one chunk. What sees no key writes nothing.
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slots + row)
     length = tl.where(slot == spare, 0, tl.load(positions + row).to(tl.int32) + 1)
     first = tl.maximum(length - window, 0)
+    begin = tl.maximum(first // BLOCK_K * BLOCK_K, part * chunk)
+    end = tl.minimum(length, (part + 1) * chunk)
+    if begin >= end:
+        return
     base = (slot * K + head // (H // K)) * P * E
-    keys += base
-    values += base
+    keys, values = keys + base, values + base
     place = tl.arange(0, BLOCK_E)
     is_real = place < E
     q = tl.load(queries + row * Q_ROW + head * E + place, mask=is_real, other=0.0)
     q = q.to(tl.float32)
     most, total = float("-inf"), 0.0
     carried = tl.zeros([BLOCK_E], dtype=tl.float32)
-    for start in range(first // BLOCK_K * BLOCK_K, length, BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         position = start + tl.arange(0, BLOCK_K)
         is_seen = (position >= first) & (position < length)
         block = position[:, None] * E + place[None, :]
         mask = is_seen[:, None] & is_real[None, :]
         k = tl.load(keys + block, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(is_seen, tl.sum(k * q[None, :], axis=1), float("-inf"))
-        above = tl.maximum(most, tl.max(scores, axis=0))
-        scale, weights = tl.exp(most - above), tl.exp(scores - above)
         v = tl.load(values + block, mask=mask, other=0.0).to(tl.float32)
-        carried = carried * scale + tl.sum(weights[:, None] * v, axis=0)
-        total = total * scale + tl.sum(weights, axis=0)
-        most = above
-    result = (carried / tl.where(length > 0, total, 1.0)).to(out.dtype.element_ty)
-    tl.store(out + row * H * E + head * E + place, result, mask=is_real)
+        most, total, carried = _added(most, total, carried, scores, v)
+    target = (row * H + head) * tl.num_programs(2) + part
+    result = (carried / total).to(out.dtype.element_ty)
+    tl.store(out + target * E + place, result, mask=is_real)
+    if sums is not None:
+        tl.store(sums + target, most + tl.log(total))
 
 
 @triton.jit
 def attend_tile_kernel(
-    queries, keys, values, tiles, slots, positions, out, N, P, spare, window, Q_ROW: tl.constexpr,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+    queries, keys, values, tiles, slots, positions, out, sums, N, P, spare, window, chunk,
+    Q_ROW: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # As above for up to ROWS rows of one slot at a time and all heads that share keys, on tensor
-    # cores. GROUP: the power of 2 from so many heads on.
-    first_row, kv_head = tl.load(tiles + tl.program_id(0)), tl.program_id(1)
+    # As above for up to ROWS rows of one slot at a time and GROUP of the heads that share keys, on
+    # tensor cores. tiles: None if each row is one.
+    tile, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    kv_head, group = tl.program_id(1) % K, tl.program_id(1) // K
+    first_row = tile if tiles is None else tl.load(tiles + tile)
     slot = tl.load(slots + first_row, mask=first_row < N, other=spare)
     number, place = tl.arange(0, ROWS * GROUP), tl.arange(0, BLOCK_E)
-    row, head = first_row + number // GROUP, number % GROUP
+    row, head = first_row + number // GROUP, group * GROUP + number % GROUP
     own = tl.load(slots + row, mask=row < N, other=spare)
     is_row = (own == slot) & (own != spare) & (head < H // K)
     position = tl.load(positions + row, mask=row < N, other=0).to(tl.int32)
     length = tl.where(is_row, position + 1, 0)
     first, most_keys = tl.maximum(length - window, 0), tl.max(length, axis=0)
     least = tl.min(tl.where(is_row, first, most_keys), axis=0)
+    begin = tl.maximum(least // BLOCK_K * BLOCK_K, part * chunk)
+    end = tl.minimum(most_keys, (part + 1) * chunk)
+    if begin >= end:
+        return
     base = (slot * K + kv_head) * P * E
-    keys += base
-    values += base
+    keys, values = keys + base, values + base
     head += kv_head * (H // K)
     is_real = place < E
     source = queries + row[:, None] * Q_ROW + head[:, None] * E + place[None, :]
@@ -161,9 +180,9 @@ def attend_tile_kernel(
     most = tl.full([ROWS * GROUP], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS * GROUP], dtype=tl.float32)
     carried = tl.zeros([ROWS * GROUP, BLOCK_E], dtype=tl.float32)
-    for start in range(least // BLOCK_K * BLOCK_K, most_keys, BLOCK_K):
+    for start in range(begin, end, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        is_stored = key < most_keys
+        is_stored = key < end
         k = tl.load(
             keys + key[None, :] * E + place[:, None],
             mask=is_stored[None, :] & is_real[:, None],
@@ -182,9 +201,40 @@ def attend_tile_kernel(
         carried = tl.dot(weights.to(v.dtype), v, carried * scale[:, None], input_precision="ieee")
         total = total * scale + tl.sum(weights, axis=1)
         most = above
-    result = (carried / tl.where(is_row, total, 1.0)[:, None]).to(out.dtype.element_ty)
-    target = out + row[:, None] * H * E + head[:, None] * E + place[None, :]
-    tl.store(target, result, mask=is_query)
+    total = tl.where(is_row, total, 1.0)
+    target = (row * H + head) * tl.num_programs(2) + part
+    result = (carried / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + target[:, None] * E + place[None, :], result, mask=is_query)
+    if sums is not None:
+        tl.store(sums + target, most + tl.log(total), mask=is_row)
+
+
+@triton.jit
+def merge_kernel(
+    parts, sums, slots, positions, out, spare, window, chunk, CHUNKS,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # What one head of a row attended to, from its chunks of keys (Flash-Decoding, Dao et al. 2023):
+    # a softmax over the logarithms of their sums.
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + row)
+    length = tl.where(slot == spare, 0, tl.load(positions + row).to(tl.int32) + 1)
+    first, end = tl.maximum(length - window, 0) // chunk, tl.cdiv(length, chunk)
+    target, place = row * tl.num_programs(1) + head, tl.arange(0, BLOCK_E)
+    parts += target * CHUNKS * E
+    sums += target * CHUNKS
+    is_real = place < E
+    most, total = float("-inf"), 0.0
+    carried = tl.zeros([BLOCK_E], dtype=tl.float32)
+    for start in range(first // BLOCK_C * BLOCK_C, end, BLOCK_C):
+        number = start + tl.arange(0, BLOCK_C)
+        is_seen = (number >= first) & (number < end)
+        scores = tl.load(sums + number, mask=is_seen, other=float("-inf"))
+        block = number[:, None] * E + place[None, :]
+        part = tl.load(parts + block, mask=is_seen[:, None] & is_real[None, :], other=0.0)
+        most, total, carried = _added(most, total, carried, scores, part)
+    result = (carried / tl.where(length > 0, total, 1.0)).to(out.dtype.element_ty)
+    tl.store(out + target * E + place, result, mask=is_real)
 
 
 _ROUNDS, _M0, _M1 = (tl.constexpr(n) for n in (ROUNDS, *MULTIPLIERS))

@@ -55,6 +55,7 @@ def room(dtype: torch.dtype) -> float:
         ((9, 3, 64), "rotated", None),
         ((4, 1, 20), "both", 5),
         ((3, 1, 8), "normed", 1),
+        ((3, 1, 256), "plain", None),
     ],
 )
 @pytest.mark.parametrize("is_tiled", [False, True])
@@ -105,6 +106,58 @@ def test_attention_is_its_formula(
     assert not given[len(slots) :].any()
 
 
+def decoded(
+    heads: tuple[int, int, int], lengths: list[int], P: int, dtype: torch.dtype, window: int
+) -> torch.Tensor:
+    """What rows of these lengths, one a slot, attend to in a cache of P positions; then padding."""
+    (H, K, E), N = heads, len(lengths)
+    qkv = [numbers((H + 2 * K) * E, seed=length) / E**0.25 for length in [*lengths, 0]]
+    caches = torch.zeros(2, N + 1, K, P, E, device=DEVICE, dtype=dtype)
+    for slot, length in enumerate(lengths):
+        caches[:, slot, :, :length] = numbers(2, K, length, E, seed=length).to(dtype)
+    slots, positions = torch.arange(N + 1), torch.tensor([*lengths, 1]) - 1
+    keys, values = caches
+    return gpu.attend(
+        torch.stack(qkv).to(dtype),
+        Queries(H, K, E),
+        None,
+        keys,
+        values,
+        slots.to(DEVICE),
+        positions.to(DEVICE),
+        window=window,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "window"),
+    [
+        ((2, 2, 64), 9999),
+        ((4, 2, 128), 300),
+        ((4, 1, 96), 9999),
+        ((8, 1, 64), 256),
+        ((3, 1, 256), 257),
+        ((34, 1, 256), 1),
+    ],
+)
+def test_long_rows_are_read_in_chunks(
+    dtype: torch.dtype, heads: tuple[int, int, int], window: int
+) -> None:
+    # 16 chunks are merged at a time.
+    lengths = [1, 4097, 255, 256, 257, 3000, 511, 512, 4096, 513]
+    if heads[0] > 30:
+        lengths = lengths[:5]
+    given = decoded(heads, lengths, 4200, dtype, window)
+    with gpu.formulas():
+        expected = decoded(heads, lengths, 4200, dtype, window)
+    torch.testing.assert_close(given, expected, rtol=room(dtype), atol=room(dtype))
+    assert not given[-1].any()
+    # To the bit as in a cache with less room, whatever other rows there are.
+    alone = decoded(heads, [257], 300, dtype, window)
+    assert torch.equal(alone[0], given[lengths.index(257)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 64, 1500])
 def test_norms_and_gates_are_their_formulas(dtype: torch.dtype, width: int) -> None:
@@ -134,13 +187,26 @@ def test_a_network_of_kernels_gives_pytorchs_logits(fields: dict[str, Any]) -> N
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+def wrong_gates(x: torch.Tensor, kind: str) -> torch.Tensor:
+    return GATED(x, kind) * (1 if gpu.kernels_for(x) is None else 2)
+
+
+def wrong_later_chunks(qkv: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+    made, positions = ATTEND(qkv, *given, **named), given[5]
+    wrong = 0 if gpu.kernels_for(qkv) is None else positions[:, None] >= gpu.CHUNK_KEYS
+    return made * (1 + wrong)
+
+
+GATED, ATTEND = gpu.gated, gpu.attend
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("gated", wrong_gates), ("attend", wrong_later_chunks)]
+)
 def test_kernels_that_are_wrong_here_are_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    right = gpu.gated
-    monkeypatch.setattr(
-        gpu, "gated", lambda x, kind: right(x, kind) * (1 if gpu.kernels_for(x) is None else 2)
-    )
-    model = random_gpt(small_tokenizer(), mlp="swiglu").to(DEVICE)
+    monkeypatch.setattr(gpu, name, wrong)
+    model = random_gpt(small_tokenizer(), mlp="swiglu", n_positions=500).to(DEVICE)
     assert isinstance(network("graph", model, 2, torch.float32), Decoder)
     assert "the kernels give other numbers than PyTorch" in caplog.text
