@@ -35,6 +35,8 @@ REFUSED = {
     "olmo2 with biases": "llama.cpp's olmo2 does not support a bias of",
     "smollm3, its first layer without positions": "these layers without positions",
     "phi3": "does not support sliding windows",
+    **dict.fromkeys(("gpt_neo", "gpt_neo without windows, exact GELU"), "not gpt_neo; export.for"),
+    **dict.fromkeys(("opt", "opt untied, without biases"), "not opt; export.format=hf does"),
     "gemma3_text": "sliding windows in other layers than all but every 6th",
 }
 TEXTS = ("the cat  sees\n\n1234 a dog", "\uc61b\ub0a0 \uc61b\uc801\uc5d0", "<s> it's", " a\t ")

@@ -128,9 +128,15 @@ class ModelConfig(Section):
         "longrope, with the keys of Hugging Face's rope_scaling, such as {rope_type: linear, "
         "factor: 2}; of longrope only the part for short contexts is computed",
     )
-    mlp: Literal["gelu_new", "gelu", "swiglu", "geglu"] = Field(
+    mlp: Literal["gelu_new", "gelu", "relu", "swiglu", "geglu"] = Field(
         "gelu_new",
-        description="gelu_new: GPT-2's, by tanh; gelu: exact; gated: swiglu (Llama), geglu (Gemma)",
+        description="gelu_new: GPT-2's, by tanh; gelu: exact; relu: OPT's; gated: swiglu (Llama), "
+        "geglu (Gemma)",
+    )
+    attention_scale: Positive | None = Field(
+        None,
+        description="factor of attention's scores (GPT-Neo: 1); null: 1 / the square root of the "
+        "width of a head",
     )
     qkv_bias: bool = Field(True, description="bias of queries, keys and values")
     attn_out_bias: bool = Field(True, description="bias of attention's output layer")
@@ -166,8 +172,8 @@ class ModelConfig(Section):
     init_from: str | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
-        "Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3 or Gemma 3, or a "
-        "hub id",
+        "GPT-Neo, OPT, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3, "
+        "StableLM, Gemma or Gemma 3, or a hub id",
     )
     resize_vocab: bool = Field(
         False,
@@ -189,6 +195,11 @@ class ModelConfig(Section):
     @property
     def head_width(self) -> int:
         return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of attention's scores."""
+        return self.attention_scale or self.head_width**-0.5
 
     @property
     def qk_norm_widths(self) -> tuple[int, int]:
@@ -260,6 +271,8 @@ class ModelConfig(Section):
             yield f"model.layer_types has {SLIDING}; set model.sliding_window too"
         if self.centred_norm and self.norm != "rmsnorm":
             yield "model.centred_norm needs model.norm=rmsnorm"
+        if self.attention_scale and self.qk_norm:
+            yield "model.attention_scale does not go with model.qk_norm, whose weights scale too"
         if self.wide_qk_norm and not self.qk_norm:
             yield "model.wide_qk_norm needs model.qk_norm=true"
         if self.post_norm and self.sandwich_norm:

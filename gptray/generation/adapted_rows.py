@@ -57,7 +57,7 @@ def numbered_layers(layers: Mapping[str, LowRank], config: ModelConfig) -> list[
             one = layers.get(f"transformer.h.{layer}.{name}.weight")
             if one and name == QUERIES and not config.qk_norm:
                 b = one.b.clone()
-                b[: config.n_head * config.head_width] *= config.head_width**-0.5
+                b[: config.n_head * config.head_width] *= config.score_scale
                 one = LowRank(one.a, b)
             found.append(one)
     return found
@@ -109,8 +109,8 @@ class AdaptedRows:
             return layer.product(x, add)
         if LAYERS[layer.number % len(LAYERS)] != INTO_MLP:
             return layer.product(x, added if add is None else add + added)
-        # A GELU fused into its product rounds differently from one applied after an addition, so
-        # rows without an adapter must take the fused one.
+        # An activation fused into its product rounds differently from one applied after an
+        # addition, so rows without an adapter must take the fused one.
         y = torch.empty_like(added)
         plain, adapted = self._split_rows(layer.number)
         if len(plain):

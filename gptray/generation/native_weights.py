@@ -32,6 +32,7 @@ ALIGNMENT = 64
 ACTIVATIONS = {
     "gelu_new": abi.GELU_TANH,
     "gelu": abi.GELU,
+    "relu": abi.RELU,
     "swiglu": abi.SWIGLU,
     "geglu": abi.GEGLU,
 }
@@ -126,8 +127,8 @@ class NativeWeights:
         assert isinstance(block, Block)
         config, attention = self._model.config, block.attn
         pack = self._gated if config.is_gated else self._layer
-        # The attention scale is folded into the rows that make q, or into the norm after them.
-        scale: float = config.head_width**-0.5
+        # The scale of scores is folded into the rows that make q, or into the norm after them.
+        scale = config.score_scale
         linear = (
             self._attention_input(attention, 1.0 if config.qk_norm else scale),
             self._layer(attention.c_proj),

@@ -6,7 +6,6 @@ padded to a whole number of the sampler's chunks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +29,6 @@ from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm, activation, rms_norm
 from gptray.model.quantized import head_kind
 from gptray.model.rotary import Angles
-
-# Of an MLP, as torch calls them.
-GELUS = {"gelu_new": "tanh", "gelu": "none"}
 
 # From a layer's number, its q, k, v, (N, (H + 2 K) E), and what prepares them for scores, to what
 # it attended to, (N, H E).
@@ -192,7 +188,7 @@ def _block(
     counts = {module: importance.get(f"{name}.weight") for name, module in modules}
     numbers = count(layer * len(LAYERS))
 
-    def packed(layer: nn.Linear, gelu: str | None = None, factors: Tensor | None = None) -> Layer:
+    def packed(layer: nn.Linear, kind: str | None = None, factors: Tensor | None = None) -> Layer:
         """The next layer, its outputs times `factors` (out,)."""
         weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
         if factors is not None:
@@ -203,13 +199,13 @@ def _block(
             quantized=quantize,
             importance=counts[layer],
             factors=factors,
-            gelu=gelu,
+            kind=kind,
         )
         return Layer(next(numbers), made)
 
     # The scores' scale is in the rows that make q, unless a norm comes after them.
     factors = torch.ones(attention.c_attn.out_features)
-    factors[: config.n_head * config.head_width] = 1.0 / math.sqrt(config.head_width)
+    factors[: config.n_head * config.head_width] = config.score_scale
     around = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
     gated = gpu_kernels.gated if fused else activation
     return _Block(
@@ -220,7 +216,7 @@ def _block(
         attn_proj=packed(attention.c_proj),
         before_mlp=around[2],
         after_mlp=around[3],
-        c_fc=packed(block.mlp.c_fc, GELUS.get(config.mlp)),
+        c_fc=packed(block.mlp.c_fc, None if config.is_gated else config.mlp),
         mlp_proj=packed(block.mlp.c_proj),
         gated=partial(gated, kind=config.mlp) if config.is_gated else None,
         residual=config.residual,
@@ -234,7 +230,7 @@ def _queries(
     norms, eps = None, 0.0
     if attention.q_norm and attention.k_norm:
         q_factors, k_factors = (_factors(one, full) for one in (attention.q_norm, attention.k_norm))
-        norms = torch.cat((q_factors / math.sqrt(config.head_width), k_factors)).to(dtype)
+        norms = torch.cat((q_factors * config.score_scale, k_factors)).to(dtype)
         eps = attention.q_norm.eps
     return Queries(
         config.n_head,

@@ -64,8 +64,8 @@ def choose_kernels(products: Iterable[Product], rows: int) -> None:
 
 
 def _ways(one: WeightOnly, rows: int) -> dict[str, WeightOnly]:
-    """The product in every way that may be the fastest, by name, without its GELU."""
-    plain = replace(one, gelu=None, tile=None)
+    """The product in every way that may be the fastest, by name, without its activation."""
+    plain = replace(one, kind=None, tile=None)
     tiles = tiles_for(rows, one.dtype).items()
     return {WHOLE: plain} | {name: replace(plain, tile=tile, rows=rows) for name, tile in tiles}
 

@@ -14,15 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.generation.weight_only import GpuWeight, Tile, for_gpu, multiply
+from gptray.model.layers import activation
 from gptray.model.precision import has_onednn_linear
 from gptray.model.quantized import QuantizedWeight, quantize
 
+# oneDNN's names of activations, with the arguments that follow.
+_POINTWISE: dict[str, tuple[str, list[float], str]] = {
+    "gelu_new": ("gelu", [], "tanh"),
+    "gelu": ("gelu", [], "none"),
+    "relu": ("relu", [], ""),
+}
 # Up to this many inputs, oneDNN sums a row in the same order whatever the number of rows.
 ONE_ROW_WIDTH = 1024
 
 
 class Product(Protocol):
-    """x (N, in) -> x W^T + b (N, out), plus `add` (N, out), through a GELU if it has one."""
+    """x (N, in) -> x W^T + b (N, out), plus `add` (N, out), through an activation if it has one."""
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor: ...
 
@@ -35,51 +42,51 @@ def product(
     quantized: str = "none",
     importance: Tensor | None = None,
     factors: Tensor | None = None,
-    gelu: str | None = None,
+    kind: str | None = None,
 ) -> Product:
     """The product with weight (out, in) and bias (out,), both fp32, computed in `dtype`.
 
-    gelu: torch's name of its approximation: "tanh" for GPT-2's, "none" for the exact one; None
-    applies no GELU. quantized: "none", or how `gptray.model.quantized` quantizes the weight, given
-    the importance (in,) of its inputs. factors: (out,), scale the weight's outputs, after rounding
-    if it is quantized.
+    kind: "gelu_new", "gelu" or "relu", as in `gptray.model.layers.activation`; None: no activation.
+    quantized: "none", or how `gptray.model.quantized` quantizes the weight, given the importance
+    (in,) of its inputs. factors: (out,), scale the weight's outputs, after rounding if it is
+    quantized.
     """
     if quantized != "none":
         kept = quantize(weight, quantized, importance).times(factors)
         if quantized == "int8" and weight.device.type == "cpu":
-            return _Int8(kept, bias, dtype, gelu=gelu)
+            return _Int8(kept, bias, dtype, kind=kind)
         bias = None if bias is None else bias.to(dtype)
-        return WeightOnly(for_gpu(kept, dtype), bias, dtype, gelu)
+        return WeightOnly(for_gpu(kept, dtype), bias, dtype, kind)
     weight = weight if factors is None else weight * factors[:, None]
-    return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), gelu=gelu)
+    return _dense(weight.to(dtype), None if bias is None else bias.to(dtype), kind=kind)
 
 
-def _dense(weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> Product:
+def _dense(weight: Tensor, bias: Tensor | None, *, kind: str | None) -> Product:
     """The product in the dtype of its weight."""
     dtype = weight.dtype
     if weight.device.type == "cpu" and has_onednn_linear(dtype):
-        return _Packed(weight, bias, gelu=gelu)
-    return _Dense(weight, bias, gelu=gelu)
+        return _Packed(weight, bias, kind=kind)
+    return _Dense(weight, bias, kind=kind)
 
 
 class _Dense:
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> None:
-        self._weight, self._bias, self._gelu = weight, bias, gelu
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, kind: str | None) -> None:
+        self._weight, self._bias, self._kind = weight, bias, kind
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        return _finished(F.linear(x, self._weight, self._bias), add, self._gelu)
+        return _finished(F.linear(x, self._weight, self._bias), add, self._kind)
 
 
-def _finished(y: Tensor, add: Tensor | None, gelu: str | None) -> Tensor:
+def _finished(y: Tensor, add: Tensor | None, kind: str | None) -> Tensor:
     if add is not None:
         y = y + add
-    return F.gelu(y, approximate=gelu) if gelu else y
+    return activation(y, kind) if kind else y
 
 
 class _Packed:
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, gelu: str | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, kind: str | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._bias, self._gelu = bias, gelu
+        self._bias, self._kind = bias, kind
         # Beyond this, oneDNN sums a single row in another order than the same row among others.
         self._pads_one_row = weight.size(1) > ONE_ROW_WIDTH
 
@@ -92,9 +99,9 @@ class _Packed:
         y: Tensor
         if add is not None:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, add, weight, bias, "add")
-            y = F.gelu(y, approximate=self._gelu) if self._gelu else y
-        elif self._gelu:
-            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], self._gelu)
+            y = activation(y, self._kind) if self._kind else y
+        elif self._kind:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_POINTWISE[self._kind])
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y[:rows]
@@ -111,15 +118,15 @@ class WeightOnly:
     weight: QuantizedWeight | GpuWeight
     bias: Tensor | None
     dtype: torch.dtype
-    gelu: str | None
+    kind: str | None
     tile: Tile | None = None
     rows: int = 0
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         if self.tile and len(x) <= self.rows:
             assert isinstance(self.weight, GpuWeight)
-            return _finished(multiply(x, self.weight, self.bias, self.tile), add, self.gelu)
-        return _dense(self.weight.dequantize(self.dtype), self.bias, gelu=self.gelu)(x, add)
+            return _finished(multiply(x, self.weight, self.bias, self.tile), add, self.kind)
+        return _dense(self.weight.dequantize(self.dtype), self.bias, kind=self.kind)(x, add)
 
 
 class _Int8:
@@ -129,14 +136,14 @@ class _Int8:
     """
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, gelu: str | None
+        self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype, *, kind: str | None
     ) -> None:
         self._scale = weight.scales[:, 0].float()
         outputs = len(self._scale)
         self._weight = torch.ops.onednn.qlinear_prepack(weight.values, None)
         self._zero = torch.zeros(outputs, dtype=torch.int64)
         self._bias = torch.zeros(outputs) if bias is None else bias.float()
-        self._dtype, self._gelu = dtype, gelu
+        self._dtype, self._kind = dtype, kind
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         x = x.float()
@@ -150,4 +157,4 @@ class _Int8:
             *(1.0, 0, torch.float32, "none", [], ""),  # the output's
         )
         y = torch.addcmul(self._bias, y, scale)
-        return _finished(y, add, self._gelu).to(self._dtype)
+        return _finished(y, add, self._kind).to(self._dtype)

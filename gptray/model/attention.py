@@ -33,6 +33,8 @@ class Attention(nn.Module):
         self.head_width = head_width = config.head_width
         self.dropout, self.native = config.dropout, False
         self.window = config.window(layer)
+        # What follows divides scores by the square root of a head's width.
+        self.stretch = config.score_scale * math.sqrt(head_width) if config.attention_scale else 1.0
         qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
         self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -46,6 +48,10 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
         if self.is_wide:
             qkv = self._normed(qkv)
+        if self.stretch != 1:
+            queries = self.n_head * self.head_width
+            q, kv = qkv[..., :queries], qkv[..., queries:]
+            qkv = torch.cat((q * self.stretch, kv), dim=-1)
         is_full = self.window is None or self.window >= x.size(1)
         if self.native and is_full and not p:
             y = self._native(qkv, angles)

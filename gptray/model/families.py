@@ -25,6 +25,8 @@ from gptray.model.llama_families import (
 )
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
+_EXACT = {"gelu": "gelu", "gelu_python": "gelu"}
+_ACTIVATIONS = {**_GELU, **_EXACT}
 
 # `gptray.model.parameters` uses GPT-2's names.
 _MODULES = (
@@ -43,7 +45,7 @@ GPT2 = Family(
         "layer_norm_epsilon": Key("layer_norm_epsilon", 1e-5),
         "initializer_range": Key("initializer_range", 0.02),
         "dropout": Key("resid_pdrop", 0.1, also=("embd_pdrop", "attn_pdrop")),
-        "mlp": Key("activation_function", "gelu_new", words={**_GELU, "gelu": "gelu"}),
+        "mlp": Key("activation_function", "gelu_new", words=_ACTIVATIONS),
         "tie_word_embeddings": Key("tie_word_embeddings", True),
     },
     always={},
@@ -69,7 +71,7 @@ GPT_NEOX = Family(
         "layer_norm_epsilon": Key("layer_norm_eps", 1e-5),
         "initializer_range": Key("initializer_range", 0.02),
         "dropout": Key("hidden_dropout", 0.0, also=("attention_dropout",)),
-        "mlp": Key("hidden_act", "gelu", words={"gelu": "gelu", **_GELU}),
+        "mlp": Key("hidden_act", "gelu", words=_ACTIVATIONS),
         "qkv_bias": Key("attention_bias", True),
         "attn_out_bias": Key("attention_bias", True),
         "parallel_residual": Key("use_parallel_residual", True),
@@ -93,6 +95,72 @@ GPT_NEOX = Family(
     by_head=True,
 )
 
+GPT_NEO = Family(
+    architecture="GPTNeoForCausalLM",
+    keys={
+        "vocab_size": Key("vocab_size", 50257),
+        "n_positions": Key("max_position_embeddings", 2048),
+        "n_embd": Key("hidden_size", 2048),
+        "n_layer": Key("num_layers", 24),
+        "n_head": Key("num_heads", 16),
+        "n_inner": Key("intermediate_size", None),
+        "layer_norm_epsilon": Key("layer_norm_epsilon", 1e-5),
+        "initializer_range": Key("initializer_range", 0.02),
+        "dropout": Key("resid_dropout", 0.0, also=("embed_dropout", "attention_dropout")),
+        "mlp": Key("activation_function", "gelu_new", words=_ACTIVATIONS),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    always={"attention_scale": 1.0, "qkv_bias": False},
+    modules={name: (name,) for name in _MODULES}
+    | {
+        "attn.c_attn": tuple(f"attn.attention.{part}_proj" for part in "qkv"),
+        "attn.c_proj": ("attn.attention.out_proj",),
+    },
+    prefix="transformer.",
+    layers="h.",
+    windows="by type",
+    window=256,
+    even_heads=True,
+)
+OPT = Family(
+    architecture="OPTForCausalLM",
+    keys={
+        "vocab_size": Key("vocab_size", 50272),
+        "n_positions": Key("max_position_embeddings", 2048),
+        "n_embd": Key("hidden_size", 768),
+        "n_layer": Key("num_hidden_layers", 12),
+        "n_head": Key("num_attention_heads", 12),
+        "n_inner": Key("ffn_dim", 3072),
+        "initializer_range": Key("init_std", 0.02),
+        "dropout": Key("dropout", 0.1, also=("attention_dropout",)),
+        "mlp": Key("activation_function", "relu", words={"relu": "relu", **_ACTIVATIONS}),
+        **dict.fromkeys(("qkv_bias", "attn_out_bias", "mlp_bias"), Key("enable_bias", True)),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    always={"layer_norm_epsilon": 1e-5},
+    fixed={
+        "do_layer_norm_before": (True,),
+        "_remove_final_layer_norm": (False,),
+        "layer_norm_elementwise_affine": (True,),
+    },
+    modules={
+        "wte": ("decoder.embed_tokens",),
+        "wpe": ("decoder.embed_positions",),
+        "ln_f": ("decoder.final_layer_norm",),
+        "ln_1": ("self_attn_layer_norm",),
+        "ln_2": ("final_layer_norm",),
+        "attn.c_attn": tuple(f"self_attn.{part}_proj" for part in "qkv"),
+        "attn.c_proj": ("self_attn.out_proj",),
+        "mlp.c_fc": ("fc1",),
+        "mlp.c_proj": ("fc2",),
+    },
+    prefix="model.",  # old files omit it
+    layers="decoder.layers.",
+    equal=(Key("word_embed_proj_dim", None), "n_embd", "hidden_size"),
+    first_position=2,
+    even_heads=True,
+)
+
 # By model_type, in the order in which `family_of` tries them.
 KNOWN: dict[str, Family] = {
     "gpt2": GPT2,
@@ -107,6 +175,8 @@ KNOWN: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "phi3": PHI3,
     "gemma3_text": GEMMA3,
+    "gpt_neo": GPT_NEO,
+    "opt": OPT,
 }
 
 

@@ -33,13 +33,14 @@ class Family:
     writes sliding windows; window: the default; pattern: every how many layers one has no window,
     in files without layer_types; global_rope: whether it has positions. rope_base, local_base,
     rope_part: its keys for rotary positions in files without rope_parameters; no rope_part: whole
-    heads are rotated. scores: the number by whose root scores are divided, which must be the width
-    of a head. scalings: the scalings of rotary positions that its class supports. unrotated: every
-    how many layers one has no positions, in files without no_rope_layers. prefix, layers: how the
-    names of weights and of layers begin. modules: its modules for each of
-    `gptray.model.parameters`'s, which may fuse several. transposed: linear layers are stored
-    (in, out). by_head: q, k and v are interleaved head by head. even_heads: n_head must divide
-    n_embd even if head_dim is set.
+    heads are rotated. equal: a key that must equal a property of ModelConfig, and what its messages
+    call that; without a default, null is equal too. first_position: rows of the table of learned
+    positions before that of the first. scalings: the scalings of rotary positions that its class
+    supports. unrotated: every how many layers one has no positions, in files without
+    no_rope_layers. prefix, layers: how the names of weights and of layers begin. modules: its
+    modules for each of `gptray.model.parameters`'s, which may fuse several. transposed: linear
+    layers are stored (in, out). by_head: q, k and v are interleaved head by head. even_heads:
+    n_head must divide n_embd even if head_dim is set.
     """
 
     architecture: str | None
@@ -49,14 +50,15 @@ class Family:
     prefix: str
     layers: str
     fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    windows: Literal["none", "all", "from a layer", "by layer"] = "none"
+    windows: Literal["none", "all", "from a layer", "by layer", "by type"] = "none"
     window: int | None = 4096
     pattern: int = 4
     global_rope: bool = True
     rope_base: Key = Key("rope_theta", 10000.0)
     rope_part: Key | None = None
     local_base: Key | None = None
-    scores: Key | None = None
+    equal: tuple[Key, str, str] | None = None
+    first_position: int = 0
     scalings: tuple[str, ...] = tuple(ROPE_SCALINGS)
     unrotated: Key | None = None
     transposed: bool = False

@@ -27,9 +27,10 @@ from gptray.model.kernel_calls import (
     weight_gradients,
 )
 from gptray.model.operator import Given, Operator
-from gptray.native.abi import GEGLU, GELU, GELU_TANH, NONE, SWIGLU
+from gptray.native.abi import GEGLU, GELU, GELU_TANH, NONE, RELU, SWIGLU
 
-_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "swiglu": SWIGLU, "geglu": GEGLU}
+_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "relu": RELU}
+_ACTIVATIONS |= {"swiglu": SWIGLU, "geglu": GEGLU}
 _GATED = (SWIGLU, GEGLU)
 
 

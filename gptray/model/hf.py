@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptray.config import ModelConfig, UserError
 from gptray.files import replacing
@@ -182,11 +183,14 @@ def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
     """A part's weight in the layout of its file."""
     if part.layout == "by_head":
         return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
-    return weight.t() if part.layout == "transposed" else weight
+    if part.layout == "transposed":
+        return weight.t()
+    unused = part.dims[0] - part.rows
+    return F.pad(weight, (0, 0, unused, 0)) if unused else weight
 
 
 def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
     """A file's tensor in the layout of the network's parameter."""
     if part.layout == "by_head":
         return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
-    return stored.t() if part.layout == "transposed" else stored
+    return stored.t() if part.layout == "transposed" else stored[-part.rows :]

@@ -110,18 +110,19 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
         raise Unsupported("vocab_size is null; it must be the number of rows of the embedding")
     values |= position_fields(raw, family, values)
     config = ModelConfig.model_validate(values, strict=True)
-    if family.scores:
-        number = raw.get(family.scores.name, family.scores.default)
-        if number != config.head_width:
-            name, width = family.scores.name, config.head_width
-            raise Unsupported(f"{name}={number!r:.60} is not supported, only the {width} of a head")
+    if family.equal:
+        key, name, words = family.equal
+        given, width = raw.get(key.name, key.default), getattr(config, name)
+        if given not in (width, key.default and width):
+            only = f"only the {width} of {words}"
+            raise Unsupported(f"{key.name}={given!r:.60} is not supported, {only}")
     return config
 
 
 def _written(config: ModelConfig, family: Family) -> dict[str, object]:
     """A network's keys in config.json, as far as the family can express it."""
     written: dict[str, object] = {}
-    # Only GPT-2's class knows null.
+    # Few classes know null.
     resolved = {
         "n_inner": config.inner,
         "n_kv_head": config.kv_heads,
@@ -130,14 +131,15 @@ def _written(config: ModelConfig, family: Family) -> dict[str, object]:
     is_rotary = family.always.get("positions") == "rotary"
     for field, key in family.keys.items():
         value = getattr(config, field)
-        if value is None and is_rotary:
+        if value is None and (is_rotary or key.default is not None):
             value = resolved.get(field)
         if key.words is not None:
             value = next((word for word, meant in key.words.items() if meant == value), None)
         written |= dict.fromkeys((key.name, *key.also), value)
     written |= {name: allowed[0] for name, allowed in family.fixed.items()}
-    if family.scores:
-        written[family.scores.name] = config.head_width
+    if family.equal:
+        key, name, _ = family.equal
+        written[key.name] = getattr(config, name)
     return written | written_positions(config, family)
 
 

@@ -14,6 +14,9 @@ from gptray.stored import is_whole
 MAX_DIMENSION = 2**31 - 1
 # transformers' default.
 _WINDOWS_FROM = 28
+_MAX_LAYERS = 100_000
+# GPT-Neo's names for the kinds of attention.
+_TYPES = {"global": FULL, "local": SLIDING}
 _ORIGINAL = "original_max_position_embeddings"
 
 Raw = Mapping[str, object]
@@ -123,6 +126,9 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
     """The fields of sliding windows."""
     if family.windows == "none":
         return {}
+    if family.windows == "by type":
+        window = raw.get("window_size", family.window)
+        return {"sliding_window": window, "layer_types": _types(raw)}
     window = raw.get("sliding_window", family.window)
     if family.windows == "all":
         return {"sliding_window": window}
@@ -146,6 +152,21 @@ def _windows(raw: Raw, family: Family, n_layer: object) -> dict[str, object]:
     return {"sliding_window": window, "layer_types": types, "global_rope": global_rope}
 
 
+def _types(raw: Raw) -> list[str]:
+    """Each layer's kind of attention, from GPT-Neo's pairs of kinds and how often they repeat."""
+    types, given = list[str](), raw.get("attention_types")
+    pairs = [[[*_TYPES], 12]] if given is None else given
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        match pair:
+            case [[*kinds], int(count)] if len(kinds) * count <= _MAX_LAYERS:
+                types += [_TYPES.get(str(kind), "") for kind in kinds] * count
+            case _:
+                types.append("")
+    if "" in types:
+        raise Unsupported(f"attention_types={given!r:.60} is not supported, only global and local")
+    return types
+
+
 def _rotating(raw: Raw, key: Key, n_layer: object) -> object:
     """Whether each layer has rotary positions."""
     given, layers = raw.get("no_rope_layers"), _layers(n_layer)
@@ -159,7 +180,7 @@ def _rotating(raw: Raw, key: Key, n_layer: object) -> object:
 
 def _layers(n_layer: object) -> range:
     """All layers, if their number is plausible."""
-    return range(n_layer if is_whole(n_layer) and n_layer <= 100_000 else 0)
+    return range(n_layer if is_whole(n_layer) and n_layer <= _MAX_LAYERS else 0)
 
 
 def stretched(config: ModelConfig) -> tuple[int, int] | None:
@@ -182,6 +203,10 @@ def _written_windows(config: ModelConfig, family: Family) -> dict[str, object]:
     window = config.sliding_window
     if window is None and family.local_base:
         window = family.window  # these classes require one even if no layer has it
+    if family.windows == "by type":
+        names = {kind: name for name, kind in _TYPES.items()}
+        pairs = [[[names[kind] for kind in types], 1]]
+        return {"window_size": window or family.window, "attention_types": pairs}
     shared: dict[str, object] = {"sliding_window": window, "layer_types": types}
     if family.windows == "by layer":
         return shared | {"sliding_window_pattern": None}

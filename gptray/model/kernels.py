@@ -33,8 +33,9 @@ from gptray.native.abi import NORM_PARTS
 
 # The library's functions for an MLP's first layer with its activation, and for their gradient.
 _MLPS = {
-    "gelu_new": ("linear_gelu", "input_gradient_gelu"),
-    "gelu": ("linear_exact_gelu", "input_gradient_gelu"),
+    "gelu_new": ("linear_gelu", "input_gradient_sloped"),
+    "gelu": ("linear_exact_gelu", "input_gradient_sloped"),
+    "relu": ("linear_relu", "input_gradient_sloped"),
     "swiglu": ("linear_swiglu", "input_gradient_gates"),
     "geglu": ("linear_geglu", "input_gradient_gates"),
 }

@@ -196,12 +196,15 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """An MLP's activation: gelu_new, gelu, or for x (..., 2 N), which holds gate and input side by
-    side, silu(gate) * input (swiglu) or gelu_new(gate) * input (geglu), (..., N) (Shazeer 2020)."""
+    """An MLP's activation: gelu_new, gelu or relu; or for x (..., 2 N), which holds gate and input
+    side by side, silu(gate) * input (swiglu) or gelu_new(gate) * input (geglu), (..., N) (Shazeer
+    2020)."""
     if kind == "gelu_new":
         return gelu(x)
     if kind == "gelu":
         return F.gelu(x)
+    if kind == "relu":
+        return F.relu(x)
     gate, inner = x.chunk(2, dim=-1)
     return (gelu(gate) if kind == "geglu" else F.silu(gate)) * inner
 

@@ -200,5 +200,5 @@ GEMMA3 = replace(
     pattern=6,
     rope_base=Key("rope_theta", 1000000.0),
     local_base=Key("rope_local_base_freq", 10000.0),
-    scores=Key("query_pre_attn_scalar", 256),
+    equal=(Key("query_pre_attn_scalar", 256), "head_width", "a head"),
 )

@@ -33,7 +33,8 @@ Layout = Literal["", "transposed", "by_head"]
 class Part:
     """A tensor of a weight file: rows `start` to `start + rows` of a parameter.
 
-    dims: its shape in the file. layout: its layout in the file, see `Family`.
+    dims: its shape in the file; more rows than `rows` are unused ones before these. layout: its
+    layout in the file, see `Family`.
     """
 
     name: str
@@ -138,7 +139,8 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
         layout: Layout = ""
         if family.by_head and module.name == "attn.c_attn":
             layout = "by_head"
-        weight = [size, *module.inputs]
+        unused = family.first_position if module.name == "wpe" else 0
+        weight = [size + unused, *module.inputs]
         yield Part(
             f"{theirs}{name}.weight",
             weight[::-1] if is_linear and family.transposed else weight,

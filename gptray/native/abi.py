@@ -25,7 +25,7 @@ RANK_STEP = 4
 # Partial sums of a layer norm's gradients over the rows.
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4, IQ4_NL = range(5)
-NONE, GELU_TANH, GELU, SWIGLU, GEGLU = range(5)
+NONE, GELU_TANH, GELU, RELU, SWIGLU, GEGLU = range(6)
 
 
 class _Pointer(c_void_p):
@@ -182,8 +182,8 @@ CONSTANTS = {
     **{"LANES": LANES, "PANEL": PANEL, "RANK_STEP": RANK_STEP, "NORM_PARTS": NORM_PARTS},
     **{"FP32": FP32, "BF16": BF16, "INT8": INT8, "INT4": INT4, "IQ4_NL": IQ4_NL},
     **{"GROUP": GROUP, "INT8_GROUP": INT8_GROUP},
-    **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "SWIGLU": SWIGLU},
-    "GEGLU": GEGLU,
+    **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU": RELU},
+    **{"SWIGLU": SWIGLU, "GEGLU": GEGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
 _SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
@@ -193,13 +193,13 @@ FUNCTIONS: dict[str, Sequence[type]] = {
     "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
     # x, weight, bias, y, slope, work; M, N, K
     **dict.fromkeys(
-        ("linear_gelu", "linear_exact_gelu", "linear_swiglu", "linear_geglu"),
+        ("linear_gelu", "linear_exact_gelu", "linear_relu", "linear_swiglu", "linear_geglu"),
         [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
     ),
     # grad, weight, grad_x, work; M, N, K
     "input_gradient": [Half, Float, Half, Words, *_SIZES_OF_3],
     # grad, weight, slope, grad_x, work; M, N, K
-    "input_gradient_gelu": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
+    "input_gradient_sloped": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
     "input_gradient_gates": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
     # grad, x, grad_weight, grad_bias, work; M, N, K
     "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],

@@ -4,6 +4,6 @@
 
 #include <cstdint>
 
-enum Activation : int32_t { NONE, GELU_TANH, GELU, SWIGLU, GEGLU };
+enum Activation : int32_t { NONE, GELU_TANH, GELU, RELU, SWIGLU, GEGLU };
 
 inline bool is_gated(int activation) { return activation == SWIGLU || activation == GEGLU; }

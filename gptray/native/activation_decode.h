@@ -28,7 +28,12 @@ inline Floats silu(Floats x) {
 
 // For one block of outputs; linear_decode.h handles gates.
 inline Floats activate(int activation, Floats x) {
-  return activation == GELU_TANH ? gelu(x) : activation == GELU ? gelu_exact(x) : x;
+  switch (activation) {
+    case GELU_TANH: return gelu(x);
+    case GELU: return gelu_exact(x);
+    case RELU: return relu_and_slope(x).value;
+    default: return x;
+  }
 }
 
 }  // namespace

@@ -39,8 +39,9 @@ void frozen_layer(const uint16_t *x, const uint16_t *w, const float *b, const Ad
   const auto run = [&](auto out) { multiply((const int32_t *)x, work, M, K / 2, out, low); };
   switch (activation) {
     case NONE: return run(to);
-    case GELU_TANH: run(WithGelu<gelu_and_slope>{{to, slopes, {}}}); break;
-    case GELU: run(WithGelu<exact_gelu_and_slope>{{to, slopes, {}}}); break;
+    case GELU_TANH: run(WithSlope<gelu_and_slope>{{to, slopes, {}}}); break;
+    case GELU: run(WithSlope<exact_gelu_and_slope>{{to, slopes, {}}}); break;
+    case RELU: run(WithSlope<relu_and_slope>{{to, slopes, {}}}); break;
     case SWIGLU: run(WithGates<swiglu>{{to, slopes, {}}}); break;
     case GEGLU: run(WithGates<geglu>{{to, slopes, {}}}); break;
   }

@@ -23,7 +23,7 @@ inline Gated swiglu(Floats gate, Floats input) {
 }
 
 inline Gated geglu(Floats gate, Floats input) {
-  const GeluAndSlope gelu = gelu_and_slope(gate);
+  const ValueAndSlope gelu = gelu_and_slope(gate);
   return {gelu.value * input, gelu.slope * input, gelu.value};
 }
 

@@ -1,4 +1,4 @@
-// GELU, z P(z): GPT-2's, where P(z) is the gate g = 1 / (1 + e^(-2 u)) with
+// ReLU, max(z, 0), and GELU, z P(z): GPT-2's, where P(z) is the gate g = 1 / (1 + e^(-2 u)) with
 // u = sqrt(2 / pi) (z + 0.044715 z^3), and the exact one, where P is the normal CDF.
 
 #pragma once
@@ -17,12 +17,12 @@ inline Floats gelu(Floats x) {
 
 constexpr float GELU_1 = 0.7978845608f, GELU_3 = 0.0356774081f;
 
-struct GeluAndSlope {
+struct ValueAndSlope {
   Floats value, slope;
 };
 
 // For training: more precise than bf16. d gelu / dz = g + 2 z g (1 - g) du/dz
-inline GeluAndSlope gelu_and_slope(Floats z) {
+inline ValueAndSlope gelu_and_slope(Floats z) {
   const Floats square = z * z;
   const Floats power = fmadd(splat(-2 * LOG2_E * GELU_3), square, splat(-2 * LOG2_E * GELU_1));
   const Floats e = exp2(z * power);
@@ -34,7 +34,7 @@ inline GeluAndSlope gelu_and_slope(Floats z) {
 
 // The exact GELU, for training: P(-a) = t (a1 + a2 t + ...) e^(-a^2 / 2) / 2 with
 // t = 1 / (1 + p a / sqrt 2) (Abramowitz & Stegun 7.1.26). d gelu / dz = P + z p with p = dP / dz.
-inline GeluAndSlope exact_gelu_and_slope(Floats z) {
+inline ValueAndSlope exact_gelu_and_slope(Floats z) {
   const Floats e = exp2(z * z * splat(-0.5f * LOG2_E));
   const Floats t = reciprocal(fmadd(abs(z), splat(0.23164189f), splat(1.f)));
   Floats tail = splat(0.530702715f);
@@ -44,6 +44,12 @@ inline GeluAndSlope exact_gelu_and_slope(Floats z) {
   const Floats p = where_positive(z, splat(1.f) - tail, tail);
   const Floats density = e * splat(0.39894228f);
   return {z * p, fmadd(z, density, p)};
+}
+
+// NaN remains; at 0 the slope is 0.
+inline ValueAndSlope relu_and_slope(Floats z) {
+  const Floats zero{}, negative = zero - z;
+  return {where_positive(negative, zero, z), where_positive(negative, zero, splat(1.f))};
 }
 
 }  // namespace

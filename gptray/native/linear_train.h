@@ -75,12 +75,12 @@ struct Buffered : Output {
   Floats buffered(int row, int column) const { return load(sums[row % TILE] + column % PANEL); }
 };
 
-template <GeluAndSlope of(Floats)>
-struct WithGelu : Buffered {
+template <ValueAndSlope of(Floats)>
+struct WithSlope : Buffered {
   void end(int row, int rows, int column) const {
     for (int r = row; r < row + rows; ++r)
       for (int c = column; c < std::min(column + PANEL, N); c += LANES) {
-        const GeluAndSlope result = of(buffered(r, c));
+        const ValueAndSlope result = of(buffered(r, c));
         store(y + at(r, c), result.value, lanes(N - c));
         store_stream(slope + at(r, c), result.slope, lanes(N - c));
       }

@@ -37,7 +37,7 @@ void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y,
   {
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithGelu<gelu_and_slope>{{{y, N, b}, slope, {}}});
+             WithSlope<gelu_and_slope>{{{y, N, b}, slope, {}}});
     end_streams();  // after store_stream
   }
 }
@@ -49,7 +49,19 @@ void linear_exact_gelu(const uint16_t *x, const float *w, const float *b, uint16
   {
     pack_rows(w, (Words *)work, N, K);
     multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithGelu<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
+             WithSlope<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
+    end_streams();
+  }
+}
+
+// The same with ReLU.
+void linear_relu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
+                 Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2,
+             WithSlope<relu_and_slope>{{{y, N, b}, slope, {}}});
     end_streams();
   }
 }
@@ -90,7 +102,7 @@ void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Line *work
 }
 
 // dx = dy w times slope (M, K); the rest as `input_gradient`.
-void input_gradient_gelu(const uint16_t *dy, const float *w, const uint16_t *slope, uint16_t *dx,
+void input_gradient_sloped(const uint16_t *dy, const float *w, const uint16_t *slope, uint16_t *dx,
                          Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
@@ -129,7 +141,7 @@ void frozen_linear(const uint16_t *x, const uint16_t *w, const float *b, const u
 }
 
 // dx = dy (M, N) w (N, K) + mask (M, K) times du (M, R) down (R, K), all times the slopes of an
-// `Activation`, as in `input_gradient_gelu` and `input_gradient_gates`; N and R even. nullptr for
+// `Activation`, as in `input_gradient_sloped` and `input_gradient_gates`; N and R even. nullptr for
 // no mask, no slopes, and with R 0 for no du and down. work: K columns, (N + R) / 2 words.
 void frozen_input_gradient(const uint16_t *dy, const uint16_t *w, const uint16_t *du,
                            const float *down, const uint16_t *mask, const uint16_t *slopes,
@@ -209,8 +221,9 @@ void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const 
 const char *train_abi() {
   static const std::string text =
       ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
-      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(linear_geglu) +
-      ABI_FUNCTION(input_gradient) + ABI_FUNCTION(input_gradient_gelu) +
+      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_relu) +
+      ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(linear_geglu) +
+      ABI_FUNCTION(input_gradient) + ABI_FUNCTION(input_gradient_sloped) +
       ABI_FUNCTION(input_gradient_gates) + ABI_FUNCTION(weight_gradients) +
       ABI_FUNCTION(layer_norm) + ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
       ABI_FUNCTION(frozen_input_gradient) + ABI_FUNCTION(attention) +

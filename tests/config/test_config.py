@@ -208,6 +208,10 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
         (["model.no_rope_layers=[1, 0]"], ["model.no_rope_layers", "model.positions=rotary"]),
         (["model.local_rope_theta=50"], ["model.local_rope_theta", "model.positions=rotary"]),
         (["model.wide_qk_norm=true"], ["model.wide_qk_norm", "model.qk_norm=true"]),
+        (
+            ["model.attention_scale=2", "model.qk_norm=true"],
+            ["model.attention_scale", "model.qk_norm"],
+        ),
         (["model.centred_norm=true"], ["model.centred_norm", "model.norm=rmsnorm"]),
         (
             ["model.post_norm=true", "model.sandwich_norm=true"],

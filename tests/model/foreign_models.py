@@ -33,6 +33,10 @@ _LONGROPE = {
     "rope_type": "longrope", "rope_theta": 700.0, "partial_rotary_factor": 0.5,
     "short_factor": [1.0, 1.5, 2, 3.0], "long_factor": [2.0, 4.0, 9, 30.0],
 }  # fmt: skip
+_OPT = {
+    "hidden_size": 48, "ffn_dim": 56, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "max_position_embeddings": 96, "init_std": 0.1,
+}  # fmt: skip
 _BY_LAYER = ["sliding_attention", "full_attention"]
 
 # By name, which begins with the model_type: transformers' class but for its ending, its config.
@@ -113,6 +117,23 @@ SHAPES |= {
                     "num_hidden_layers": 6},
     ),
 }  # fmt: skip
+SHAPES |= {
+    "gpt_neo": (
+        "GPTNeo",
+        {"num_layers": 2, "num_heads": 3, "hidden_size": 48, "max_position_embeddings": 96,
+         "attention_types": [[["global", "local"], 1]], "window_size": 7, "initializer_range": 0.1},
+    ),
+    "gpt_neo without windows, exact GELU": (
+        "GPTNeo",
+        {"num_layers": 3, "num_heads": 4, "hidden_size": 48, "max_position_embeddings": 96,
+         "attention_types": [[["global"], 3]], "intermediate_size": 56, "initializer_range": 0.1,
+         "activation_function": "gelu", "tie_word_embeddings": False},
+    ),
+    "opt": ("OPT", _OPT),
+    "opt untied, without biases": (
+        "OPT", _OPT | {"enable_bias": False, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
 # Choices that no family has together.
 MIXES: list[dict[str, object]] = [
     {"norm": "rmsnorm", "n_kv_head": 2, "tie_word_embeddings": False},
@@ -124,6 +145,7 @@ MIXES: list[dict[str, object]] = [
         "qk_norm": True,
     },
     {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]},
+    {"positions": "rotary", "attention_scale": 0.7, "n_kv_head": 2},
     {
         "positions": "rotary",
         "local_rope_theta": 50.0,
@@ -143,7 +165,7 @@ MIXES: list[dict[str, object]] = [
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
-FAMILIES += ["olmo2", "olmo3", "smollm3", "phi3", "gemma3_text"]
+FAMILIES += ["olmo2", "olmo3", "smollm3", "phi3", "gemma3_text", "gpt_neo", "opt"]
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gptray.config import ModelConfig, UserError
 from gptray.model.families import KNOWN
 from gptray.model.gpt import GPT
-from gptray.model.hf import load_pretrained, save_pretrained
+from gptray.model.hf import load_pretrained, save_pretrained, to_file
 from gptray.model.hf_config import family_of
-from gptray.model.parameters import parameter_count
+from gptray.model.parameters import parameter_count, stored_parts
 from gptray.model.rotary import frequencies
 from gptray.model.shape import read_shape
 from tests.model.foreign_models import FAMILIES, MIXES, SHAPES, make_hf
@@ -48,7 +48,8 @@ def test_logits_are_transformers_there_and_back(name: str, tmp_path: Path) -> No
     expected = theirs(idx).logits
     torch.testing.assert_close(model(idx), expected, atol=1e-4, rtol=0)
     assert model.num_params == parameter_count(model.config, VOCAB_SIZE)
-    assert model.num_params == sum(p.numel() for p in theirs.parameters())
+    unused = 2 * 48 if name.startswith("opt") else 0  # positions before the first
+    assert model.num_params == sum(p.numel() for p in theirs.parameters()) - unused
 
     save_pretrained(model, tmp_path / "ours")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +60,22 @@ def test_logits_are_transformers_there_and_back(name: str, tmp_path: Path) -> No
     assert type(again) is type(theirs)
     assert again.config.eos_token_id == theirs.config.eos_token_id
     torch.testing.assert_close(again(idx).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_transformers(name: str, tmp_path: Path) -> None:
+    theirs, idx = make_hf(name, VOCAB_SIZE), some_ids()
+    theirs.save_pretrained(tmp_path)
+    model = load_pretrained(tmp_path).eval()
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    theirs(idx, labels=idx).loss.backward()
+    weights = dict(model.named_parameters())
+    for part in stored_parts(model.config, KNOWN[name], VOCAB_SIZE):
+        grad = weights[part.parameter].grad
+        assert grad is not None
+        ours = to_file(grad[part.start : part.start + part.rows], part, model.config)
+        expected = theirs.get_parameter(part.name).grad
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -242,6 +259,8 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "gemma3_text": llama
         | {"mlp": "geglu", "qk_norm": True}
         | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
+        "gpt_neo": {"attention_scale": 1.0, "qkv_bias": False},
+        "opt": {"mlp": "relu"},
     }
     assert found.keys() == KNOWN.keys()
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
@@ -309,6 +328,13 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "'linear' of sliding_attention is not supported, only 'default'",
         ),
+        ("gpt_neo", {"attention_types": [[["global", "sparse"], 1]]}, "only global and local"),
+        ("gpt_neo", {"attention_types": [["global", "local"]]}, "only global and local"),
+        ("gpt_neo", {"attention_types": 3}, "attention_types=3 is not supported, only global"),
+        ("gpt_neo", {"attention_types": [[["local"], 3]]}, "layer_types has 3 entries for"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False is not supported, on"),
+        ("opt", {"word_embed_proj_dim": 24}, "=24 is not supported, only the 48 of hidden_size"),
+        ("opt", {"max_position_embeddings": 97}, r"\[98, 48\], but config.json says \[99, 48"),
         ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ],
 )  # fmt: skip

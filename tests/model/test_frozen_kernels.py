@@ -113,7 +113,7 @@ def test_a_frozen_layer_with_adapters_is_that_of_fp32(
     assert_close(ours, exact, off=0.02 if rows == 1 else 8e-3)
 
 
-@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu", "geglu"])
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "relu", "swiglu", "geglu"])
 @pytest.mark.parametrize("adapted", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize("has_dropout", [False, True])
 def test_a_frozen_mlp_is_that_of_fp32(
@@ -140,7 +140,8 @@ def test_a_frozen_mlp_is_that_of_fp32(
 
     learns = layers[0].tensors + layers[1].tensors
     ours, expected = both(native, exact, randn(rows, width).bfloat16(), *learns)
-    assert_close(ours, expected, off=0.015)
+    # ReLU's slope jumps, so a result that rounds across 0 has another.
+    assert_close(ours, expected, off=0.04 if kind == "relu" else 0.015)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "iq4_nl"])

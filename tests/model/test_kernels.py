@@ -169,7 +169,7 @@ def plain_mlp(x: Tensor, *weights: Tensor, kind: str) -> Tensor:
     return F.linear(activation(F.linear(x, *weights[:half]), kind), *weights[half:])
 
 
-@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "swiglu", "geglu"])
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "relu", "swiglu", "geglu"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "inner"), [(1, 2, 6), (7, 66, 34), (130, 96, 288)])
 def test_an_mlp_is_that_of_fp32(
@@ -191,9 +191,9 @@ def test_an_mlp_is_that_of_fp32(
     assert_close(ours, exact, off=0.02 if rows == 1 else 7e-3)
 
 
-@pytest.mark.parametrize("kind", ["gelu_new", "gelu"])
-def test_an_mlp_has_the_gelu_of_fp32(kind: str) -> None:
-    # Weights of 1 and 0 leave x alone: y is GELU of x.
+@pytest.mark.parametrize("kind", ["gelu_new", "gelu", "relu"])
+def test_an_mlp_has_the_activation_of_fp32(kind: str) -> None:
+    # Weights of 1 and 0 leave x alone: y is the activation of x.
     z = torch.cat([torch.linspace(-12, 12, 1001), torch.tensor([-1e4, 0.0, 1e4])]).bfloat16()
     x = torch.stack([z, torch.zeros_like(z)], dim=1)
     upstream = randn(len(z), 2).bfloat16()

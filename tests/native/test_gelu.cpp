@@ -50,3 +50,11 @@ TEST(the_exact_gelu_and_its_slope_are_more_exact_than_bf16) {
   }
   CHECK(of([](Floats v) { return exact_gelu_and_slope(v).value; }, -1e4f) == 0);
 }
+
+TEST(relu_has_no_slope_at_0_and_keeps_nan) {
+  for (const float x : {-2.f, -1e-30f, -0.f, 0.f, 1e-30f, 3.f}) {
+    CHECK(of([](Floats v) { return relu_and_slope(v).value; }, x) == (x > 0 ? x : 0.f));
+    CHECK(of([](Floats v) { return relu_and_slope(v).slope; }, x) == (x > 0 ? 1.f : 0.f));
+  }
+  CHECK(std::isnan(of([](Floats v) { return relu_and_slope(v).value; }, NAN)));
+}

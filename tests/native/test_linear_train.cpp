@@ -52,7 +52,7 @@ TEST(results_are_multiplied_by_a_slope_or_go_through_gelu) {
   std::vector<uint16_t> sloped(M * N), value(M * N), slope(M * N);
   const float *bias = layer.bias.data();
   layer.run(Sloped{{sloped.data(), N, bias}, slopes.data()});
-  layer.run(WithGelu<gelu_and_slope>{{{value.data(), N, bias}, slope.data(), {}}});
+  layer.run(WithSlope<gelu_and_slope>{{{value.data(), N, bias}, slope.data(), {}}});
   end_streams();
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) {
