@@ -25,7 +25,9 @@ def time_words(seconds: float) -> str:
 
 
 def size_words(num_bytes: int) -> str:
-    """An amount of data: "20.0 kB", "1,234.5 MB"."""
+    """An amount of data: "12 bytes", "20.0 kB", "1,234.5 MB"."""
+    if num_bytes < 1000:
+        return count(num_bytes, "byte")
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 999_950 else f"{num_bytes / 1e3:,.1f} kB"
 
 

@@ -68,15 +68,22 @@ def split_parts(value: object) -> object:
 
 
 def known_codec(value: str | None) -> str | None:
-    """Check that Python has a codec of this name."""
-    if value is None:
-        return None
-    try:
-        "".encode(value)
-        if codecs.lookup(value).incrementaldecoder is not None:
-            return value
-    except (LookupError, ValueError):
-        pass
+    """Check that Python has a codec of this name that reads text files."""
+    if value is None or _reads_text(value):
+        return value
     spelled = value.lower().replace("-", "_")
-    near = did_you_mean(nearest(spelled, sorted({*aliases, *aliases.values()} - {spelled})))
+    names = {name for name in (*aliases, *aliases.values()) if _reads_text(name)}
+    near = did_you_mean(nearest(spelled, sorted(names - {spelled})))
     raise ValueError(f"unknown encoding{near} (such as cp949, utf-16, cp1252)")
+
+
+def _reads_text(codec: str) -> bool:
+    """Whether it decodes bytes to text, in blocks, and can go on past an invalid byte.
+
+    Codecs of domain names (idna) cannot, and some turn bytes to bytes (base64) or text to text.
+    """
+    try:
+        b"\xff".decode(codec, "replace")
+        return codecs.lookup(codec).incrementaldecoder is not None
+    except (LookupError, ValueError):
+        return False

@@ -19,6 +19,7 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.encoding import UTF8, decoded, refuse_wide_characters, stream_encoding, undecodable
 from gptray.data.sources import SourceFile
+from gptray.wording import count
 
 BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -201,9 +202,8 @@ def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
             for row in rows:
                 width = len(row) if width < 0 else width
                 if row and len(row) != width:
-                    raise UserError(
-                        f"{file.name}:{line}: {len(row)} fields, but the header has {width}"
-                    )
+                    found = count(len(row), "field")
+                    raise UserError(f"{file.name}:{line}: {found}, but the header has {width}")
                 yield line, row
                 line = rows.line_num + 1
         except csv.Error as error:

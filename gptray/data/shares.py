@@ -24,15 +24,16 @@ def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
 def share_words(split: SplitEntry, total: int) -> str:
     """A split's documents, bytes and tokens; `total`: bytes of all text."""
     documents, share = count(split["documents"], "document"), split["bytes"] / max(total, 1)
-    return f"{documents}, {size_words(split['bytes'])} ({share:.1%}), {split['tokens']:,} tokens"
+    size, tokens = size_words(split["bytes"]), count(split["tokens"], "token")
+    return f"{documents}, {size} ({share:.1%}), {tokens}"
 
 
 def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:
     """Warnings for the splits of a source that are far from the share asked for."""
     total = max(sum(bytes_of.values()), 1)
     return [
-        f"the {LONG_NAMES[name]} split has {bytes_of[name] / total:.1%} of the text, but "
-        f"data.split asks for {share:.1%}"
+        f"the {LONG_NAMES[name]} split has {100 * bytes_of[name] / total:.3g}% of the text, but "
+        f"data.split asks for {100 * share:.3g}%"
         for name, share in asked.items()
         if abs(bytes_of[name] / total - share) > _TOLERANCE * share
     ]

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptray.config import UserError
+from gptray.wording import count
 
 SPLITS = ("train", "val", "test")
 LONG_NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -79,7 +80,8 @@ def assign(
     total = int(characters.sum())
     if any(share * total < 1 for share in shares.values()):
         raise UserError(
-            f"data.split has {len(labels)} parts but the source has only {total} characters; "
+            f"data.split has {len(labels)} parts but the source has only "
+            f"{count(total, 'character')}; "
             "give fewer parts or more text"
         )
     order = np.random.default_rng([seed, _SPLIT_STREAM]).permutation(len(sizes))

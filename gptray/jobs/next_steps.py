@@ -98,5 +98,7 @@ def settings_of(values: Mapping[str, object]) -> str:
 
 def differing(config: Config) -> dict[str, object]:
     """The keys that differ from the defaults, except those that say where the run is kept."""
-    hidden = ("name", "storage_path", "tune.space")
+    hidden = {"name", "storage_path", "tune.space"}
+    if config.data.tokenizer == "bpe" and config.model.init_from is None:
+        hidden.add("data.tokenizer")  # what null means here
     return {key: value for key, value in differences(config).items() if key not in hidden}

@@ -121,6 +121,7 @@ def good_lines(count: int) -> bytes:
 
 BAD_JSON = [
     (b'{"text": "cut', "not JSON"),
+    (b'{"text": "cut"', r"Expecting ',' delimiter \(column 15\)"),
     (b"[1]", "expected a JSON object, found a list"),
     (b'{"text": 3}', "column 'text' holds a number, not text"),
     (b'{"text": ["a"]}', "column 'text' holds a list, not text"),
@@ -144,7 +145,7 @@ def test_bad_json_line_is_named(
 
 BAD_CSV = [
     (b"8,one,two", "3 fields, but the header has 2"),
-    (b"8", "1 fields, but the header has 2"),
+    (b"8", "1 field, but the header has 2"),
     (b'8,"a"b', "expected after"),
     (b'8,"open', "unexpected end of data"),
     (b"8,\xff", "not UTF-8"),

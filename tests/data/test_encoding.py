@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import UserError
+from gptray.config import ConfigError, UserError, load_config
 from gptray.data.corpus import first_look, read_parts
 from gptray.data.encoding import likely_encoding
 from gptray.data.pieces import Reading, plan_pieces
@@ -49,6 +49,12 @@ def test_message_names_the_likely_encoding_and_it_reads_the_text(
     with pytest.raises(UserError, match=rf"t\.txt:\d+: not UTF-8: .*data\.encoding={named}$"):
         first_look(find_files(str(path))[0], Reading())
     assert read(path, named) == "plain\n" + text * 9
+
+
+@pytest.mark.parametrize("name", ["idna", "base64", "rot13"])
+def test_a_codec_that_reads_no_text_files_is_refused_and_never_suggested(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown encoding \(such as cp949, utf-16, cp1252\)"):
+        load_config(None, [f"data.encoding={name}"])
 
 
 def test_bytes_in_no_likely_encoding_are_told_without_a_guess(tmp_path: Path) -> None:

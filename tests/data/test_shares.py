@@ -45,6 +45,8 @@ def test_share_that_is_off_by_a_fifth_is_a_warning() -> None:
     assert share_warnings(asked, {"train": 800, "val": 110, "test": 90}) == []
     (warning,) = share_warnings(asked, {"train": 800, "val": 125, "test": 95})
     assert warning.startswith("the validation split has 12.3% of the text, but data.split asks")
+    (small,) = share_warnings({"train": 0.9999, "val": 0.0001}, {"train": 23_397, "val": 3})
+    assert small.endswith("split has 0.0128% of the text, but data.split asks for 0.01%")
 
 
 def test_rows_say_documents_bytes_and_tokens() -> None:
@@ -53,9 +55,11 @@ def test_rows_say_documents_bytes_and_tokens() -> None:
         "splits": {
             "train": {"documents": 1, "bytes": 3_600_000, "tokens": 1_000_000},
             "val": {"documents": 2, "bytes": 400_000, "tokens": 1_234},
+            "test": {"documents": 1, "bytes": 2, "tokens": 1},
         },
     }
     assert split_rows(cast(DataManifest, manifest)) == [
         ("train", "1 document, 3.6 MB (90.0%), 1,000,000 tokens"),
         ("val", "2 documents, 400.0 kB (10.0%), 1,234 tokens"),
+        ("test", "1 document, 2 bytes (0.0%), 1 token"),
     ]

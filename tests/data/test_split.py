@@ -119,7 +119,7 @@ def test_a_document_that_is_cut_counts_in_each_of_its_splits() -> None:
 
 
 def test_too_little_text_for_so_many_splits_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="3 parts but the source has only 8 characters"):
+    with pytest.raises(UserError, match="3 parts but the source has only 8 characters;"):
         assigned([5, 3], (0.8, 0.1, 0.1))
 
 

@@ -56,6 +56,20 @@ def test_a_run_that_still_fell_names_the_command_that_trains_it_longer(
     assert written[2] == f"generate.model={tmp_path / 'my runs' / 'run'}"
 
 
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ([], "the defaults"),
+        (["data.tokenizer=bpe"], "the defaults"),
+        (["data.tokenizer=char"], "data.tokenizer=char"),
+    ],
+)
+def test_a_resolved_config_names_only_settings_that_were_chosen(
+    given: list[str], settings: str
+) -> None:
+    assert settings_of(differing(resolve(load_config(None, given)))) == settings
+
+
 def test_a_run_that_overfits_names_what_tries_and_evaluates_its_best_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
