@@ -117,7 +117,7 @@ def grid(y: Scale, most: int, left: float, right: float, *, gap: float = 6) -> l
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
-    """Round numbers from low to high, with at most `most` intervals between them."""
+    """Round numbers from low to high, with at most `most` intervals between them, or else two."""
     span = high - low
     if span <= 0:
         return [low]
@@ -128,7 +128,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     while first * step <= high + span * 1e-9:
         found.append(round(first * step, 12) + 0.0)  # not -0
         first += 1
-    return found
+    return found if len(found) > 1 else ticks(low, high, most + 1)  # one is no scale
 
 
 def tick_text(value: float, spacing: float) -> str:

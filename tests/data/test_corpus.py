@@ -129,6 +129,7 @@ BAD_JSON = [
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "\\ud83d"}', "half a surrogate pair"),
     (b'{"text": ' + b"[" * 100_000, "nested too deeply"),
+    (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "a number has more than 4,300 digits$"),
 ]
 
 

@@ -26,6 +26,7 @@ PROMPTS = ["the cat", "a dog", "", "the cat"]
 NO_TEXTS: Any = {"prompt": "the cat"}
 NOTHING: Any = None
 MISSPELT: dict[str, Any] = {"precison": "fp32"}
+OTHERS: dict[str, Any] = {"do_sample": True}
 SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
 
 
@@ -110,6 +111,8 @@ def test_a_prompt_that_cannot_run_has_its_reason_and_the_others_run(llm: LLM) ->
     with pytest.raises(UserError, match="too long"):
         llm.stream(long)
     assert llm.generate([]) == []
+    (broken,) = llm.generate(["the \ud800"])
+    assert broken.error == "the text holds half a surrogate pair, '\\ud800'"
 
 
 def test_threads_share_the_batch_and_get_their_own_texts(llm: LLM) -> None:
@@ -144,6 +147,7 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate("a", temprature=1), "temprature; did you mean temperature?"),
         (lambda llm: llm.generate("a", max_tokens=1), "max_tokens; did you mean max_new_tokens?"),
         (lambda llm: llm.stream("a", top_q=1), "unknown keyword top_q"),
+        (lambda llm: llm.stream("a", **OTHERS), "unknown keyword do_sample"),
         (lambda llm: llm.generate("a", temperature=-1), "sample.temperature: must be at least 0"),
         (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
         (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
@@ -151,6 +155,7 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate(NOTHING), "a list of texts, got NoneType"),
         (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
+        (lambda llm: LLM(""), "generate.model: expects text or null, got ''"),
         (lambda llm: LLM("./nowhere"), "generate.model=./nowhere: no such folder"),
     ],
 )
@@ -160,6 +165,7 @@ def test_a_mistake_names_what_is_wrong_and_the_nearest(
     with pytest.raises(UserError) as mistake:
         wrong(llm)
     assert said in str(mistake.value)
+    assert "stop" not in str(mistake.value)  # which do_sample does not mean
 
 
 def test_a_run_is_opened_by_its_name(model_dir: Path, tmp_path: Path, llm: LLM) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gptray.config import RunFailed, load_config
+from gptray.config import RunFailed, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.jobs.generate.run import generate
 from gptray.jobs.train.samples import sample_texts
@@ -87,3 +87,14 @@ def test_what_a_model_writes_cannot_command_the_terminal(
     shown = capsys.readouterr().out
     assert one["prompt"] == escape and shown.startswith(r"\x1b]0;title\x07the cat")
     assert "\x1b" not in shown
+
+
+def test_a_folder_for_what_is_only_printed_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"generate\.output_path=.*/out needs generate.input_path"):
+        written(model_dir, "sample.prompt=the", f"generate.output_path={tmp_path}/out")
+
+
+def test_a_prompt_that_is_too_long_is_not_told_whole(model_dir: Path) -> None:
+    with pytest.raises(UserError, match="the prompt is too long: ") as refused:
+        written(model_dir, f"sample.prompt={'the cat ' * 500}")
+    assert "sample.prompt='the cat" in str(refused.value) and len(str(refused.value)) < 250
