@@ -40,6 +40,6 @@ class Seen:
         times = f" {self.epochs:.1f} times" if self.epochs >= 1.05 else ""
         part = " (data.fraction)" if self.fraction < 1 else ""
         return (
-            f"{share} of the training text{part}{times}, in {count(self.step, 'step')} of "
-            f"{magnitude(self.tokens)} tokens in all"
+            f"{share} of the training text{part}{times}, in {count(self.step, 'step')} "
+            f"({magnitude(self.tokens)} tokens)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import shlex
@@ -42,7 +43,7 @@ def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     assert line["best_text_share"] == pytest.approx(0.05 * min(1, step / 100))
     page = Page(write_sweep_report(folder))
     assert " % of the training text (data.fraction)" in page.text
-    assert f"in {step} steps of {step * 2048:,} tokens in all." in page.text
+    assert f"in {step} steps ({step * 2048:,} tokens)." in page.text
 
 
 def test_line_report_and_terminal_say_why_a_sweep_stopped_itself(
@@ -109,6 +110,8 @@ def test_the_printed_command_trains_the_winner_longer_on_all_of_the_text(
     assert (best.compute.cpus_per_worker, config.compute.cpus_per_worker) == (1, None)
     assert config.storage_path == str(tmp_path)
     assert f"generate.model={folder}" in shlex.split(written)
+    report = html.unescape(write_sweep_report(folder).read_text("utf-8"))
+    assert longer.strip() in report and written.strip() in report
 
 
 def test_a_winner_that_is_the_config_as_it_is_is_called_so(

@@ -63,8 +63,8 @@ def test_the_headline_says_who_won_by_what_and_at_what_cost(forty: Path) -> None
     assert forty.name == "report.html"
     head = re.search(
         rf"Trial {best} generalises best: (1\.\d+) validation bits per byte, against 2\.560 of "
-        r"the config as it is\. Its model has seen all of the training text, in 1[0-2]0 steps of "
-        r"2\d\d,\d00 tokens in all\. What helped it: model\.dropout=0\.2\d*\. "
+        r"the config as it is\. Its model has seen all of the training text, in 1[0-2]0 steps "
+        r"\(2\d\d,\d00 tokens\)\. What helped it: model\.dropout=0\.2\d*\. "
         r"The sweep took (\d+)% of the steps that all trials would take in full: "
         r"([\d,]+) of 4,920\.",
         page.text,

@@ -7,21 +7,17 @@ import logging
 from dataclasses import asdict
 
 from gptray.commands import typed
-from gptray.config import load_saved
 from gptray.evaluation.forgetting import also_scores, change_sentence
 from gptray.jobs.next_steps import of_model, settings_of, tell
 from gptray.reports.sweep.more_text import text_lines
 from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.seen import Seen
-from gptray.tuning.sweep_record import OUTCOMES, Sweep, Trial, trial_changes
+from gptray.tuning.sweep_record import OUTCOMES, Sweep, trial_changes
 from gptray.tuning.text_shares import TextShares
 from gptray.tuning.trial_plan import loses_text, lossy_ahead, score
+from gptray.tuning.winner_commands import BEST, longer_words, winner_of
 
 log = logging.getLogger("gptray")
-
-BEST = "best.yaml"
-# The command that trains the winner longer multiplies its steps by this.
-LONGER = 4
 
 
 def tell_winner(sweep: Sweep, place: str) -> None:
@@ -31,7 +27,7 @@ def tell_winner(sweep: Sweep, place: str) -> None:
     for each better trial whose tokenizer loses text, and why the sweep ran fewer trials than
     planned, if it did. place: the sweep's public path or URI.
     """
-    folder, winner = sweep.folder, _winner(sweep)
+    folder, winner = sweep.folder, winner_of(sweep)
     for trial in lossy_ahead(sweep.trials, winner):
         log.warning("%s", loses_text(trial))
     if stopped := StoppedEarly.of_sweep(folder):
@@ -44,23 +40,12 @@ def tell_winner(sweep: Sweep, place: str) -> None:
             log.info("%s%s", lead, text)
     if changed := change_sentence(trial_changes(sweep.folder, winner)):
         log.info("%s", changed)
-    longer = [f"train.max_steps={LONGER * winner.max_steps}", f"name={folder.name}-long"]
-    if seen.fraction < 1:
-        longer.insert(0, "data.fraction=1")
-    if load_saved(folder / BEST).train.patience is None:
-        longer.insert(0, "train.patience=5")
-    if sweep.config.compute.cpus_per_worker is None:  # the trial's are those of one of many
-        longer.append("compute.cpus_per_worker=null")
     commands = [
-        typed("train", "--config", f"{place}/{BEST}", *longer),
+        typed("train", *longer_words(sweep, place)),
         of_model(folder, place)["generate"],
     ]
     settings = settings_of(winner.values) if winner.values else "the config as it is"
     tell(commands, settings=settings)
-
-
-def _winner(sweep: Sweep) -> Trial:
-    return next(trial for trial in sweep.trials if trial.name == sweep.winner)
 
 
 def outcome(sweep: Sweep, place: str) -> dict[str, object]:
@@ -74,7 +59,7 @@ def outcome(sweep: Sweep, place: str) -> dict[str, object]:
     the steps had no trial stopped early. `stopped_early` says why the sweep ran fewer trials than
     planned; null if it ran all.
     """
-    winner = _winner(sweep)
+    winner = winner_of(sweep)
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)
     counts = collections.Counter(trial.outcome for trial in sweep.trials)
     assert winner.best

@@ -37,7 +37,7 @@ from gptray.jobs.tune.check import (
     how_to_extend,
     plan,
 )
-from gptray.jobs.tune.end import BEST, outcome, tell_winner
+from gptray.jobs.tune.end import outcome, tell_winner
 from gptray.jobs.tune.queue import SweepQueue
 from gptray.jobs.tune.start import check_trials, failed_trials, opened
 from gptray.jobs.tune.watch import watching_sweep
@@ -47,6 +47,7 @@ from gptray.tuning.optuna_file import write_optuna_file
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir, winner_dir
 from gptray.tuning.table import write_trials_parquet
 from gptray.tuning.trial_plan import choose_winner
+from gptray.tuning.winner_commands import BEST
 
 log = logging.getLogger("gptray")
 

@@ -33,6 +33,7 @@ from gptray.tuning.ranking import Ranking, is_wrong
 from gptray.tuning.sweep_record import TRIALS, Trial, load_sweep, trial_changes
 from gptray.tuning.text_shares import TextShares
 from gptray.tuning.trial_plan import mean_score, score
+from gptray.tuning.winner_commands import winner_commands
 from gptray.wording import count
 
 # How many ranked trials are shown without a click.
@@ -91,6 +92,7 @@ def sweep_view(standing: Ranking, effects: Figure | None) -> dict[str, object]:
         "losses": losses_line(standing),
         "stopped_early": stopped.words if stopped else "",
         "tiles": _tiles(standing),
+        "commands": winner_commands(standing.sweep),
         "steps_full": count(standing.steps_full, "step") if standing.steps_full else "",
         "shares": _shares(standing),
         "too_few": lacking,
