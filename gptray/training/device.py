@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,17 @@ def use_device(config: Config, device: torch.device) -> None:
         return_freed_memory()
     else:
         keep_freed_memory()
+
+
+@contextmanager
+def without_determinism() -> Iterator[None]:
+    """Allow any algorithm in the block: determinism refuses the sampler's `cumsum` on GPUs."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
 
 
 def device_name(device: torch.device) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptray.config import RunFailed, UserError, load_config
 from gptray.data.tokens import TokenData
@@ -62,6 +64,33 @@ def test_samples_of_a_training_are_independent_draws(
     model = random_gpt(tiny_data.tokenizer)
     outputs = [output for _, output in sample_texts(config, tiny_data, model)]
     assert len(set(outputs)) == 3
+
+
+class Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether PyTorch had to be deterministic at sums of weights, which GPUs then refuse."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = set[bool]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.cumsum.default:
+            self.seen.add(torch.are_deterministic_algorithms_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def test_samples_are_drawn_without_determinism_which_training_then_has_again(
+    tiny_data: TokenData, text_file: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(text_file, tmp_path, "sample.prompt=the")
+    torch.use_deterministic_algorithms(True)
+    try:
+        with Drawing() as drawing:
+            sample_texts(config, tiny_data, random_gpt(tiny_data.tokenizer))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert drawing.seen == {False}
 
 
 @pytest.mark.parametrize("is_full", [True, False])

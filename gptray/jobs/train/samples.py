@@ -9,6 +9,7 @@ from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.model.gpt import GPT
+from gptray.training.device import without_determinism
 
 
 def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str, str]]:
@@ -25,5 +26,6 @@ def sample_texts(config: Config, data: TokenData, model: GPT) -> list[tuple[str,
         sampling = Sampling.of(config.sample, seed=numbered_seed(config.sample.seed, number))
         ids = data.tokenizer.last_ids(ids, n_positions // 2)
         sequences.append(Sequence(ids, sampling))
-    engine.run(sequences)
+    with without_determinism():
+        engine.run(sequences)
     return [(prompt, one.text) for prompt, one in zip(prompts, sequences, strict=True)]
