@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError, load_config
+from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.run import generate
+from gptray.jobs.generate.worker import EngineWorker, GenerateTask
+from gptray.jobs.tasks import result_of
 from tests.jobs.generating import config_of, planned
 
 
@@ -186,3 +191,25 @@ def test_a_place_that_takes_no_output_is_refused(
     for job in (generate, planned):
         with pytest.raises(UserError, match=told):
             job(config_of(model_dir, tmp_path / "p.jsonl", out))
+
+
+def test_memory_that_ends_while_an_engine_runs_names_the_key_to_lower(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "p.jsonl", tmp_path / "out"
+    path.write_text('{"prompt": "the cat"}\n')
+    config = config_of(model_dir, path, out, "generate.backend=torch")
+    checked = check_batch(config)
+    with output_kind(checked).opened(checked) as output:
+        task = GenerateTask(config, 1, str(model_dir), "m", str(out), output.metadata())
+        engine = EngineWorker(task)
+        assert result_of(engine.feed(0, output.handed(0))) == []
+
+        def ended(*given: object, **named: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0.")
+
+        monkeypatch.setattr(torch, "softmax", ended)
+        with pytest.raises(
+            RunFailed, match=r"lower generate\.max_batch_size from 6, such as .*=3$"
+        ):
+            result_of(engine.finish())

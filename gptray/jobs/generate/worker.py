@@ -6,6 +6,7 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping
+from contextlib import ContextDecorator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from gptray.generation.loading import open_engine, pack_adapter
 from gptray.jobs.generate.remote_output import publish_part
 from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter import Base
+from gptray.model.gpu_faults import memory_told
 from gptray.model.shape import model_folder
 from gptray.node_cache import discard, hold
 from gptray.remote_folder import RemoteFolder
@@ -59,13 +61,19 @@ class EngineWorker:
         staged: its file, or the file's content.
         """
         with self._lock:
-            return attempt(lambda: self._feed(number, staged))
+            return attempt(self._memory_told()(lambda: self._feed(number, staged)))
 
     def finish(self) -> list[int] | Failure:
         """Finish all parts; return the numbers of those written meanwhile."""
         with self._lock:
             writer = self._writer
-            return attempt(lambda: self._published(writer.finish())) if writer else []
+            if writer is None:
+                return []
+            return attempt(self._memory_told()(lambda: self._published(writer.finish())))
+
+    def _memory_told(self) -> ContextDecorator:
+        # A cache grows with the longest sequence.
+        return memory_told("generate.max_batch_size", self._task.config.generate.max_batch_size)
 
     def _feed(self, number: int, staged: str | bytes) -> list[int]:
         self._writer = self._writer or _writer(self._task, self._folder)
