@@ -15,7 +15,8 @@ from gptray.model.parameters import parameter_count
 
 # Dense bf16 FLOP/s from NVIDIA's data sheets; the first pattern that matches a device's name wins.
 PEAKS = (
-    (r"\bG?B200\b", 2250e12),
+    (r"\bGB200\b", 2500e12),
+    (r"\bB200\b", 2250e12),
     (r"\bH200 NVL\b", 836e12),
     (r"\bG?H200\b", 989e12),
     (r"\bH100 PCIe\b", 756e12),

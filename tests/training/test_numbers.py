@@ -138,6 +138,7 @@ def test_mfu_is_palms() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
         ("Tesla T4", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("x86_64 processor, 2 threads", None),
