@@ -28,7 +28,8 @@ class Family:
     rotary positions that llama.cpp computes. pattern: every pattern-th layer has no sliding window;
     None: llama.cpp computes no windows. is_centred: Hugging Face stores weights of norms minus 1.
     is_rotary: it has the rotary fields of `gptray.gguf_network`. is_strict: llama.cpp needs every
-    bias, and a head even if it is the embedding.
+    bias. needs_head: it needs a head even if that is the embedding; is_tied: it knows no other.
+    biases: keys of config.json that say which biases there are, and one of them in GGUF.
     """
 
     model_type: str
@@ -48,6 +49,9 @@ class Family:
     is_centred: bool = False
     is_rotary: bool = True
     is_strict: bool = False
+    needs_head: bool = False
+    is_tied: bool = False
+    biases: Mapping[str, str] = field(default_factory=dict)
 
     def gguf_name(self, name: str) -> tuple[str, str]:
         """A weight's name in GGUF, and its key in the tables."""
@@ -155,6 +159,7 @@ _LLAMA = Family(
         "self_attn.k_proj": "num_key_value_heads",
     },
     scalings=("linear", "yarn", "llama3"),
+    biases={"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"},
 )
 _QWEN2 = replace(
     _LLAMA,
@@ -182,6 +187,9 @@ _EXAONE4 = replace(
     biased=(),
     rotated={},
 )
+_GEMMA = replace(
+    _QWEN2, model_type="gemma", architecture="gemma", biased=(), is_centred=True, is_tied=True
+)
 
 # Files of an architecture are read as its first family.
 FAMILIES = (
@@ -189,13 +197,7 @@ FAMILIES = (
     _LLAMA,
     replace(_LLAMA, model_type="mistral"),
     _QWEN2,
-    replace(
-        _QWEN2,
-        model_type="qwen3",
-        architecture="qwen3",
-        in_block=_NORMED,
-        biased=(),
-    ),
+    replace(_QWEN2, model_type="qwen3", architecture="qwen3", in_block=_NORMED, biased=()),
     Family(
         model_type="gpt_neox",
         architecture="gptneox",
@@ -222,6 +224,7 @@ FAMILIES = (
         + ("mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm"),
         by_head=("attention.query_key_value",),
         is_strict=True,
+        needs_head=True,
     ),
     # llama.cpp leaves out the positions of every fourth layer; so does a config.json without
     # no_rope_layers.
@@ -230,11 +233,7 @@ FAMILIES = (
     ),
     _EXAONE4,
     replace(
-        _EXAONE4,
-        model_type="olmo2",
-        architecture="olmo2",
-        optional={},
-        scalings=("linear", "yarn"),
+        _EXAONE4, model_type="olmo2", architecture="olmo2", optional={}, scalings=_QWEN2.scalings
     ),
     replace(
         _LLAMA,
@@ -255,7 +254,7 @@ FAMILIES = (
         scalings=("longrope",),
     ),
     replace(
-        _LLAMA,
+        _GEMMA,
         model_type="gemma3_text",
         architecture="gemma3",
         numbers={**_LLAMA.numbers, "query_pre_attn_scalar": "attention.key_length"},
@@ -270,11 +269,23 @@ FAMILIES = (
             "pre_feedforward_layernorm": "ffn_norm",
             "post_feedforward_layernorm": "post_ffw_norm",
         },
-        biased=(),
-        rotated={},
         scalings=("linear",),
         pattern=6,
-        is_centred=True,
+        is_tied=False,
+    ),
+    _GEMMA,
+    replace(
+        _QWEN2,
+        model_type="stablelm",
+        architecture="stablelm",
+        numbers=_SHARED_NUMBERS
+        | {
+            "num_key_value_heads": "attention.head_count_kv",
+            "layer_norm_eps": "attention.layer_norm_epsilon",
+        },
+        biased=(*_QKV, "input_layernorm", "post_attention_layernorm"),
+        needs_head=True,
+        biases={"use_qkv_bias": "blk.0.attn_q.bias"},
     ),
 )
 ARCHITECTURES = tuple(dict.fromkeys(family.architecture for family in FAMILIES))

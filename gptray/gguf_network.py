@@ -70,9 +70,7 @@ def network_json(
         raise UserError(f"it has no {EMBEDDING}")
     numbers, head = _numbers(own, family)
     names = {one.name for one in entries}
-    if family.rotated:
-        numbers["attention_bias"] = "blk.0.attn_q.bias" in names
-        numbers["mlp_bias"] = "blk.0.ffn_up.bias" in names
+    numbers |= {key: one in names for key, one in family.biases.items()}
     if family.is_rotary:
         numbers["rope_scaling"] = rotary_parameters(own, head, factors)
     return {

@@ -37,6 +37,7 @@ REFUSED = {
     "phi3": "does not support sliding windows",
     **dict.fromkeys(("gpt_neo", "gpt_neo without windows, exact GELU"), "not gpt_neo; export.for"),
     **dict.fromkeys(("opt", "opt untied, without biases"), "not opt; export.format=hf does"),
+    "gemma with biases": "llama.cpp's gemma does not support a head that is not the embedding",
     "gemma3_text": "sliding windows in other layers than all but every 6th",
 }
 TEXTS = ("the cat  sees\n\n1234 a dog", "\uc61b\ub0a0 \uc61b\uc801\uc5d0", "<s> it's", " a\t ")

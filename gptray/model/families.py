@@ -13,6 +13,7 @@ from gptray.config import ModelConfig
 from gptray.model.family import Family, Key
 from gptray.model.llama_families import (
     EXAONE4,
+    GEMMA,
     GEMMA3,
     LLAMA,
     MISTRAL,
@@ -22,6 +23,7 @@ from gptray.model.llama_families import (
     QWEN2,
     QWEN3,
     SMOLLM3,
+    STABLELM,
 )
 
 _GELU = {"gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
@@ -177,6 +179,8 @@ KNOWN: dict[str, Family] = {
     "gemma3_text": GEMMA3,
     "gpt_neo": GPT_NEO,
     "opt": OPT,
+    "gemma": GEMMA,
+    "stablelm": STABLELM,
 }
 
 

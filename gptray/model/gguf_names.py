@@ -71,6 +71,8 @@ def _check_computed(config: ModelConfig, family: Family) -> None:
         refused = f"{config.mlp} in the MLP"
     elif family.is_strict and not (config.qkv_bias and config.attn_out_bias and config.mlp_bias):
         refused = "layers without a bias"
+    elif family.is_tied and not config.tie_word_embeddings:
+        refused = "a head that is not the embedding"
     elif family.is_rotary and rotates != rotated:
         refused = "these layers without positions"
     elif config.rope_scaling and (kind := config.rope_scaling["rope_type"]) not in family.scalings:
@@ -139,7 +141,7 @@ def gguf_tensors(family: Family, model: StoredModel, precision: str) -> list[Ggu
         order = family.row_order(part, shape[0], numbers)
         more = 1 if family.is_centred and len(shape) == 1 else 0
         tensors.append(GgufTensor(gguf_name, stored, shape, own, transposed, order, more))
-    if family.is_strict and HEAD not in {one.name for one in tensors}:
+    if family.needs_head and HEAD not in {one.name for one in tensors}:
         embedding = next(one for one in tensors if one.name == EMBEDDING)
         tensors.append(replace(embedding, name=HEAD))
     return tensors

@@ -165,6 +165,57 @@ PHI3 = replace(
     scalings=("longrope",),
 )
 
+STABLELM = replace(
+    LLAMA,
+    architecture="StableLmForCausalLM",
+    keys={name: key for name, key in _LLAMA_KEYS.items() if name != "head_dim"}
+    | {
+        "vocab_size": Key("vocab_size", 50304),
+        "n_positions": Key("max_position_embeddings", 4096),
+        "n_embd": Key("hidden_size", 2560),
+        "n_kv_head": Key("num_key_value_heads", 32),
+        "n_inner": Key("intermediate_size", 6912),
+        "layer_norm_epsilon": Key("layer_norm_eps", 1e-5),
+        "dropout": Key("hidden_dropout", 0.0, also=("attention_dropout",)),
+        "qkv_bias": Key("use_qkv_bias", False),
+    },
+    always={"positions": "rotary", "attn_out_bias": False, "mlp_bias": False},
+    fixed={"qk_layernorm": (False,), "use_parallel_residual": (False,)},
+    rope_part=Key("partial_rotary_factor", 0.25),
+)
+
+_GEMMA: dict[str, object] = {
+    **_RMS_ROTARY,
+    "mlp_bias": False,
+    **dict.fromkeys(("centred_norm", "scale_embedding"), True),
+}
+GEMMA = replace(
+    LLAMA,
+    architecture="GemmaForCausalLM",
+    keys={
+        **_LLAMA_KEYS,
+        **_ATTENTION_BIAS,
+        "vocab_size": Key("vocab_size", 256000),
+        "n_positions": Key("max_position_embeddings", 8192),
+        "n_embd": Key("hidden_size", 3072),
+        "n_layer": Key("num_hidden_layers", 28),
+        "n_head": Key("num_attention_heads", 16),
+        "n_kv_head": Key("num_key_value_heads", 16),
+        "head_dim": Key("head_dim", 256),
+        "n_inner": Key("intermediate_size", 24576),
+        # Its first files say gelu and mean GELU by tanh.
+        "mlp": Key(
+            "hidden_act",
+            "gelu_pytorch_tanh",
+            words=dict.fromkeys(("gelu_pytorch_tanh", "gelu"), "geglu"),
+        ),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    always=_GEMMA,
+    fixed={"use_bidirectional_attention": (False, None)},
+    even_heads=False,
+)
+
 GEMMA3 = replace(
     LLAMA,
     architecture="Gemma3ForCausalLM",
@@ -182,9 +233,7 @@ GEMMA3 = replace(
         "mlp": Key("hidden_activation", "gelu_pytorch_tanh", words={"gelu_pytorch_tanh": "geglu"}),
         "tie_word_embeddings": Key("tie_word_embeddings", True),
     },
-    always=_RMS_ROTARY
-    | {"mlp_bias": False, "qk_norm": True}
-    | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
+    always=_GEMMA | {"qk_norm": True, "sandwich_norm": True},
     fixed={
         "final_logit_softcapping": (None,),
         "attn_logit_softcapping": (None,),

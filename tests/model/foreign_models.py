@@ -129,6 +129,21 @@ SHAPES |= {
          "attention_types": [[["global"], 3]], "intermediate_size": 56, "initializer_range": 0.1,
          "activation_function": "gelu", "tie_word_embeddings": False},
     ),
+    "gemma": ("Gemma", _GROUPED | {"head_dim": 16}),
+    "gemma with biases": (
+        "Gemma",
+        _SHAPE | {"num_key_value_heads": 1, "head_dim": 10, "attention_bias": True,
+                  "tie_word_embeddings": False},
+    ),
+    "stablelm": (
+        "StableLm",
+        _GROUPED | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5},
+                    "use_qkv_bias": True},
+    ),
+    "stablelm, tied": (
+        "StableLm",
+        _NEOX | {"num_key_value_heads": 3, "tie_word_embeddings": True},
+    ),
     "opt": ("OPT", _OPT),
     "opt untied, without biases": (
         "OPT", _OPT | {"enable_bias": False, "tie_word_embeddings": False},
@@ -165,7 +180,17 @@ MIXES: list[dict[str, object]] = [
 ]
 # One of each family.
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "exaone4"]
-FAMILIES += ["olmo2", "olmo3", "smollm3", "phi3", "gemma3_text", "gpt_neo", "opt"]
+FAMILIES += [
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "phi3",
+    "gemma3_text",
+    "gpt_neo",
+    "opt",
+    "gemma",
+    "stablelm",
+]
 
 
 @torch.no_grad()

@@ -261,6 +261,9 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         | dict.fromkeys(("centred_norm", "sandwich_norm", "scale_embedding"), True),
         "gpt_neo": {"attention_scale": 1.0, "qkv_bias": False},
         "opt": {"mlp": "relu"},
+        "gemma": llama
+        | {"mlp": "geglu", **dict.fromkeys(("centred_norm", "scale_embedding"), True)},
+        "stablelm": llama | {"norm": "layernorm"},
     }
     assert found.keys() == KNOWN.keys()
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
@@ -335,6 +338,8 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=False is not supported, on"),
         ("opt", {"word_embed_proj_dim": 24}, "=24 is not supported, only the 48 of hidden_size"),
         ("opt", {"max_position_embeddings": 97}, r"\[98, 48\], but config.json says \[99, 48"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True is not supp"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True is not supported, only False"),
         ("gpt2", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
     ],
 )  # fmt: skip
