@@ -258,7 +258,7 @@ def test_tune_dry_runs_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("tune", [config, f"storage_path={tmp_path}", "name=dry", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
     assert plan["trials"] == "16: the config as it is, 15 drawn"
-    assert plan["rungs"].startswith("at steps 240")
+    assert plan["rungs"].startswith("at step 240")
     assert plan["steps"].startswith("15,360 at most")
     assert not (tmp_path / "dry").exists()
     wrong = tmp_path / "wrong.yaml"

@@ -335,7 +335,7 @@ def test_a_special_token_at_the_end_needs_no_row(
 ) -> None:
     model = saved(tmp_path / "m", make())
     assert export(model, tmp_path / "m.gguf") == 0
-    padded = AutoTokenizer.from_pretrained(model)
+    padded = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     padded.add_special_tokens({"pad_token": "<added>"})
     padded.save_pretrained(model)
     assert export(model, tmp_path / "padded.gguf") == 0

@@ -42,7 +42,7 @@ def test_json_and_headline_say_what_the_winner_has_seen(tmp_path: Path) -> None:
     assert line["best_epochs"] == pytest.approx(step / 100)
     assert line["best_text_share"] == pytest.approx(0.05 * min(1, step / 100))
     page = Page(write_sweep_report(folder))
-    assert " % of the training text (data.fraction)" in page.text
+    assert "% of the training text (data.fraction)" in page.text
     assert f"in {step} steps ({step * 2048:,} tokens)." in page.text
 
 
