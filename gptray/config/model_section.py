@@ -13,7 +13,8 @@ from pydantic import AfterValidator, Field
 from gptray.config.values import Positive, PositiveInt, Probability, Section
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_MSCALES = ("mscale", "mscale_all_dim")
+_YARN = ("attention_factor", "beta_fast", "beta_slow", *_MSCALES, "truncate")
 # Scalings' lists, with a number for each pair of rotated dimensions.
 _BY_PAIR = ("short_factor", "long_factor")
 # By rope_type: the other keys that a scaling requires, and those that it allows.
@@ -49,7 +50,8 @@ def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
         if isinstance(value, list) is not (key in _BY_PAIR):
             raise ValueError(f"{key} must be a {'list' if key in _BY_PAIR else 'number'}")
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, (bool, str)) or not 1e-6 <= number <= 1e10:
+            is_off = number == 0 and key in _MSCALES  # YaRN then goes by the factor alone
+            if isinstance(number, (bool, str)) or not (is_off or 1e-6 <= number <= 1e10):
                 raise ValueError(f"{key} must be a number from 1e-6 to 1e10")
     if not isinstance(scaling.get("truncate", True), bool):
         raise ValueError("truncate must be true or false")

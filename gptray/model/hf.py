@@ -56,8 +56,9 @@ def save_pretrained(
         ends.append(eos_token_id)
     if bos_token_id is None:
         bos_token_id = usage.bos_id(eos_token_id)
-    config = hf_config(model.config, rows, bos_token_id=bos_token_id, eos_ids=ends)
-    family = FAMILIES[family_of(model.config)]
+    model_type = family_of(model.config, usage.model_type)
+    config = hf_config(model.config, rows, model_type, bos_token_id=bos_token_id, eos_ids=ends)
+    family = FAMILIES[model_type]
     parts = {part.name: part for part in stored_parts(model.config, family, rows)}
     parameters = dict(model.named_parameters())
 

@@ -52,9 +52,13 @@ def family_in(folder: Path) -> Family:
     return FAMILIES[read_config(folder / "config.json")[0]]
 
 
-def family_of(config: ModelConfig) -> str:
-    """The model_type to save a network as: that of the first family that can express it."""
-    for model_type, family in FAMILIES.items():
+def family_of(config: ModelConfig, preferred: str | None = None) -> str:
+    """The model_type to save a network as: that of the first family that can express it.
+
+    preferred: a model_type to try before the others.
+    """
+    first = {name: family for name, family in KNOWN.items() if name == preferred}
+    for model_type, family in (first | FAMILIES).items():
         try:
             written = {**_written(config, family), "vocab_size": 1}
             read = _fields(written, family)
@@ -68,10 +72,15 @@ def family_of(config: ModelConfig) -> str:
 
 
 def hf_config(
-    config: ModelConfig, vocab_size: int, *, bos_token_id: int | None, eos_ids: list[int]
+    config: ModelConfig,
+    vocab_size: int,
+    model_type: str,
+    *,
+    bos_token_id: int | None,
+    eos_ids: list[int],
 ) -> dict[str, object]:
-    """The config.json of a network, for its family's class in transformers."""
-    model_type = family_of(config)
+    """The config.json of a network, for the class in transformers of a model_type that can express
+    it."""
     family = FAMILIES[model_type]
     return {
         **({"architectures": [family.architecture]} if family.architecture else {}),

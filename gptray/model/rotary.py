@@ -118,6 +118,5 @@ def _yarn_scale(factor: float, scaling: dict[str, float]) -> float:
 
     if "attention_factor" in scaling:
         return scaling["attention_factor"]
-    if "mscale" in scaling and "mscale_all_dim" in scaling:
-        return scale(scaling["mscale"]) / scale(scaling["mscale_all_dim"])
-    return scale(1.0)
+    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)

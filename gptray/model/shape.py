@@ -13,7 +13,7 @@ from gptray.config import ModelConfig, UserError
 from gptray.files import expanded, is_uri, sha256_of
 from gptray.gguf_source import SUFFIX, is_gguf, opened_gguf
 from gptray.hub import download_model
-from gptray.model.hf_config import read_config
+from gptray.model.hf_config import family_of, read_config
 from gptray.model.usage import GENERATION, TEMPLATE
 from gptray.node_cache import fetched_holder
 from gptray.stored import read_foreign
@@ -69,6 +69,15 @@ def read_shape(source: str | Path) -> ModelConfig:
     known family.
     """
     return read_config(model_folder(source, weights=False) / "config.json")[1]
+
+
+def saved_type(config: ModelConfig) -> str:
+    """The model_type that a run of this network saves: that of `init_from` if it still can."""
+    preferred = None
+    if config.init_from:
+        folder = model_folder(config.init_from, weights=False)
+        preferred = read_config(folder / "config.json")[0]
+    return family_of(config, preferred)
 
 
 def weight_files(folder: Path) -> list[Path]:

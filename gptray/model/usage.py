@@ -16,6 +16,7 @@ from gptray.stored import Unreadable, is_whole, read_bytes, read_foreign
 
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+_CONFIG = "config.json"
 _TOKENIZER = "tokenizer_config.json"
 _DEFAULT = "default"
 
@@ -24,12 +25,14 @@ _DEFAULT = "default"
 class Usage:
     """generation: the contents of generation_config.json. eos_ids: the tokens that end a text.
 
-    chat_template: turns messages into a prompt; the default one if there are several.
+    chat_template: turns messages into a prompt; the default one if there are several. model_type:
+    the family to save the network as, if it still has its shape.
     """
 
     generation: Mapping[str, object] = field(default_factory=dict)
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    model_type: str | None = None
 
     @classmethod
     def of(cls, folder: Path) -> Usage:
@@ -37,7 +40,9 @@ class Usage:
         generation = {}
         if (folder / GENERATION).is_file():
             generation = read_foreign(folder / GENERATION)
-        return cls(generation, _eos_ids(folder, generation), _chat_template(folder))
+        given = read_foreign(folder / _CONFIG).get("model_type")
+        model_type = given if isinstance(given, str) else None
+        return cls(generation, _eos_ids(folder, generation), _chat_template(folder), model_type)
 
     def bos_id(self, default: int | None) -> int | None:
         """The token that begins a text, by generation_config.json."""
@@ -63,7 +68,7 @@ def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
     """The end-of-text ids, from generation_config.json or else config.json."""
     path, given = folder / GENERATION, generation.get("eos_token_id")
     if given is None:
-        path = folder / "config.json"
+        path = folder / _CONFIG
         given = read_foreign(path).get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(map(is_whole, ids)):

@@ -118,7 +118,7 @@ def _load_resized(
     load_weights(model, folder, rows=Rows(kept, min(rows, own.vocab_size), config.seed))
     if differing_ids(own, data.tokenizer):
         # Its token ids mean other tokens now.
-        model.usage = Usage()
+        model.usage = Usage(model_type=model.usage.model_type)
     new, moved = kept.count(-1), sum(row not in (-1, number) for number, row in enumerate(kept))
     if new or moved:
         tell(

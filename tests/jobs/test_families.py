@@ -43,6 +43,18 @@ def test_a_dry_run_counts_the_parameters_and_names_the_family(
     assert dict(mix)["saved as"].startswith("gptray, which only gptray can load")
 
 
+@pytest.mark.parametrize("name", ["mistral without windows", "phi3 without LongRoPE"])
+def test_a_network_that_llama_has_too_is_saved_as_the_family_it_came_from(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = small_tokenizer()
+    make_hf(name, tokenizer.vocab_size).save_pretrained(tmp_path / "m")
+    tokenizer.save(tmp_path / "m")
+    words = [f"model.init_from={tmp_path / 'm'}", f"storage_path={tmp_path}"]
+    made = plan(check(load_config(None, [*words, "train.block_size=32"])))
+    assert dict(made)["saved as"] == f"{name.split()[0]}, which transformers can load"
+
+
 @needs_native
 def test_the_native_decoder_takes_every_family(
     qwen: Path, capsys: pytest.CaptureFixture[str]

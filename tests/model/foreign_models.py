@@ -129,6 +129,9 @@ SHAPES |= {
          "attention_types": [[["global"], 3]], "intermediate_size": 56, "initializer_range": 0.1,
          "activation_function": "gelu", "tie_word_embeddings": False},
     ),
+    # Networks that Llama has too.
+    "mistral without windows": ("Mistral", _GROUPED | {"sliding_window": None}),
+    "phi3 without LongRoPE": ("Phi3", _GROUPED | {"sliding_window": None}),
     "gemma": ("Gemma", _GROUPED | {"head_dim": 16}),
     "gemma with biases": (
         "Gemma",

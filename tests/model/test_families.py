@@ -137,6 +137,7 @@ def test_rope_scaling_is_read_from_the_older_keys(name: str, tmp_path: Path) -> 
             "rope_scaling": {**_YARN, "original_max_position_embeddings": 48},
             "original_max_position_embeddings": 24,
         },
+        {"rope_scaling": {**_YARN, "mscale": 0.7, "mscale_all_dim": 0}},
         {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 500.0},
         {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 500.0},
     ],
@@ -221,6 +222,7 @@ def test_yarn_takes_every_key_of_its_own() -> None:
     assert all(made(**{key: value})[0] != plain for key, value in keys.items())
     assert made(attention_factor=0.5) == (plain, 0.5)
     assert made(mscale=1.0, mscale_all_dim=1.0) == (plain, 1.0) and factor > 1.1
+    assert made(mscale=0.7, mscale_all_dim=0) == (plain, factor)
 
 
 @pytest.mark.parametrize("fields", MIXES, ids=str)

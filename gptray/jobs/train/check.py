@@ -36,8 +36,8 @@ from gptray.jobs.train.given_models import (
     trained_parameters,
 )
 from gptray.model.families import FAMILIES
-from gptray.model.hf_config import family_of
 from gptray.model.parameters import parameter_count
+from gptray.model.shape import saved_type
 from gptray.model.weight_bytes import linear_bytes
 from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
@@ -212,7 +212,7 @@ def plan(checked: CheckedTraining) -> Plan:
 
 def _family(config: Config) -> str:
     """The model's family and which programs can load it, in words."""
-    family = family_of(config.model)
+    family = saved_type(config.model)
     if FAMILIES[family].architecture:
         return f"{family}, which transformers can load"
     return f"{family}, which only gptray can load: these choices match no family in transformers"
