@@ -89,7 +89,7 @@ def multiply_kernel(
     output, place = tl.minimum(outputs, N - 1), tl.arange(0, STEP)
     byte, k = place[None, :], place[:, None]
     if SLICES == 1:
-        group = 0
+        group = tl.zeros([1], dtype=tl.int32)
         total = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     else:
         group = tl.arange(0, SLICES)[:, None]
