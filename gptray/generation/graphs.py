@@ -158,17 +158,19 @@ class GraphDecoder(Network):
             cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
 
     def _grow(self, tokens: int) -> None:
-        """Make room for sequences of `tokens`."""
+        """Make room for sequences of `tokens`, or raise OutOfMemoryError and go on as before."""
         del self._read, self._decode, self._logits, self._sampler  # and so the graphs' memory
         self._ahead = None
-        room, self._room = self._room, grown(self._room, tokens, self._most)
-        for layer, old in enumerate(self._caches):
-            shape = (*old.shape[:3], self._room, old.size(4))
-            self._caches[layer] = old.new_zeros(shape)
-            self._caches[layer][..., :room, :] = old
-        self._reading.clear()
-        self._decoding.clear()
-        self._record()
+        room = grown(self._room, tokens, self._most)
+        try:
+            for layer, old in enumerate(self._caches):
+                self._caches[layer] = old.new_zeros(*old.shape[:3], room, old.size(4))
+                self._caches[layer][..., : old.size(3), :] = old
+            self._room = room
+        finally:
+            self._reading.clear()
+            self._decoding.clear()
+            self._record()
 
     def _begin_next(self) -> None:
         """Run the step in which all rows go on by what is drawn."""

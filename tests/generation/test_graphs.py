@@ -109,6 +109,34 @@ def test_a_step_reads_more_prompts_than_a_pass_has_rows() -> None:
             assert found.logprob == pytest.approx(score.logprob, abs=1e-4)
 
 
+def test_a_cache_with_no_memory_to_grow_goes_on_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer, n_positions=1300)
+    greedy = Sampling(max_new_tokens=4, temperature=0.0)
+    asked = [texts.Sequence(prompt_of(tokenizer, n, n), greedy) for n in (3, 1200)]
+    expected = [one.tokens for one in run(Engine(model, tokenizer), asked)]
+    engine, zeros = Engine(model, tokenizer, backend="graph", max_batch_size=2), torch.zeros
+    grown = list[int]()
+
+    def few(like: torch.Tensor, *sizes: Any) -> torch.Tensor:
+        shape = sizes[0] if isinstance(sizes[0], tuple) else sizes
+        if len(shape) == 5:
+            grown.append(shape[3])
+            if len(grown) == model.config.n_layer:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros(shape, dtype=like.dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_zeros", few)
+        long = engine.submit(replace(asked[1]))
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.run([])
+        engine.cancel(long)
+        assert [one.tokens for one in run(engine, asked[:1])] == expected[:1]
+    assert grown == [1300, 1300]
+    assert [one.tokens for one in run(engine, asked)] == expected
+
+
 def test_a_step_with_adapters_waits_for_no_layer(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
     base = save_base(random_gpt(tokenizer, n_layer=3), tmp_path / "base", tokenizer)

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 
 import gptray
 from gptray import LLM, Output
-from gptray.config import Config, SampleConfig, UserError, load_config, override
+from gptray.config import Config, RunFailed, SampleConfig, UserError, load_config, override
 from gptray.generation.settings import numbered_seed
 from gptray.jobs.generate.llm import Options, Settings
 from gptray.jobs.generate.run import generate
@@ -113,6 +114,22 @@ def test_a_prompt_that_cannot_run_has_its_reason_and_the_others_run(llm: LLM) ->
     assert llm.generate([]) == []
     (broken,) = llm.generate(["the \ud800"])
     assert broken.error == "the text holds half a surrogate pair, '\\ud800'"
+
+
+def test_memory_that_ends_names_the_key_to_lower_and_other_calls_go_on(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(model_dir, backend="torch", max_batch_size=4)
+    expected = llm.generate("the cat", seed=1)
+
+    def ended(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "softmax", ended)
+        with pytest.raises(RunFailed, match=r"lower generate\.max_batch_size from 4, such"):
+            llm.generate(["the cat", "a dog"])
+    assert llm.generate("the cat", seed=1) == expected
 
 
 def test_threads_share_the_batch_and_get_their_own_texts(llm: LLM) -> None:

@@ -20,6 +20,7 @@ from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.doing import doing
 from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
 from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.model.gpu_faults import memory_told
 from gptray.model.usage import Usage
 
 # The keywords of `LLM` and the config's keys that they set.
@@ -224,7 +225,7 @@ class LLM:
                     self._engine.cancel(sequence)
 
     def _step(self) -> None:
-        with self._turn:
+        with self._turn, memory_told("generate.max_batch_size", self._engine.max_batch_size):
             self._engine.step()
 
     def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
