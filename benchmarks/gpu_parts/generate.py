@@ -65,6 +65,9 @@ def generate_llama(bench: Bench, batches: tuple[int, ...], new_tokens: int) -> N
     for batch in batches:
         contest(bench, engine, peer, batch, new_tokens, of="llama, ")
     contest(bench, engine, peer, batches[1], 1, of="llama, long prompts, ", length=LONG_PROMPT)
+    # One sequence with a long context, whose keys many programs share.
+    left = min(new_tokens, N_POSITIONS - LONG_PROMPT)
+    contest(bench, engine, peer, 1, left, of="llama, long context, ", length=LONG_PROMPT)
     decode_step(bench, engine, batches[-1], of="llama, ")
 
 
