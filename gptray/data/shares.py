@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
 
 from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.sources import SourceFile
-from gptray.data.split import LONG_NAMES
+from gptray.data.split import LONG_NAMES, SPLITS, TEST, TRAIN, UNUSED, VAL, Labels
 from gptray.data.split_plan import PiecePlan, PieceScan
 from gptray.wording import count, size_words
 
 # Warn about a share that is off by more than this fraction of what was asked for.
 _TOLERANCE = 0.2
+# Warn if more than this share of a held-out text is in the training text too.
+_REPEATED = 0.05
 
 
 def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
@@ -37,6 +41,33 @@ def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> l
         for name, share in asked.items()
         if abs(bytes_of[name] / total - share) > _TOLERANCE * share
     ]
+
+
+def repeat_warnings(plans: Sequence[PiecePlan], scans: Sequence[PieceScan]) -> list[str]:
+    """Warnings about validation and test text made up of documents that the model trains on."""
+    labels = np.concatenate([_last_labels(plan) for plan in plans])
+    digests = np.concatenate([scan.digests for scan in scans])
+    sizes = np.concatenate([scan.bytes for scan in scans])
+    trained = np.isin(digests, digests[np.isin(labels, (TRAIN, UNUSED))])
+    warnings = []
+    for label in (VAL, TEST):
+        held = labels == label
+        share = int(sizes[held & trained].sum()) / max(int(sizes[held].sum()), 1)
+        if share > _REPEATED:
+            name = LONG_NAMES[SPLITS[label]]
+            warnings.append(
+                f"{share:.0%} of the {name} text repeats documents of the training text word for "
+                f"word, so {name} loss is lower than on new text; remove the repetitions"
+            )
+    return warnings
+
+
+def _last_labels(plan: PiecePlan) -> Labels:
+    """Each document's label; a cut one has its last region's."""
+    labels = plan.labels.copy()
+    for document, regions in plan.cut.items():
+        labels[document] = regions[-1].label
+    return labels
 
 
 def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str | None:

@@ -30,6 +30,7 @@ _SLACK, _SLACK_OF_SHARE = 0.01, 0.1
 
 Labels = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
+Digests = npt.NDArray[np.uint64]
 
 
 def split_names(parts: int) -> tuple[str, ...]:

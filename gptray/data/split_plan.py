@@ -13,7 +13,7 @@ import numpy as np
 
 from gptray.config import UserError
 from gptray.data.pieces import Piece
-from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Labels, Region, assign
+from gptray.data.split import TRAIN, UNUSED, Assignment, Counts, Digests, Labels, Region, assign
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class PieceScan:
 
     bytes: Counts  # UTF-8 bytes of each document, (documents,)
     characters: Counts  # of each document, (documents,)
+    digests: Digests  # of each document's text in the piece, (documents,)
     empty_rows: int
     ends: bool  # whether the last document ends here
     alphabet: str = ""  # its distinct characters, if asked for

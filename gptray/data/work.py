@@ -66,6 +66,7 @@ def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
 def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     sizes: list[int] = []
     characters: list[int] = []
+    digests: list[hashlib.blake2b] = []
     empty_rows = 0
     seen: set[str] = set()
     markers: Counter[str] = Counter()
@@ -78,7 +79,10 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
         if ended:
             sizes.append(0)
             characters.append(0)
-        sizes[-1] += len(part.text.encode())
+            digests.append(hashlib.blake2b(digest_size=8))
+        raw = part.text.encode()
+        digests[-1].update(raw)
+        sizes[-1] += len(raw)
         characters[-1] += len(part.text)
         ended = part.ends
         if alphabet:
@@ -89,6 +93,7 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     return PieceScan(
         bytes=np.array(sizes, np.int64),
         characters=np.array(characters, np.int64),
+        digests=np.frombuffer(b"".join(one.digest() for one in digests), np.uint64),
         empty_rows=empty_rows,
         ends=ended,
         alphabet="".join(sorted(seen)),

@@ -13,7 +13,7 @@ from gptray.data.builtin import builtin_documents
 from gptray.data.data_manifest import SplitEntry
 from gptray.data.pieces import Reading, plan_pieces
 from gptray.data.request import Request
-from gptray.data.shares import marker_warning, separator_warning, share_warnings
+from gptray.data.shares import marker_warning, repeat_warnings, separator_warning, share_warnings
 from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.split_plan import ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer
@@ -73,11 +73,12 @@ def text_warnings(
     bytes_of[names[0]] = plan.total_bytes - sum(others) - rest
     files = [file for one, _ in request.sources for file in one.files]
     splits_text = any(file.format == "txt" for file in files) and not request.reading.separator
-    pieces = chain.from_iterable(unit.pieces for unit in scans)
+    pieces, plans = [piece for unit in scans for piece in unit.pieces], [*chain(*plan.units)]
     marked = marker_warning(pieces, splits_text=splits_text)
-    unsplit = separator_warning(request.reading.separator, chain.from_iterable(plan.units))
+    unsplit = separator_warning(request.reading.separator, plans)
     found = [warning for warning in (marked, unsplit) if warning]
     found += share_warnings({names[label]: share for label, share in shares.items()}, bytes_of)
+    found += repeat_warnings(plans, pieces)
     for warning in found:
         log.warning("%s", warning)
     return [*request.warnings, *found]
