@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from gptray.jobs import doing
 from gptray.jobs.bar import Bar
+from gptray.jobs.tune.watch import watching_sweep
+from gptray.record import write_event
+from gptray.tuning.sweep_record import Record, trial_dir
 
 LIMIT_S = 60
 log = logging.getLogger("gptray")
@@ -91,3 +95,16 @@ def test_a_bar_without_a_terminal_repeats_where_things_stand(lines: Lines) -> No
     while lines.next() != "1/4 rows":
         pass
     bar.close()
+
+
+def test_a_sweep_says_that_its_trials_build_the_kernels(lines: Lines, tmp_path: Path) -> None:
+    record, folder = Record(tmp_path), trial_dir(tmp_path, "0000")
+    record.planned("0000", {}, max_steps=40)
+    record.started("0000")
+    folder.mkdir(parents=True)
+    write_event(folder, "building", message="building the C++ kernels")
+    with watching_sweep(tmp_path, 1, on_change=lambda: None):
+        assert lines.next() == "0 of 1 trials; running: 0000 building the C++ kernels"
+        write_event(folder, "start", step=0)
+        while lines.next() != "0 of 1 trials; running: 0000 at step 0":
+            pass

@@ -23,6 +23,7 @@ from gptray.data.difference import percent
 from gptray.jobs.doing import following, telling
 from gptray.jobs.ray_metrics import Exporter, run_tag
 from gptray.jobs.train.watch import duration
+from gptray.record import read_events
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
@@ -96,8 +97,15 @@ class _Watch:
             return None
         trials = load_trials(self._folder)
         going = [trial for trial in trials if trial.started and not trial.outcome]
-        steps = ", ".join(f"{trial.name} at step {trial.step:,}" for trial in going[:SHOWN])
-        return self._progress(trials) + (f"; running: {steps}" if going else "")
+        doing = ", ".join(f"{trial.name} {self._doing(trial)}" for trial in going[:SHOWN])
+        return self._progress(trials) + (f"; running: {doing}" if going else "")
+
+    def _doing(self, trial: Trial) -> str:
+        """What a running trial does: a build takes a minute or more before the first step."""
+        events = [] if trial.step else read_events(trial_dir(self._folder, trial.name))
+        if events and events[-1]["event"] == "building":
+            return "building the C++ kernels"
+        return f"at step {trial.step:,}"
 
     def _line(self, trial: Trial, trials: Sequence[Trial]) -> str:
         text = f"trial {trial.name} {_state(trial)} at step {trial.step:,}"
