@@ -356,6 +356,7 @@ def test_axes_have_round_numbers() -> None:
     assert ticks(0, 20_000, 5) == [0, 5000, 10_000, 15_000, 20_000]
     assert f"{ticks(0, 800, 8)[0]:.0f}" == "0"  # not -0
     assert ticks(2.4, 6.9, 5) == [3, 4, 5, 6]
+    assert ticks(2.63, 3.39, 3) == [2.8, 3, 3.2]  # with 0.5 between them there would be one
     assert [tick_text(x, 0.5) for x in (0, 0.5, 1.0)] == ["0", "0.5", "1.0"]
     assert [tick_text(x, 5e-5) for x in (0.0, 5e-5, 1e-4)] == ["0", "5e-5", "0.0001"]
 
