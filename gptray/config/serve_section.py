@@ -17,7 +17,7 @@ _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#*A-Z]+")
 class ServeConfig(Section):
     """The HTTP endpoint: what it serves, where, and what a client may ask for."""
 
-    model: Annotated[str | None, model_to("serve")] = None
+    model: Annotated[NonEmpty | None, model_to("serve")] = None
     adapters: dict[str, str] | str | None = Field(
         None,
         description="adapters (LoRA) to serve alongside the model, by name: {tales: folder} is "

@@ -195,7 +195,7 @@ def _similarity(word: str, key: str, *, above: float) -> float:
     A match of the last parts alone weighs less.
     """
     leaf, name = word.rpartition(".")[2], key.rpartition(".")[2]
-    pairs = [(1.0, word, key), (0.9, leaf, name)]
+    pairs = [(1.0, word, key)] * ("." in word) + [(0.9, leaf, name)]
     pairs += [(0.85, leaf, alias) for alias in (name, *ALIASES.get(key, "").split())]
     most = above
     for weight, one, other in pairs:

@@ -100,7 +100,7 @@ class QuantizeConfig(Section):
 
 
 class GenerateConfig(Section):
-    model: Annotated[str | None, model_to("generate with")] = None
+    model: Annotated[NonEmpty | None, model_to("generate with")] = None
     adapter: str | None = Field(
         None,
         description="adapter to put on the model: a PEFT folder (LoRA) or a run that trained "
@@ -229,7 +229,7 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    model: Annotated[str | None, model_to("export")] = None
+    model: Annotated[NonEmpty | None, model_to("export")] = None
     format: Literal["gguf", "hf"] = Field(
         "gguf", description="gguf: one file for llama.cpp; hf: a Hugging Face folder"
     )

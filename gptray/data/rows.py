@@ -9,6 +9,7 @@ import codecs
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from io import BufferedReader
@@ -22,6 +23,8 @@ from gptray.data.sources import SourceFile
 from gptray.wording import count
 
 BOM = codecs.BOM_UTF8
+# Python reads no longer integers.
+MAX_DIGITS = sys.get_int_max_str_digits()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -74,7 +77,15 @@ def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, objec
         raise ValueError(_not_json(error)) from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
+    except ValueError as error:
+        raise ValueError(_unreadable(error)) from None
     return _checked_object(row)
+
+
+def _unreadable(error: ValueError) -> str:
+    """The message of a hook, or of Python where a number has too many digits."""
+    is_long = "sys.set_int_max_str_digits" in str(error)
+    return f"a number has more than {MAX_DIGITS:,} digits" if is_long else str(error)
 
 
 _TOO_DEEP = "cannot be read as JSON: nested too deeply"
@@ -112,7 +123,7 @@ def json_rows(
         except RecursionError:
             raise UserError(f"{file.name}:{values.line}: {_TOO_DEEP}") from None
         except ValueError as error:
-            raise UserError(f"{file.name}:{line}: {error}") from None
+            raise UserError(f"{file.name}:{line}: {_unreadable(error)}") from None
 
 
 class _JsonValues:

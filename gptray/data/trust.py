@@ -88,6 +88,8 @@ def unreadable(
     word = next(words, text)
     piece = next((one for one in word if not _can_read(backend, one)), word)
     kind = type(backend.model).__name__
+    if "\ud800" <= piece <= "\udfff":
+        return UnreadableText(f"the text holds half a surrogate pair, {piece!r}", piece)
     if kind == "WordLevel":
         piece = word
     return UnreadableText(

@@ -90,7 +90,7 @@ class Engine:
         sampling, prompt = sequence.sampling, sequence.prompt
         check_context(prompt, sampling, self.n_positions)
         if not sampling.max_new_tokens and sequence.prompt_logprobs is None:
-            raise ValueError("max_new_tokens=0 must be at least 1 without prompt_logprobs")
+            raise ValueError("max_new_tokens=0 must be at least 1")
         last = self.vocab_size - 1
         if not all(0 <= token <= last for token in prompt):
             raise ValueError(f"the prompt holds a token outside 0 .. {last}")

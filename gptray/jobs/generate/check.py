@@ -141,8 +141,15 @@ def _output_of(path: str) -> tuple[str, Path]:
 
 def check(config: Config) -> CheckedModel | CheckedBatch:
     """Check the job. Raises UserError with every mistake."""
-    is_for_terminal = config.generate.input_path is None and config.sample.prompt is not None
-    return check_model(config) if is_for_terminal else check_batch(config)
+    settings = config.generate
+    if settings.input_path is not None or config.sample.prompt is None:
+        return check_batch(config)
+    if settings.output_path is not None:
+        raise UserError(
+            f"generate.output_path={settings.output_path} needs generate.input_path: "
+            "the text of sample.prompt is only printed"
+        )
+    return check_model(config)
 
 
 def engine_compute(config: Config) -> ComputeConfig:

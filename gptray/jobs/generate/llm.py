@@ -231,7 +231,7 @@ class LLM:
     def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
         row = self._sequence(prompt, sample, number, live_text=True)
         if isinstance(row, str):
-            raise UserError(f"prompt={prompt!r}: {row}")
+            raise UserError(f"prompt={prompt!r:.60}: {row}")
         return row
 
     def _sequence(

@@ -48,7 +48,7 @@ def generate_here(model: CheckedModel) -> dict[str, Any]:
             for piece in llm.pieces(sequence):
                 write_out(visible(piece))
         except RunFailed as error:
-            log.warning("sample.prompt=%r: %s", prompt, error)
+            log.warning("sample.prompt=%.60r: %s", prompt, error)
         write_out("\n")
     seconds = time.monotonic() - began
     run = llm.folder.parent if llm.folder.name == "model" else llm.folder
