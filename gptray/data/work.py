@@ -30,6 +30,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.trust import UnreadableText
 
 SAMPLE_CHARACTERS = 1 << 16
+_DIGEST_BYTES = 8  # per document, to find repeated ones
 # Markers that often separate documents. Left in the text, a model learns to write them.
 MARKERS = (
     "<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>",
@@ -66,7 +67,7 @@ def scan(unit: Sequence[Piece], *, alphabet: bool) -> UnitScan:
 def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     sizes: list[int] = []
     characters: list[int] = []
-    digests: list[hashlib.blake2b] = []
+    digests, digest = bytearray(), hashlib.blake2b(digest_size=_DIGEST_BYTES)
     empty_rows = 0
     seen: set[str] = set()
     markers: Counter[str] = Counter()
@@ -79,9 +80,10 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
         if ended:
             sizes.append(0)
             characters.append(0)
-            digests.append(hashlib.blake2b(digest_size=8))
+            digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
         raw = part.text.encode()
-        digests[-1].update(raw)
+        digest.update(raw)
+        digests[_DIGEST_BYTES * (len(sizes) - 1) :] = digest.digest()
         sizes[-1] += len(raw)
         characters[-1] += len(part.text)
         ended = part.ends
@@ -93,7 +95,7 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     return PieceScan(
         bytes=np.array(sizes, np.int64),
         characters=np.array(characters, np.int64),
-        digests=np.frombuffer(b"".join(one.digest() for one in digests), np.uint64),
+        digests=np.frombuffer(bytes(digests), np.uint64),
         empty_rows=empty_rows,
         ends=ended,
         alphabet="".join(sorted(seen)),
