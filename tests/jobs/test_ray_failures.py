@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import ray.exceptions
 
-from gptray.config import Config, RunFailed
+from gptray.config import Config, RunFailed, load_config
 from gptray.config.errors import WorkerFailed
+from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.run import ray_failures
+from gptray.jobs.train.trainer import fitted
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,34 @@ def test_what_one_worker_alone_failed_by_is_told_without_its_traceback(tmp_path:
     failures: dict[int, Exception] = {0: RuntimeError("lost"), 1: WorkerFailed("no memory")}
     with pytest.raises(RunFailed, match="^no memory$"), ray_failures(Config(), tmp_path):
         raise WorkerGroupError("a traceback", failures)
+
+
+@pytest.mark.parametrize("workers", ["1", "[1, 2]"])
+def test_workers_that_lack_memory_are_not_started_again(
+    ray_cluster: None, tmp_path: Path, workers: str
+) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+    attempts = tmp_path / "attempts"
+
+    def lack_memory() -> None:
+        with attempts.open("a") as file:
+            file.write("one\n")
+        raise WorkerFailed("no memory")
+
+    config = load_config(None, [f"compute.num_workers={workers}", "compute.max_failures=2"])
+    retries = 0 if config.compute.is_elastic else config.compute.max_failures
+
+    def fit(number: int) -> dict[str, object]:
+        run = RunConfig("run", str(tmp_path), failure_config=FailureConfig(max_failures=retries))
+        result: dict[str, object] = fitted(
+            lack_memory, scaling_config=ScalingConfig(num_workers=1), run_config=run
+        )
+        return result
+
+    with pytest.raises(RunFailed, match="^no memory$"), ray_failures(config, tmp_path):
+        fit_until_done(config, {"CPU": 1.0}, fit)
+    assert attempts.read_text() == "one\n"
 
 
 @pytest.mark.parametrize("is_storage", [True, False])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gptray.config import ComputeConfig, Config
 from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_being_preempted
 from gptray.jobs.resources import room
+from gptray.jobs.train.trainer import recurs
 from gptray.wording import count
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> d
     If elastic, the number of workers is as high as there is room for.
 
     Raises:
-        ray.train.WorkerGroupError: workers died more often than compute.max_failures.
+        ray.train.WorkerGroupError: workers died more often than compute.max_failures, or would
+            fail again.
     """
     if not config.compute.is_elastic:
         while (result := fit(config.compute.max_workers))["stopped"] == "left":
@@ -78,7 +80,7 @@ def _fit_where_there_is_room(
                 raise
         except ray.train.WorkerGroupError as error:
             deaths += not _is_preemption(error)
-            if 0 <= most < deaths:
+            if 0 <= most < deaths or recurs(error):
                 raise
         else:
             if result["stopped"] != "left":

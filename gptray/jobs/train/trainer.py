@@ -1,4 +1,4 @@
-"""Ray Train without the actors that runs here do not need, and with a cleaner that works.
+"""Ray Train without the actors and retries that runs here do not need, and with a working cleaner.
 
 Each actor is a process, which takes a second of two cores at every start.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from gptray.config.errors import WorkerFailed
 from gptray.jobs.cluster_nodes import HEAD
 from gptray.jobs.own_ray import is_own_ray
 
@@ -20,7 +23,10 @@ POLL_S = 0.5
 
 
 def fitted(*given: Any, **named: Any) -> Any:
-    """`DataParallelTrainer(...).fit()` without datasets, and on the job's own Ray without more."""
+    """`DataParallelTrainer(...).fit()` without datasets, and on the job's own Ray without more.
+
+    Workers start again unless they would fail again, see `recurs`.
+    """
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Trainer(DataParallelTrainer):  # type: ignore[misc]
@@ -36,6 +42,8 @@ def fitted(*given: Any, **named: Any) -> Any:
             return kept
 
         def _initialize_and_run_controller(self, **given: Any) -> Any:
+            policy = given["failure_policy"]
+            vars(policy).update(_is_retryable_error=partial(_may_pass, policy._is_retryable_error))
             if is_own_ray():
                 # There is no autoscaler to request resources from.
                 vars(given["scaling_policy"]).update(
@@ -44,6 +52,16 @@ def fitted(*given: Any, **named: Any) -> Any:
             return super()._initialize_and_run_controller(**given)
 
     return Trainer(*given, **named).fit()
+
+
+def recurs(error: Exception) -> bool:
+    """Whether workers would fail again: one of them said why it cannot go on."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return any(isinstance(one, WorkerFailed) for one in failures)
+
+
+def _may_pass(is_retryable: Callable[[Exception], bool], error: Exception) -> bool:
+    return not recurs(error) and is_retryable(error)
 
 
 def _with_own_cleaner(base: type) -> object:
