@@ -15,13 +15,18 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import ray
 
 from gptray.config import RunFailed, UserError
+from gptray.jobs.ray_messages import why_ended
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
 Ref: TypeAlias = "ray.ObjectRef[object]"
 # The actor is gone, or its answer was lost with its node.
-_LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
+_LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
 
 
 @dataclass(eq=False)
@@ -144,11 +149,9 @@ class Crew(Generic[M]):
             return
         self._deaths += 1
         if 0 <= self._most_deaths < self._deaths:
-            # The lines before the last are Ray's ids of the actor.
-            why = str(error).strip().splitlines()[-1]
             raise RunFailed(
                 f"{self._name}s died more than compute.max_failures={self._most_deaths} times. "
-                f"{why}"
+                f"{why_ended(error)}"
             ) from None
         log.warning("1 of %s died; its work goes to another", of_all)
 

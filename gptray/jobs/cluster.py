@@ -22,6 +22,7 @@ from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
 from gptray.jobs.doing import doing
 from gptray.jobs.own_ray import own_ray, shut_down
+from gptray.jobs.ray_messages import RayMessages
 from gptray.jobs.resources import gpu_workers
 from gptray.jobs.waiting import telling_waits
 from gptray.native.backend import TRAIN_KEY, check_native
@@ -91,7 +92,7 @@ def ray_cluster(
     level = logging.INFO if verbose else logging.ERROR
     options = {"log_to_driver": verbose, "logging_level": level}
     # Ray prints messages about processes that died; stdout is for the job's result.
-    with redirect_stdout(sys.stderr), ExitStack() as stack:
+    with redirect_stdout(RayMessages()), ExitStack() as stack:
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
             if address:

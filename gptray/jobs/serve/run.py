@@ -19,6 +19,7 @@ from gptray.jobs.cluster import ray_cluster
 from gptray.jobs.doing import doing
 from gptray.jobs.engine_plan import build_engine_backend
 from gptray.jobs.next_steps import tell
+from gptray.jobs.ray_messages import why_ended
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
 from gptray.jobs.serve.worker import bound
@@ -126,8 +127,7 @@ def _failure_to_start(error: RuntimeError) -> UserError | RunFailed:
     _, is_mistake, mistake = told.rpartition(f"{UserError.__name__}: ")
     if is_mistake:
         return UserError(mistake.strip())
-    last = (told.strip() or str(error)).splitlines()[-1]
-    return RunFailed(f"the endpoint did not start: {last}")
+    return RunFailed(f"the endpoint did not start: {why_ended(told.strip() or error)}")
 
 
 def _wait_until_healthy(url: str) -> None:

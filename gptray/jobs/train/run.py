@@ -25,6 +25,7 @@ from gptray.jobs.origin import reachable
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
+from gptray.jobs.ray_messages import why_ended
 from gptray.jobs.remote_run import publishing
 from gptray.jobs.reporter import Reporter
 from gptray.jobs.resources import check_cluster, worker_resources
@@ -245,7 +246,8 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
                 raise RunFailed(str(failure)) from None
         raise RunFailed(
             f"the workers failed more than compute.max_failures={config.compute.max_failures} "
-            f"times; the same command resumes from the last checkpoint.\n{error}"
+            "times; the same command resumes from the last checkpoint.\n"
+            f"{why_ended(error, otherwise=str(error))}"
         ) from None
     except ray.train.ControllerError as error:
         if is_file_error(error.controller_failure):
@@ -256,10 +258,11 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
             "times; the same command resumes from the last "
             f"checkpoint.\n{error.controller_failure}"
         ) from None
-    except ray.exceptions.RayActorError:
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        why = why_ended(error, otherwise="")
         raise RunFailed(
-            "Ray Train's controller died, killed or out of memory; the same command resumes from "
-            "the last checkpoint"
+            f"Ray Train's controller died{f': {why}' if why else ', killed or out of memory'}; "
+            "the same command resumes from the last checkpoint"
         ) from None
 
 
@@ -278,10 +281,9 @@ def _failure_notes(task: TrainTask) -> Any:
             self, run_context: Any, worker_exceptions: dict[int, Exception]
         ) -> None:
             ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
-            first = str(next(iter(worker_exceptions.values()))).strip().splitlines()
+            why = why_ended(next(iter(worker_exceptions.values())))
             with suppress(RunFailed):
-                message = f"worker {ranks} failed: {first[-1] if first else '?'}"
-                task.note("failure", message=message)
+                task.note("failure", message=f"worker {ranks} failed: {why}")
 
     return FailureNotes()
 

@@ -115,7 +115,7 @@ class Cleaner:
             while True:
                 ray.get(self._controller.__ray_ready__.remote())
                 time.sleep(POLL_S)
-        except ray.exceptions.RayActorError:
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
         finally:

@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
+from gptray.jobs.ray_messages import why_ended
 from gptray.jobs.train.task import TrialTask
 from gptray.jobs.tune.queue import SweepQueue
 from gptray.record import MetricsRow
@@ -180,9 +181,8 @@ class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
             )
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        message = "its process died"
-        if trial.error_file and Path(trial.error_file).is_file():
-            message = Path(trial.error_file).read_text("utf-8").strip().splitlines()[-1]
+        is_told = trial.error_file and Path(trial.error_file).is_file()
+        message = why_ended(Path(trial.error_file).read_text("utf-8") if is_told else "")
         with _failure_kept(self._queue):
             self._queue.ended(name_of(trial), "failed", step=0, message=message, passing=True)
 
