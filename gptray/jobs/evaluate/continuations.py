@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptray.config.keys import shown
 from gptray.data.tokens import TokenData, TokenSplit
 from gptray.evaluation import recitation, texts
 from gptray.evaluation.bleu import compares, pick_bleu
@@ -198,7 +199,7 @@ def _how(
     keys = ("temperature", "top_k", "top_p", "seed")
     settings = {key: getattr(sampling, key) for key in keys}
     drawn = "sampled with " + " ".join(
-        f"{key}={value:g}" for key, value in settings.items() if value is not None
+        f"{key}={shown(value)}" for key, value in settings.items() if value is not None
     )
     recited = (
         "share of the {n}-grams of tokens in greedy continuations of training passages "
