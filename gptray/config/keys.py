@@ -139,20 +139,25 @@ def complaint(root: type[BaseModel], spec: FieldSpec, value: object) -> str | No
 
 
 def shown(value: object) -> str:
-    """Format a value as a config would, in one line of at most 60 characters."""
+    """Format a value as `written`, cut to 60 characters."""
+    # An empty mapping is not read for a key that takes none.
+    text = "keys of its own" if value == {} else written(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def written(value: object) -> str:
+    """Format a value as a config would, in one line."""
     if isinstance(value, str):
         text = f"'{value}'"
     elif isinstance(value, bool) or value is None:
         text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, dict):
-        text = f"{{{', '.join(f'{key}: {shown(item)}' for key, item in value.items())}}}"
-        text = text if value else "keys of its own"  # not read for a key that takes none
+        text = f"{{{', '.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
     elif isinstance(value, (list, tuple)):
-        text = f"[{', '.join(shown(item) for item in value)}]"
+        text = f"[{', '.join(map(written, value))}]"
     else:
         text = f"{value}"
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text.replace("\n", "\\n")
 
 
 @cache

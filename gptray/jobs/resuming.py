@@ -14,7 +14,7 @@ from typing import Any
 
 from gptray.commands import typed
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
-from gptray.config.keys import shown
+from gptray.config.keys import shown, written
 from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.driver_lock import LOCK, is_held
@@ -77,9 +77,12 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
             del changed[key]
     if "train.compile" in changed and compiles(saved) == compiles(config):
         del changed["train.compile"]
+    # A sweep's trials may have other rates, and then another tenth of them.
+    if not sweep and saved.optim.final_lr == config.optim.final_lr:
+        changed.pop("optim.min_lr", None)
     free, extends = free_keys(config, sweep=sweep), MORE if sweep else LONGER
     differing = [
-        f"  {key}: {old!r} there, {new!r} now"
+        f"  {key}: {written(old)} there, {written(new)} now"
         for key, (old, new) in changed.items()
         if not key.startswith(free) and key not in extends
     ]

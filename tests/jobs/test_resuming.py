@@ -86,11 +86,34 @@ def test_auto_is_the_same_setting_as_what_it_means(folder: Path) -> None:
     now = config_of(folder.parent, "train.max_steps=100")
     assert now.train.compile == "auto" and check_resumable(now) == []
     compiled = config_of(folder.parent, "train.max_steps=100", "train.compile=true")
-    with pytest.raises(UserError, match="train.compile: False there, True now"):
+    with pytest.raises(UserError, match="train.compile: false there, true now"):
         check_resumable(compiled)
     exact = config_of(folder.parent, "train.max_steps=100", "train.deterministic=true")
-    with pytest.raises(UserError, match="train.deterministic: False there, True now"):
+    with pytest.raises(UserError, match="train.deterministic: false there, true now"):
         check_resumable(exact)
+
+
+def test_a_least_rate_of_the_same_value_is_the_same_setting(folder: Path, tmp_path: Path) -> None:
+    """A run of before optim.min_lr=null says 0.0002, which is what null is for its optim.lr."""
+
+    def began_before(folder: Path) -> None:
+        saved = folder / "config.yaml"
+        saved.write_text(
+            saved.read_text("utf-8").replace("min_lr: null", "min_lr: 0.0002"), "utf-8"
+        )
+        assert load_config(str(saved), []).optim.min_lr == 2e-4
+
+    began_before(folder)
+    assert check_resumable(config_of(folder.parent, "train.max_steps=100")) == []
+    with pytest.raises(UserError, match="optim.min_lr: 0.0002 there, null now"):
+        check_resumable(config_of(folder.parent, "train.max_steps=100", "optim.lr=0.001"))
+    sweep = sweep_of(tmp_path)
+    sweep.folder.mkdir()
+    save_config(sweep.config, sweep.folder)
+    began_before(sweep.folder)
+    with pytest.raises(UserError, match="optim.min_lr: 0.0002 there, null now"):
+        sweep_of(tmp_path)
+    assert sweep_of(tmp_path, "optim.min_lr=2e-4").changes == []
 
 
 @pytest.mark.parametrize(

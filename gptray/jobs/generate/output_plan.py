@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptray.config import Config, UserError
+from gptray.config.keys import written
 from gptray.data.batch_requests import holds_requests
 from gptray.data.encoding import codec_of
 from gptray.data.folders import glob_regex
@@ -130,7 +131,7 @@ def existing_plan(folder: Path) -> Record | None:
 def refuse_differences(folder: str, before: Record, now: Record) -> None:
     """Raise UserError, listing the keys that differ, unless the identities are the same."""
     differing = [
-        f"  {key}: {before.get(key)!r} there, {now[key]!r} now"
+        f"  {key}: {written(before.get(key))} there, {written(now[key])} now"
         for key in now
         if before.get(key) != now[key]
     ]
