@@ -168,6 +168,9 @@ class GraphDecoder(Network):
                 self._caches[layer][..., : old.size(3), :] = old
             self._room = room
         finally:
+            # Where memory ended, the layers that have grown give back what they took.
+            for layer, cache in enumerate(self._caches):
+                self._caches[layer] = cache[..., : self._room, :].contiguous()
             self._reading.clear()
             self._decoding.clear()
             self._record()

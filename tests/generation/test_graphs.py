@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_a_cache_with_no_memory_to_grow_goes_on_as_it_was(monkeypatch: pytest.Mo
     asked = [texts.Sequence(prompt_of(tokenizer, n, n), greedy) for n in (3, 1200)]
     expected = [one.tokens for one in run(Engine(model, tokenizer), asked)]
     engine, zeros = Engine(model, tokenizer, backend="graph", max_batch_size=2), torch.zeros
-    grown = list[int]()
+    grown, made = list[int](), list[weakref.ref[torch.Tensor]]()
 
     def few(like: torch.Tensor, *sizes: Any) -> torch.Tensor:
         shape = sizes[0] if isinstance(sizes[0], tuple) else sizes
@@ -124,13 +125,17 @@ def test_a_cache_with_no_memory_to_grow_goes_on_as_it_was(monkeypatch: pytest.Mo
             grown.append(shape[3])
             if len(grown) == model.config.n_layer:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-        return zeros(shape, dtype=like.dtype)
+        result = zeros(shape, dtype=like.dtype)
+        if len(shape) == 5:
+            made.append(weakref.ref(result))
+        return result
 
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "new_zeros", few)
         long = engine.submit(replace(asked[1]))
         with pytest.raises(torch.OutOfMemoryError):
             engine.run([])
+        assert [one() for one in made] == [None]  # the layer that had grown gave it back
         engine.cancel(long)
         assert [one.tokens for one in run(engine, asked[:1])] == expected[:1]
     assert grown == [1300, 1300]
