@@ -103,7 +103,7 @@ void input_gradient(const uint16_t *dy, const float *w, uint16_t *dx, Line *work
 
 // dx = dy w times slope (M, K); the rest as `input_gradient`.
 void input_gradient_sloped(const uint16_t *dy, const float *w, const uint16_t *slope, uint16_t *dx,
-                         Line *work, int M, int N, int K, int threads) {
+                           Line *work, int M, int N, int K, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     pack_columns(w, (Words *)work, N, K);
@@ -221,9 +221,9 @@ void head_loss(const uint16_t *x, const float *w, const uint16_t *frozen, const 
 const char *train_abi() {
   static const std::string text =
       ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
-      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_relu) +
-      ABI_FUNCTION(linear_swiglu) + ABI_FUNCTION(linear_geglu) +
-      ABI_FUNCTION(input_gradient) + ABI_FUNCTION(input_gradient_sloped) +
+      ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_relu) + ABI_FUNCTION(linear_swiglu) +
+      ABI_FUNCTION(linear_geglu) + ABI_FUNCTION(input_gradient) +
+      ABI_FUNCTION(input_gradient_sloped) +
       ABI_FUNCTION(input_gradient_gates) + ABI_FUNCTION(weight_gradients) +
       ABI_FUNCTION(layer_norm) + ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
       ABI_FUNCTION(frozen_input_gradient) + ABI_FUNCTION(attention) +
