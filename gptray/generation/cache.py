@@ -30,30 +30,44 @@ class Cache:
         self._shape = slots, config.kv_heads, config.head_width
         self._most = _rounded(config.n_positions)
         self._room = min(self._most, FIRST_TOKENS)
+        numbers = self._numbers(self._room)
         self._memory = [
-            tuple(torch.zeros(self._numbers(), dtype=dtype, device=device) for _ in range(2))
+            tuple(torch.zeros(numbers, dtype=dtype, device=device) for _ in range(2))
             for _ in range(config.n_layer)
         ]
         self.length = LENGTH_STEP
-        self.layers = [self._views(memory) for memory in self._memory]
+        self.layers = [self._views(memory, self.length) for memory in self._memory]
 
-    def _numbers(self) -> int:
-        return math.prod(self._shape) * self._room
+    def _numbers(self, room: int) -> int:
+        return math.prod(self._shape) * room
 
     def fit(self, tokens: int, used: int) -> None:
-        """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold."""
+        """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold.
+
+        Without the memory for it, raises OutOfMemoryError and goes on as before.
+        """
         length = _rounded(tokens)
         # A sequence that ends often makes way for one as long: do not shrink for a little.
         if self.length // 2 < length <= self.length:
             return
-        kept = min(length, self.length)
-        self.length = length
-        self._room = grown(self._room, length, self._most)
+        room = grown(self._room, length, self._most)
+        try:
+            self._lay_out(length, used, room)
+        except BaseException:
+            self._lay_out(self.length, used, self._room)
+            raise
+        self.length, self._room = length, room
+
+    def _lay_out(self, length: int, used: int, room: int) -> None:
+        """View every layer's memory, of `room` tokens a slot at least, with another length."""
         for layer, (old_k, old_v) in enumerate(self.layers):
+            kept = min(length, old_k.size(2))
+            if old_k.size(2) == length:
+                continue
             old = old_k[:used, :, :kept].clone(), old_v[:used, :, :kept].clone()
-            if self._memory[layer][0].numel() < self._numbers():
-                self._memory[layer] = tuple(old_k.new_zeros(self._numbers()) for _ in range(2))
-            self.layers[layer] = self._views(self._memory[layer])
+            if self._memory[layer][0].numel() < self._numbers(room):
+                self._memory[layer] = tuple(old_k.new_zeros(self._numbers(room)) for _ in range(2))
+            self.layers[layer] = self._views(self._memory[layer], length)
             for seen, one in zip(self.layers[layer], old, strict=True):
                 seen[:used, :, :kept] = one
                 seen[:used, :, kept:] = 0.0  # what lay there may not be finite, see `scrub`
@@ -79,9 +93,9 @@ class Cache:
                 for slot, one in enumerate(kept):
                     seen[slot, :, : one.size(1)] = one
 
-    def _views(self, memory: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def _views(self, memory: tuple[Tensor, ...], length: int) -> tuple[Tensor, Tensor]:
         slots, heads, width = self._shape
-        shape = slots, heads, self.length, width
+        shape = slots, heads, length, width
         keys, values = (one[: math.prod(shape)].view(shape) for one in memory)
         return keys, values
 

@@ -128,7 +128,8 @@ class Engine:
 
         If one sequence makes the network or the sampler raise an exception, it ends with that as
         its error, and the others draw their token at the next step. If no single sequence is to
-        blame, or none can run any more, the exception is raised.
+        blame, or none can run any more, the exception is raised; all sequences then stay queued or
+        running, and the next step tries again.
         """
         reading = self._schedule_prompts()
         decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
@@ -137,7 +138,7 @@ class Engine:
         pieces, adapters = [piece for _, piece in reading], [one.adapter for one in self._decoding]
         try:
             logits = self._network.step(decoding, pieces, adapters=adapters)
-        except Exception as error:
+        except BaseException as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
         for sequence in self._decoding:
@@ -208,26 +209,15 @@ class Engine:
         return logits[: len(drawing)] if is_start else logits[drawing]
 
     def _end_guilty(
-        self, error: Exception, reading: list[tuple[Sequence, Piece]]
+        self, error: BaseException, reading: list[tuple[Sequence, Piece]]
     ) -> list[Sequence]:
-        """End the sequences that fail even alone; raise the error if none does.
+        """End the sequences that fail even alone; raise the error if none is to blame.
 
         reading: the pieces that were not read; their prompts read them again. Returns all sequences
         that have ended, including those whose prompt could not be scored in the same step.
         """
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            raise error
-        last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
-        guilty = [
-            (sequence, piece, fault)
-            for sequence, piece in last + reading
-            if (fault := self._fault(sequence, piece))
-        ]
-        # If even the shortest prompt fails, every other will.
-        if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, self.eos_ids[:1])):
-            raise error
-        for sequence, _, fault in guilty:
-            sequence.fail(f"{type(fault).__name__}: {fault}")
+        is_common = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        guilty = isinstance(error, Exception) and not is_common and self._blame(reading)
         held = [*self._decoding, *(sequence for sequence, _ in reading)]
         if reading:
             self._reading = None
@@ -241,9 +231,26 @@ class Engine:
                 self._reading = sequence
             else:
                 self._waiting.appendleft(sequence)
+        if not guilty:
+            raise error
         self._release()
         self._scrub()
         return [sequence for sequence in held if sequence.ended]
+
+    def _blame(self, reading: list[tuple[Sequence, Piece]]) -> bool:
+        """Fail the sequences that raise an exception alone; whether there are any."""
+        last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
+        guilty = [
+            (sequence, piece, fault)
+            for sequence, piece in last + reading
+            if (fault := self._fault(sequence, piece))
+        ]
+        # If even the shortest prompt fails, every other will.
+        if not guilty or self._fault(None, Piece(guilty[0][1].slot, 0, self.eos_ids[:1])):
+            return False
+        for sequence, _, fault in guilty:
+            sequence.fail(f"{type(fault).__name__}: {fault}")
+        return True
 
     def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
         """The error that a piece raises if run alone, or the token drawn after it; None if none."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gptray.config import ModelConfig
 from gptray.generation import sampling
 from gptray.generation.adapted_rows import INTO_MLP, LAYERS, PackedAdapter, numbered_layers
-from gptray.generation.cache import FIRST_TOKENS
+from gptray.generation.cache import FIRST_TOKENS, grown
 from gptray.generation.choosing import Chosen
 from gptray.generation.decoder import Network, StepRows
 from gptray.generation.native_weights import DTYPES, Arena, NativeWeights, interleaved, untouched
@@ -132,14 +132,17 @@ class _Cache:
     def fit(self, tokens: int) -> abi.Cache:
         """The cache as the library reads it, grown to sequences of `tokens`."""
         if tokens > self._length:
-            kept = self._length
-            while self._length < tokens:
-                self._length = min(2 * self._length, self.n_positions)
-            for memory in self._memory:
+            kept, length = self._length, grown(self._length, tokens, self.n_positions)
+            # All first: if one cannot be had, the cache stays as it is.
+            wider = [
+                [untouched((*old.shape[:2], length, old.size(3)), old.dtype) for old in memory]
+                for memory in self._memory
+            ]
+            for memory, fresh in zip(self._memory, wider, strict=True):
                 for layer, old in enumerate(memory):
-                    slots, heads, _, width = old.shape
-                    memory[layer] = untouched((slots, heads, self._length, width), old.dtype)
-                    memory[layer][:, :, :kept] = old
+                    fresh[layer][:, :, :kept] = old
+                    memory[layer] = fresh[layer]
+            self._length = length
             self._view = self._make_view()
         return self._view
 

@@ -6,9 +6,11 @@ import random
 import string
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -459,6 +461,65 @@ def test_an_engine_for_which_no_single_row_is_to_blame_raises(tokenizer: Tokeniz
     engine = Engine(model, tokenizer)
     with pytest.raises(RuntimeError, match="self indexing axis"):
         run(engine, [Sequence([1, 2]), Sequence([3])])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
+def test_a_step_that_fails_for_all_loses_no_row(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    model = random_gpt(tokenizer, n_positions=256)
+    requests = [
+        Sequence(prompt_of(tokenizer, length, i), Sampling(max_new_tokens=4, seed=i))
+        for i, length in enumerate([3, 200, 5, 140, 4])
+    ]
+    expected = run(Engine(model, tokenizer), requests)
+    engine = Engine(model, tokenizer, max_batch_size=2)
+    queued = [engine.submit(replace(one)) for one in requests]
+
+    def failing(*given: object, **named: object) -> None:
+        raise error
+
+    while engine.busy:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "softmax", failing)
+            with pytest.raises(error):
+                engine.step()
+        engine.step()
+    assert [one.tokens for one in queued] == [one.tokens for one in expected]
+
+
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_native)])
+def test_a_cache_with_no_memory_to_grow_stays_as_it_is(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, backend: str, nth: int
+) -> None:
+    model = random_gpt(tokenizer, n_positions=1300)
+    greedy = Sampling(max_new_tokens=6, temperature=0.0, ignore_eos=True)
+    requests = [Sequence(prompt_of(tokenizer, n, n), greedy) for n in (3, 1023, 1200)]
+    expected = run(Engine(model, tokenizer, backend=backend), requests)
+    engine = Engine(model, tokenizer, max_batch_size=3, backend=backend)
+    queued = [engine.submit(replace(one)) for one in requests]
+    sizes = count()
+    zeros, empty = torch.Tensor.new_zeros, np.empty
+
+    def new_zeros(like: torch.Tensor, *shape: Any) -> torch.Tensor:
+        if next(sizes) == nth:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return zeros(like, *shape)
+
+    def new_bytes(shape: Any, dtype: Any = float) -> Any:
+        if dtype is np.uint8 and next(sizes) == nth:
+            raise MemoryError
+        return empty(shape, dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_zeros", new_zeros)
+        patched.setattr(np, "empty", new_bytes)
+        with pytest.raises((MemoryError, torch.OutOfMemoryError)):
+            engine.run([])
+    assert next(sizes) == nth + 1
+    engine.run([])
+    assert [one.tokens for one in queued] == [one.tokens for one in expected]
 
 
 def test_padded_entries_of_the_vocabulary_are_never_drawn(tokenizer: Tokenizer) -> None:

@@ -6,7 +6,10 @@ import asyncio
 import shutil
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import numpy
@@ -16,6 +19,7 @@ import torch
 import gptray
 from gptray import LLM, Output
 from gptray.config import Config, RunFailed, SampleConfig, UserError, load_config, override
+from gptray.generation.sequence import Sequence
 from gptray.generation.settings import numbered_seed
 from gptray.jobs.generate.llm import Options, Settings
 from gptray.jobs.generate.run import generate
@@ -142,6 +146,33 @@ def test_threads_share_the_batch_and_get_their_own_texts(llm: LLM) -> None:
             pieces = pool.map(lambda prompt: ["".join(llm.stream(prompt, **SETTINGS))], prompts)
             assert list(together) == alone
             assert list(pieces) == streamed
+
+
+def test_a_step_that_fails_leaves_no_other_thread_waiting(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(model_dir, backend="torch", max_batch_size=4)
+    prompts, sample = ["the cat", "a dog", "the", "a"], SampleConfig(temperature=0.0)
+    expected = {"".join(llm.pieces(one)) for one in llm.start(prompts, sample)}
+    softmax, calls, told = torch.softmax, count(), Queue[str]()
+
+    def once(*given: Any, **named: Any) -> torch.Tensor:
+        if next(calls):
+            return softmax(*given, **named)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0.")
+
+    def read(sequence: Sequence) -> None:
+        try:
+            told.put("".join(llm.pieces(sequence)))
+        except RunFailed as error:
+            told.put(str(error))
+
+    monkeypatch.setattr(torch, "softmax", once)
+    for one in llm.start(prompts, sample):
+        Thread(target=read, args=(one,), daemon=True).start()
+    answers = [told.get(timeout=60) for _ in prompts]
+    failed = [answer for answer in answers if "generate.max_batch_size" in answer]
+    assert len(failed) == 1 and len({*answers} & expected) == 3
 
 
 def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:
