@@ -1,7 +1,8 @@
 """Columns of JSON values: one Arrow type if that keeps every bit, else JSON text.
 
-A missing key is the same as null. Numbers are 64-bit integers or doubles, as in most JSON
-readers; NaN and infinities, which Python writes, are doubles too.
+A missing key becomes null; where a key is both missing and null, JSON text tells the two apart.
+Numbers are 64-bit integers or doubles, as in most JSON readers; NaN and infinities, which Python
+writes, are doubles too.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ class Shape:
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._kinds: set[type] = set()
+        self._values = self._nulls = self._objects = 0
         self._low = self._high = 0
         self._is_odd = False  # no Arrow type holds all values
         self._item: Shape | None = None
         self._fields: dict[str, Shape] = {}
 
     def take(self, values: Sequence[object]) -> None:
-        """Widen the type to hold these values; nulls do not matter."""
+        """Widen the type to hold these values."""
         kinds = set(map(type, values))
-        kinds.discard(type(None))
+        self._values += len(values)
+        if type(None) in kinds:
+            self._nulls += sum(value is None for value in values)
+            kinds.discard(type(None))
         self._kinds |= kinds
         if self._is_odd or not kinds:
             return
@@ -78,6 +83,7 @@ class Shape:
             self._item.take(list(chain.from_iterable(lists)))
 
     def _take_fields(self, objects: Sequence[dict[str, object]]) -> None:
+        self._objects += len(objects)
         new = set(chain.from_iterable(objects)) - self._fields.keys()
         wide = len(self._fields) + len(new) > MAX_KEYS
         self._is_odd |= wide or self._depth >= MAX_DEPTH or not all(map(is_utf8, new))
@@ -96,6 +102,8 @@ class Shape:
 
     def _struct(self) -> pa.DataType | None:
         fields = [(key, shape.type) for key, shape in self._fields.items()]
+        if any(one._nulls and one._values < self._objects for one in self._fields.values()):
+            return None  # a null would be either a missing key or a null
         # Parquet cannot hold an object without keys.
         whole = bool(fields) and all(kind is not None for _, kind in fields)
         return pa.struct(fields) if whole else None

@@ -70,6 +70,9 @@ def test_values_of_one_type_have_it(
         [{}, {}],
         [{"x": {}}, {"x": {}}],
         [[{}], []],
+        [{}, {"k": None}, {"k": 1}],
+        [{"k": 1}, None, {"k": None}, {}],
+        [[{"k": {"x": 1}}, {"k": None}], [{}]],
         [{"x": 1.5}, {"x": "t"}],
         [[1], ["a"]],
         ["\ud800", "x"],
@@ -84,7 +87,7 @@ def test_values_without_one_are_json_text(tmp_path: Path, values: list[Any], lat
     assert [None if text is None else json.loads(text) for text in got] == values
 
 
-def test_missing_keys_and_null_are_alike(tmp_path: Path) -> None:
+def test_a_missing_key_is_null_where_no_other_null_is(tmp_path: Path) -> None:
     field, got = column(tmp_path, {"x": 1}, {"y": "t"}, {}, None)
     assert field.type == pa.struct([("x", pa.int64()), ("y", pa.string())])
     assert got == [{"x": 1, "y": None}, {"x": None, "y": "t"}, {"x": None, "y": None}, None]
