@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import count
 
 from gptray.config import GenerateConfig, UserError
+from gptray.config.limits import SAMPLING
 from gptray.config.suggest import ALIASES, did_you_mean, nearest
 from gptray.config.use_sections import ROW_SETTINGS
 
@@ -25,6 +26,11 @@ _MEANT = {
     if key.partition(".")[2] in ROW_SETTINGS or key == "generate.num_samples"
     for alias in aliases.split()
 }
+# Settings over HTTP or in other projects that a row cannot have.
+_OF_NO_ROW = {
+    *SAMPLING, "ignore_eos", "bad_words", "stop_token_ids", "length_penalty", "typical_p",
+    "no_repeat_ngram_size", "num_beams", "do_sample",
+} - {*ROW_SETTINGS}  # fmt: skip
 
 
 def setting_columns(names: Sequence[str], settings: GenerateConfig) -> list[str]:
@@ -74,7 +80,7 @@ def passed_names(
 
 
 def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:
-    """Messages about columns that pass through but are named almost like a setting."""
+    """Messages about columns that pass through but are named like a setting, or almost."""
     if settings.settings_from_columns is not True:
         return []
     told = []
@@ -83,4 +89,10 @@ def near_misses(names: Sequence[str], settings: GenerateConfig) -> list[str]:
         meant = _MEANT.get(name.lower()) or nearest(name.lower(), ROW_SETTINGS, cutoff=0.8)
         if name not in known and meant:
             told.append(f"column {name!r} is passed through{did_you_mean(meant)}")
+    without_effect = [name for name in names if name in _OF_NO_ROW - known]
+    if without_effect:
+        told.append(
+            "columns that are passed through without effect, since a row cannot set them: "
+            f"{', '.join(without_effect)}"
+        )
     return told

@@ -214,6 +214,18 @@ def test_a_near_miss_is_told_once(tmp_path: Path) -> None:
     assert notes(path, "settings_from_columns=false") == []
 
 
+def test_settings_that_no_row_has_are_told_in_one_line(tmp_path: Path) -> None:
+    row = {"prompt": "x", "logit_bias": {"5": 1}, "presence_penalty": 0.5, "bias": 1}
+    path = write(tmp_path / "p.jsonl", [row, row])
+    assert notes(path) == [
+        "columns that are passed through without effect, since a row cannot set them: "
+        "logit_bias, presence_penalty"
+    ]
+    assert notes(path, "settings_from_columns=false") == []
+    table = through(path)
+    assert table["presence_penalty"].to_pylist() == [0.5, 0.5]
+
+
 def test_an_input_without_rows_has_its_columns(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("id,prompt,n\n")
     table = through(tmp_path / "p.csv")
