@@ -12,7 +12,13 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.choosing import Top
 from gptray.generation.decoder import Piece
-from gptray.generation.detokenize import Decode, TextStream, decode_after, left_context
+from gptray.generation.detokenize import (
+    REPLACEMENT,
+    Decode,
+    TextStream,
+    decode_after,
+    left_context,
+)
 from gptray.generation.sampling import Drawn, score
 from gptray.generation.settings import Sampling
 from gptray.generation.utf8 import INVALID, START, Mask, Utf8
@@ -91,12 +97,7 @@ class Sequence:
             self._state = self._utf8.state_after(self.lead)
         self.lead = self.lead or left_context(tokenizer, self.prompt)
         if self.live_text or sampling.stop:
-            self._stream = TextStream(
-                self._decode,
-                sampling.stop,
-                lead=self.lead,
-                unstopped=sampling.min_new_tokens,
-            )
+            self._stream = self._text_stream()
 
     @property
     def tokens(self) -> list[int]:
@@ -185,8 +186,20 @@ class Sequence:
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:
             self.text = decode_after(self._decode, self.lead, self.tokens)
-        else:
+            if REPLACEMENT in self.text:
+                # Byte fallback decodes bytes otherwise once broken ones follow, too late for a
+                # stream: the text is the stream's, whether or not there was one.
+                self._stream = self._text_stream()
+                for token in self.tokens:
+                    self._stream.add(token)
+        if self._stream is not None:
             self._stream.finish()
             self.text = self._stream.text
             reason = "stop" if self._stream.stopped else reason
         self.finish_reason = reason
+
+    def _text_stream(self) -> TextStream:
+        sampling = self.sampling
+        return TextStream(
+            self._decode, sampling.stop, lead=self.lead, unstopped=sampling.min_new_tokens
+        )

@@ -196,3 +196,20 @@ def test_a_vocabulary_that_cannot_end_a_character_never_begins_one() -> None:
     logits = torch.tensor([[0.0, 9.0, 1.0]])
     rows = [drawing(Sampling(temperature=0), 1, [0], 2, mask=automaton(tokenizer).mask(START, 9))]
     assert [drawn and drawn.token for drawn in draw(logits, rows)] == [2]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bytes_that_are_no_text_are_the_same_text_streamed_or_not(seed: int) -> None:
+    tokenizer = fallback_tokenizer()
+    engine = Engine(random_gpt(tokenizer, seed=seed), tokenizer)
+    asked = [
+        Sequence(
+            [tokenizer.eos_id],
+            Sampling(max_new_tokens=30, temperature=9.0, seed=seed, utf8=False),
+            live_text=live,
+        )
+        for live in (True, False)
+    ]
+    live, whole = run(engine, asked)
+    assert "\ufffd" in whole.text and live.tokens == whole.tokens
+    assert live.text == whole.text
