@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
+from gptray.model.gpu_faults import memory_told
 from gptray.serving.streams import EngineStopped, Order, Stream, Update, deliver
 
 log = logging.getLogger("gptray")
@@ -44,7 +45,8 @@ class EngineThread:
     queued or running at a time, to leave room for other streams; when one ends, the next is queued.
     An exception in the engine ends the thread and all streams. Counts `steps`, `rows` (sequences
     that drew a token, summed over steps), `tokens` (passed on), `ended` (sequences) and `seconds`
-    (of all steps).
+    (of all steps). error: the exception that ended the thread, if one did; RunFailed names
+    serve.max_batch_size where memory of a GPU ended.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -64,7 +66,7 @@ class EngineThread:
         self._sent_live = 0.0  # when live text was last sent
         self._promised = 0.0  # the latest time at which refused requests were told to retry
         self._stopping = False
-        self._error: Exception | None = None  # what ended the thread
+        self.error: Exception | None = None  # what ended the thread
         self._thread.start()
 
     def close(self) -> None:
@@ -165,18 +167,11 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            orders: dict[Sequence, Order] = {}
-            while self._take_news(orders):
-                begin = time.perf_counter()
-                touched = self._engine.step()
-                self.seconds += time.perf_counter() - begin
-                self._hand_out([orders[sequence] for sequence in touched])
-                for sequence in touched:
-                    if sequence.ended:
-                        del orders[sequence]
+            with memory_told("serve.max_batch_size", self._engine.max_batch_size):
+                self._step_while_asked()
         except Exception as caught:
             log.exception("the engine has stopped")
-            self._error = caught
+            self.error = caught
         with self._news:
             self._stopping = True
             streams = {order.stream for order in self._unfinished}
@@ -184,9 +179,20 @@ class EngineThread:
             self._partial.clear()
         deliver([(stream, self._stopped()) for stream in streams])
 
+    def _step_while_asked(self) -> None:
+        orders: dict[Sequence, Order] = {}
+        while self._take_news(orders):
+            begin = time.perf_counter()
+            touched = self._engine.step()
+            self.seconds += time.perf_counter() - begin
+            self._hand_out([orders[sequence] for sequence in touched])
+            for sequence in touched:
+                if sequence.ended:
+                    del orders[sequence]
+
     def _stopped(self) -> EngineStopped:
         stopped = EngineStopped("the engine has stopped")
-        stopped.__cause__ = self._error
+        stopped.__cause__ = self.error
         return stopped
 
     def _take_news(self, orders: dict[Sequence, Order]) -> bool:

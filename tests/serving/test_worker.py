@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.engine import Engine
@@ -314,6 +315,22 @@ def test_an_engine_that_fails_ends_every_stream_and_takes_no_more(tokenizer: Tok
         assert worker.alive
         asyncio.run(fail(worker))
         assert not worker.alive
+
+
+def test_memory_that_ends_names_the_key_to_lower(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0.")
+
+    async def fail(worker: EngineThread) -> None:
+        with pytest.raises(EngineStopped):
+            await collect(worker, [SHORT])
+
+    monkeypatch.setattr(torch, "softmax", ended)
+    with started(Engine(random_gpt(tokenizer), tokenizer, max_batch_size=4)) as worker:
+        asyncio.run(fail(worker))
+    assert "lower serve.max_batch_size from 4, such as" in str(worker.error)
 
 
 def test_closing_ends_open_streams(tokenizer: Tokenizer) -> None:

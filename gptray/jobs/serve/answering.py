@@ -103,7 +103,7 @@ class Answering:
         """Raise RuntimeError if the engine has stopped."""
         served = self._endpoint.served
         if served is not None and not served.thread.alive:
-            raise RuntimeError("the engine has stopped")
+            raise RuntimeError("the engine has stopped") from served.thread.error
         if self._watching and self._watching.done() and not self._watching.cancelled():
             raise RuntimeError("serve.adapters is not watched") from self._watching.exception()
 
