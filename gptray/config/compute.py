@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gptray.config.values import NonEmpty, Positive, PositiveInt, Section
+from gptray.config.limits import LARGEST
+from gptray.config.values import NonEmpty, Positive, PositiveInt, Processes, Section
 
 # The label that Ray sets on nodes whose accelerators it recognises.
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
@@ -18,7 +19,7 @@ _WANTED = re.compile(rf"({_NAME}/)?{_NAME}=!?({_NAME}|in\({_NAME}(, ?{_NAME})*\)
 
 
 class ComputeConfig(Section):
-    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+    num_workers: Processes | tuple[Processes, Processes] = Field(
         1,
         description="data-parallel workers; [min, max]: as many as there is room for, changing "
         "as nodes come and go (Ray ScalingConfig)",
@@ -59,7 +60,7 @@ class ComputeConfig(Section):
         None,
         description="seconds to wait for room on a cluster before the job fails; null: no limit",
     )
-    max_failures: Annotated[int, Field(ge=-1)] = Field(
+    max_failures: Annotated[int, Field(ge=-1, le=LARGEST)] = Field(
         3, description="worker failures to recover from; -1: no limit (Ray FailureConfig)"
     )
     num_to_keep: PositiveInt = Field(

@@ -21,24 +21,30 @@ class Bounds(NamedTuple):
     is_open: bool = False
 
 
-_WHOLE = 2**31 - 1
+# The largest count of anything: what a 32-bit integer holds.
+LARGEST = 2**31 - 1
+# The most processes of one job; Ray is tested up to some ten thousand.
+MAX_PROCESSES = 10_000
+# The most trials of a sweep: each takes half a millisecond to plan.
+MAX_TRIALS = 10_000
+MAX_LAYERS = 10_000
 SEEDS = 2**63
 # Dividing logits by a lower temperature could overflow a float, so a lower one means greedy.
 GREEDY_BELOW = 1e-5
 MAX_BIASES = 1024
 
 SAMPLING = {
-    "max_new_tokens": Bounds(0, _WHOLE),
-    "min_new_tokens": Bounds(0, _WHOLE),
+    "max_new_tokens": Bounds(0, LARGEST),
+    "min_new_tokens": Bounds(0, LARGEST),
     "temperature": Bounds(0, 100),
-    "top_k": Bounds(1, _WHOLE),
+    "top_k": Bounds(1, LARGEST),
     "top_p": Bounds(0, 1, is_open=True),
     "min_p": Bounds(0, 1),
     "repetition_penalty": Bounds(0.01, 100),
     "presence_penalty": Bounds(-2, 2),
     "frequency_penalty": Bounds(-2, 2),
     "logit_bias": Bounds(-100, 100),
-    "logprobs": Bounds(0, _WHOLE),
+    "logprobs": Bounds(0, LARGEST),
     "seed": Bounds(0, SEEDS - 1),
 }
 

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from gptray.config.values import Positive, PositiveInt, Probability, Section
+from gptray.config.limits import MAX_LAYERS
+from gptray.config.values import Positive, PositiveInt, Probability, Section, Several
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _MSCALES = ("mscale", "mscale_all_dim")
@@ -27,6 +28,7 @@ ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "yarn": (("factor", "original_max_position_embeddings"), _YARN),
     "longrope": ((*_BY_PAIR, "factor", "attention_factor", "original_max_position_embeddings"), ()),
 }
+Width = Annotated[int, Field(gt=0, le=2**24)]
 RopeScaling = dict[str, str | bool | int | float | list[float]]
 
 
@@ -73,18 +75,18 @@ def known_flags(layers: list[int] | None) -> list[int] | None:
 
 
 class ModelConfig(Section):
-    n_layer: PositiveInt = Field(2, description="blocks")
-    n_head: PositiveInt = Field(4, description="attention heads; must divide n_embd")
-    n_kv_head: PositiveInt | None = Field(
+    n_layer: Annotated[int, Field(gt=0, le=MAX_LAYERS)] = Field(2, description="blocks")
+    n_head: Width = Field(4, description="attention heads; must divide n_embd")
+    n_kv_head: Width | None = Field(
         None,
         description="key and value heads, each shared by n_head / n_kv_head query heads; "
         "null: n_head",
     )
-    head_dim: PositiveInt | None = Field(None, description="width of a head; null: n_embd / n_head")
-    n_embd: PositiveInt = Field(256, description="width of the residual stream")
-    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 x n_embd")
+    head_dim: Width | None = Field(None, description="width of a head; null: n_embd / n_head")
+    n_embd: Width = Field(256, description="width of the residual stream")
+    n_inner: Width | None = Field(None, description="width of the MLP; null: 4 x n_embd")
     # A context of one token would have no room for a new one.
-    n_positions: Annotated[int, Field(ge=2)] = Field(128, description="longest context, in tokens")
+    n_positions: Several = Field(128, description="longest context, in tokens")
     vocab_size: PositiveInt | None = Field(
         None,
         description="rows of the embedding; null: the tokenizer's size; a larger number pads it",

@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from gptray.config.limits import MAX_TRIALS
 from gptray.config.values import (
     Backend,
+    Natural,
     NonEmpty,
     NonNegative,
     Positive,
@@ -20,6 +22,7 @@ from gptray.config.values import (
     Precision,
     Probability,
     Section,
+    Several,
     known_codec,
     split_parts,
 )
@@ -102,7 +105,7 @@ class OptimConfig(Section):
         description="length of the cool-down as a share of the best checkpoint's steps; counts "
         "towards train.max_steps (schedule: wsd)",
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="steps of linear warm-up")
+    warmup_steps: Natural = Field(50, description="steps of linear warm-up")
     step_size: PositiveInt = Field(500, description="steps between two drops (schedule: step)")
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.5, description="factor of one drop (schedule: step)"
@@ -237,7 +240,7 @@ class TuneConfig(Section):
         description="what trials differ in: a list of paths, each with a choice, grid, uniform, "
         "loguniform or randint, and a condition (when); see configs/overfitting_sweep.yaml",
     )
-    num_samples: PositiveInt = Field(
+    num_samples: Annotated[int, Field(gt=0, le=MAX_TRIALS)] = Field(
         16,
         description="trials to draw, for each grid point if there is a grid; raise it under the "
         "same name to add trials to a sweep (TuneConfig)",
@@ -246,7 +249,7 @@ class TuneConfig(Section):
         "random", description="optuna: suggests from the results of trials (gptray[optuna])"
     )
     baseline: bool = Field(True, description="run one more trial first: the config as it is")
-    replicates: Annotated[int, Field(ge=0)] = Field(
+    replicates: Annotated[int, Field(ge=0, le=1000)] = Field(
         0, description="repeat the best three with this many other seeds; their mean decides"
     )
     retry_failed: bool = Field(
@@ -263,7 +266,7 @@ class TuneConfig(Section):
     grace_period: PositiveInt = Field(
         1, description="evaluations before the first rung, where trials are compared (ASHA)"
     )
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+    reduction_factor: Several = Field(
         3,
         description="the best 1 in this many trials continues from a rung, at once or later; "
         "the next rung is at this many times the steps (ASHA)",

@@ -8,7 +8,16 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
-from gptray.config.values import NonEmpty, NonNegative, Positive, PositiveInt, Section, model_to
+from gptray.config.values import (
+    Natural,
+    NonEmpty,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Processes,
+    Section,
+    model_to,
+)
 
 _HOST_NAME = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?|\[[0-9a-fA-F:]+\]")
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#*A-Z]+")
@@ -46,10 +55,10 @@ class ServeConfig(Section):
         description="web pages that may call from a browser, such as https://example.com; *: any "
         "(CORS)",
     )
-    num_replicas: PositiveInt = Field(
+    num_replicas: Processes = Field(
         1, description="engines, each with its own share of the cluster (Ray Serve)"
     )
-    max_replicas: PositiveInt | None = Field(
+    max_replicas: Processes | None = Field(
         None, description="replicas to grow to under load; null: always num_replicas"
     )
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
@@ -71,7 +80,7 @@ class ServeConfig(Section):
         "the model's context holds",
     )
     max_stop: PositiveInt = Field(16, description="stop strings of one request")
-    max_logprobs: Annotated[int, Field(ge=0)] = Field(
+    max_logprobs: Natural = Field(
         20, description="most log-probabilities to return at each position"
     )
     body_timeout_s: Positive = Field(

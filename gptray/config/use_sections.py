@@ -13,7 +13,16 @@ from pydantic import Field, field_validator
 from gptray.config.limits import within
 from gptray.config.named_texts import NamedTexts
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.config.values import Backend, NonEmpty, PositiveInt, Precision, Section, model_to
+from gptray.config.values import (
+    Backend,
+    Natural,
+    NonEmpty,
+    PositiveInt,
+    Precision,
+    Processes,
+    Section,
+    model_to,
+)
 
 # Kinds of quantized weights.
 QUANTIZED = ("int8", "int4", "iq4_nl")
@@ -144,9 +153,7 @@ class GenerateConfig(Section):
         description="prefix for an input column whose name clashes with one of the job's own, "
         "such as output; null: refuse the input",
     )
-    num_workers: PositiveInt = Field(
-        1, description="engines, each with its own share of the cluster"
-    )
+    num_workers: Processes = Field(1, description="engines, each with its own share of the cluster")
     max_batch_size: PositiveInt = Field(32, description="sequences that one engine runs at a time")
     rows_per_file: PositiveInt = Field(
         256, description="input rows of one Parquet file; a killed job repeats unfinished files"
@@ -210,7 +217,7 @@ class EvaluateConfig(Section):
     train_tokens: PositiveInt = Field(
         100_000, description="tokens of the training split to score, spread evenly over it"
     )
-    passages: Annotated[int, Field(ge=0)] = Field(
+    passages: Natural = Field(
         64, description="passages to continue, for BLEU and memorisation; 0: none"
     )
     bleu_tokenize: Literal["auto", "13a", "char", "ko-mecab", "intl", "flores200"] = Field(

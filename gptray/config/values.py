@@ -10,10 +10,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from gptray.config.limits import LARGEST, MAX_PROCESSES
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.config.yaml_text import plain_number
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+Several = Annotated[int, Field(ge=2, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Processes = Annotated[int, Field(gt=0, le=MAX_PROCESSES)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]

@@ -11,10 +11,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gptray.config import ModelConfig, UserError
+from gptray.config.limits import LARGEST
 from gptray.model.families import FAMILIES, KNOWN, OWN, SHAPE
 from gptray.model.family import Family
 from gptray.model.hf_positions import (
-    MAX_DIMENSION,
     Raw,
     Unsupported,
     position_fields,
@@ -112,8 +112,8 @@ def _fields(raw: Raw, family: Family) -> ModelConfig:
                 words = ", ".join(map(repr, key.words))
                 raise Unsupported(f"{key.name}={value!r:.60} is not supported, only {words}")
             value = key.words[value]
-        if is_whole(value, least=MAX_DIMENSION + 1):
-            raise Unsupported(f"{key.name} is above {MAX_DIMENSION:,}, which is implausible")
+        if is_whole(value, least=LARGEST + 1):
+            raise Unsupported(f"{key.name} is above {LARGEST:,}, which is implausible")
         values[field] = value
     if values["vocab_size"] is None:
         raise Unsupported("vocab_size is null; it must be the number of rows of the embedding")

@@ -6,15 +6,13 @@ import math
 from collections.abc import Mapping
 
 from gptray.config import ModelConfig
+from gptray.config.limits import LARGEST, MAX_LAYERS
 from gptray.config.model_section import FULL, ROPE_SCALINGS, SLIDING
 from gptray.model.family import Family, Key
 from gptray.stored import is_whole
 
-# The largest plausible dimension.
-MAX_DIMENSION = 2**31 - 1
 # transformers' default.
 _WINDOWS_FROM = 28
-_MAX_LAYERS = 100_000
 # GPT-Neo's names for the kinds of attention.
 _TYPES = {"global": FULL, "local": SLIDING}
 _ORIGINAL = "original_max_position_embeddings"
@@ -98,8 +96,8 @@ def _rope(raw: Raw, family: Family, values: Mapping[str, object]) -> dict[str, o
     # Drop keys that only describe the model's origin, such as YaRN's `finetuned`.
     scaling = {key: value for key, value in scaling.items() if key in {*needed, *optional}}
     for key, value in scaling.items():
-        if is_whole(value, least=MAX_DIMENSION + 1):
-            raise Unsupported(f"rope_scaling's {key} is above {MAX_DIMENSION:,}")
+        if is_whole(value, least=LARGEST + 1):
+            raise Unsupported(f"rope_scaling's {key} is above {LARGEST:,}")
     return fields | {"rope_scaling": {"rope_type": kind, **scaling}}
 
 
@@ -158,7 +156,7 @@ def _types(raw: Raw) -> list[str]:
     pairs = [[[*_TYPES], 12]] if given is None else given
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         match pair:
-            case [[*kinds], int(count)] if len(kinds) * count <= _MAX_LAYERS:
+            case [[*kinds], int(count)] if len(kinds) * count <= MAX_LAYERS:
                 types += [_TYPES.get(str(kind), "") for kind in kinds] * count
             case _:
                 types.append("")
@@ -180,7 +178,7 @@ def _rotating(raw: Raw, key: Key, n_layer: object) -> object:
 
 def _layers(n_layer: object) -> range:
     """All layers, if their number is plausible."""
-    return range(n_layer if is_whole(n_layer) and n_layer <= _MAX_LAYERS else 0)
+    return range(n_layer if is_whole(n_layer) and n_layer <= MAX_LAYERS else 0)
 
 
 def stretched(config: ModelConfig) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from gptray.config.keys import shown
 from gptray.config.lora_section import LEARNING_RATE_FACTOR
 from gptray.config.search_space import Entry, read_space
 from gptray.data.difference import percent
-from gptray.tuning.draws import draw
+from gptray.tuning.draws import draw, few
 from gptray.tuning.sweep_record import Trial
 
 # How many of the best trials tune.replicates repeats.
@@ -104,7 +104,7 @@ def _combinations(entries: Sequence[Entry]) -> list[dict[str, object]]:
     for entry in entries:
         options = [dict(zip(entry.paths, option, strict=True)) for option in entry.options]
         options += [{}] if entry.when else []
-        points = [point | option for point in points for option in options]
+        points = few(point | option for point in points for option in options)
     return points
 
 

@@ -167,6 +167,16 @@ def test_wrong_argument_is_one_problem(argument: str, words: str) -> None:
     assert "pydantic" not in problems[0]
 
 
+def test_every_whole_number_has_an_upper_bound() -> None:
+    keys = [key for key, spec in field_specs(Config).items() if int in (*spec.kinds, *spec.items)]
+    problems = problems_of(None, *(f"{key}=1e23" for key in keys))
+    refused = {line.removeprefix("command line: ").partition(": ")[0] for line in problems}
+    assert refused >= {key for key in keys if float not in field_specs(Config)[key].kinds}
+    assert problems_of(None, "tune.num_samples=1e8") == [
+        "command line: tune.num_samples: must be at most 10000, got 100000000"
+    ]
+
+
 def test_key_given_twice_is_refused(write: Write) -> None:
     assert problems_of(None, "seed=1", "seed=2") == ["command line: seed is given twice"]
     path = write("optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")

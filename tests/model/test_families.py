@@ -282,7 +282,7 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         ("llama", {"model_type": "qwen3_5_text"}, "'qwen3_5_text' is not one of gpt2, llama"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ("llama", {"num_hidden_layers": 3}, "num_hidden_layers=3, but the weights have 2 layers"),
-        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, but the weights"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: .* equal to 10000"),
         ("llama", {"num_attention_heads": 5}, "json: model.n_head=5 must be divisible"),
         ("llama", {"head_dim": None, "num_attention_heads": 10}, "model.n_embd=48 must be divis"),
         ("llama", {"num_key_value_heads": 4}, "n_head=6 must be divisible by model.n_kv_head=4"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
+from gptray.config import UserError
 from gptray.config.search_space import Entry
 from gptray.tuning.draws import Values, draw, grid_points
 
@@ -58,3 +61,13 @@ def test_grid_is_every_combination_that_its_conditions_leave() -> None:
     assert without == [*points, *points]
     assert len({values["model.dropout"] for values in trials}) == 6
     assert list(trials[1]) == ["model.n_layer", "model.n_embd", "model.dropout", "model.norm"]
+
+
+def test_more_trials_than_a_sweep_can_have_are_refused_before_they_are_drawn() -> None:
+    ten = tuple((number,) for number in range(10))
+    grid = [Entry((f"model.{letter}",), "grid", ten) for letter in "abcdefghijkl"]
+    with pytest.raises(UserError, match="more than 10,000 combinations"):
+        grid_points(grid)
+    with pytest.raises(UserError, match=r"num_samples=1001 draws 10,010 trials.* 10 points"):
+        draw(grid[:1], 1, seed=0, after=1000)
+    assert len(grid_points(grid[:4])) == 10_000

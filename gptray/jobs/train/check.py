@@ -222,9 +222,9 @@ def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
     shared = ", each with its share of the weights (fsdp)" if _is_sharded(config) else ""
     scorer = ", plus one that scores" if config.train.async_validation else ""
-    workers = f"{config.compute.min_workers}"
+    workers = f"{config.compute.min_workers:,}"
     if config.compute.is_elastic:
-        workers += f" to {config.compute.max_workers}, depending on room"
+        workers += f" to {config.compute.max_workers:,}, depending on room"
     return f"{workers} ({kind}){shared}{scorer}"
 
 
@@ -235,19 +235,19 @@ def _is_sharded(config: Config) -> bool:
 def _passes(config: Config) -> str:
     micro = config.micro_batch_size
     if config.compute.is_elastic:
-        return f"{micro} x {config.micro_batches} passes, shared among the workers"
-    return f"{micro} x {config.grad_accum_steps} passes a worker"
+        return f"{micro:,} x {config.micro_batches} passes, shared among the workers"
+    return f"{micro:,} x {config.grad_accum_steps} passes a worker"
 
 
 def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:
     """A worker's memory in words; if the base is quantized, also without quantization."""
     taught = teacher_bytes(config)
-    told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:.2f} GiB"
+    told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:,.2f} GiB"
     if config.quantize.weights == "none":
         return told
     full = override(config, {"quantize.weights": "none"})
     before = (_memory(full, parameters, vocab_size) + taught) / 2**30
-    return f"{told}, or {before:.2f} GiB with an unquantized base"
+    return f"{told}, or {before:,.2f} GiB with an unquantized base"
 
 
 def _memory(config: Config, parameters: int, vocab_size: int) -> float:

@@ -123,12 +123,14 @@ def how_to_extend(checked: CheckedSweep) -> str:
             f"trials; to run the others: {whole}; {another}"
         )
     number = 2 * config.tune.num_samples
-    if config.tune.search_alg == "random":
-        drawn = samples_drawn(folder) or [config.tune.num_samples]
+    drawn = samples_drawn(folder) or [config.tune.num_samples]
+    try:
         more = override(config, {"tune.num_samples": number})
         trials = plan_trials(more, seen_at(config), drawn=drawn, known=load_trials(folder))
-        if len(trials) == len(checked.trials):
-            return f"this sweep is finished and has tried its whole space; {another}"
+    except UserError:  # too many trials for one sweep
+        return f"this sweep is finished; {another}"
+    if config.tune.search_alg == "random" and len(trials) == len(checked.trials):
+        return f"this sweep is finished and has tried its whole space; {another}"
     longer = command("tune", config, folder, f"tune.num_samples={number}")
     return f"this sweep is finished; for more trials: {longer}; {another}"
 
@@ -211,12 +213,12 @@ def _trials(checked: CheckedSweep) -> str:
     parts = ["the config as it is"] if tune.baseline else []
     drawn = checked.num_trials - len(parts)
     parts.append(
-        f"{drawn} suggested by Optuna" if tune.search_alg == "optuna" else f"{drawn} drawn"
+        f"{drawn:,} suggested by Optuna" if tune.search_alg == "optuna" else f"{drawn:,} drawn"
     )
     if checked.num_replicates:
         parts.append(f"{checked.num_replicates} repetitions of the best at most")
     in_all = checked.num_trials + checked.num_replicates
-    return f"{in_all}: {', '.join(parts)}" if len(parts) > 1 else parts[0]
+    return f"{in_all:,}: {', '.join(parts)}" if len(parts) > 1 else parts[0]
 
 
 def _may_stop(config: Config) -> str:
