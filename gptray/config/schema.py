@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
+from gptray.config.errors import UserError
 from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LEARNING_RATE_FACTOR, LoraConfig
 from gptray.config.model_section import ModelConfig
@@ -167,17 +168,33 @@ class Config(Section):
             )
 
 
-def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the defaults changed by a YAML file and then by section.field=value arguments.
 
-    Raises ConfigError with all mistakes at once.
+    Raises ConfigError with all mistakes at once; UserError for arguments of another type.
     """
+    if not isinstance(path, str | Path | None) or path == "":
+        raise UserError(f"path must name a YAML file or be None, not {path!r:.60}")
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise UserError(
+            "overrides must be a list, such as ['optim.lr=0.1', 'name=first'], not "
+            f"{overrides!r:.60}"
+        )
     reader = Reader(Config)
     if path is not None:
-        reader.read_file(path)
-    for argument in overrides:
+        reader.read_file(str(path))
+    for argument in map(str, overrides):
         reader.read_argument(argument)
     return reader.build(Config)
+
+
+def expect_config(given: object) -> Config:
+    """The argument of a public function, if it is a Config. Raises UserError."""
+    if not isinstance(given, Config):
+        raise UserError(
+            f"config must be a gptray.Config, as gptray.load_config() returns, not {given!r:.60}"
+        )
+    return given
 
 
 def load_saved(path: Path) -> Config:

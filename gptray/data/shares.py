@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -78,10 +79,10 @@ def separator_warning(separator: str | None, plans: Iterable[PiecePlan]) -> str 
             documents[plan.piece.file] += len(plan.labels)
     if separator is None or not documents or max(documents.values()) > 1:
         return None
-    return (
-        f"data.separator={separator!r} does not split any text file: it never occurs between two "
-        "texts"
-    )
+    told = f"data.separator={separator!r} does not split any text file"
+    if re.search(r"\\[nrt]", separator):
+        return f"{told}: it has a backslash, not a line break; in a shell write $'{separator}'"
+    return f"{told}: it never occurs between two texts"
 
 
 def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | None:

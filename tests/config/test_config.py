@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gptray.config import Config, ConfigError, differences, dump, load_config, override
+import gptray
+from gptray.config import Config, ConfigError, UserError, differences, dump, load_config, override
 from gptray.config.keys import field_specs
 
 Write = Callable[[str], str]
@@ -392,6 +393,32 @@ def test_dump_is_a_config_file_of_an_equal_config(write: Write) -> None:
             },
         )
         assert load_config(write(dump(config)), []) == config
+
+
+def test_a_path_of_python_is_a_file(write: Write) -> None:
+    assert load_config(Path(write("optim:\n  lr: 3e-3\n"))).optim.lr == 3e-3
+
+
+WRONG: Any = ["optim.lr=0.1", {"optim.lr": 0.1}, None, 3]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_overrides_that_are_no_list_are_refused(wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"a list, such as \['optim.lr=0.1'"):
+        load_config(None, wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", 3, {"optim": {"lr": 0.1}}])
+def test_a_path_that_names_nothing_is_refused(wrong: Any) -> None:
+    with pytest.raises(UserError, match="path must name a YAML file or be None, not "):
+        load_config(wrong)
+
+
+@pytest.mark.parametrize("job", [gptray.train, gptray.tune, gptray.evaluate])
+@pytest.mark.parametrize("wrong", [None, "my.yaml", {"name": "first"}, Config])
+def test_jobs_take_only_a_config(job: Callable[[Any], object], wrong: Any) -> None:
+    with pytest.raises(UserError, match=r"must be a gptray.Config, as gptray.load_config\(\)"):
+        job(wrong)
 
 
 def test_every_default_can_be_written_out(write: Write) -> None:

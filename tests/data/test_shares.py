@@ -52,6 +52,8 @@ def test_a_separator_that_splits_nothing_is_a_warning() -> None:
     unsplit = [plan("a.txt", 1), plan("b.txt", 1), plan("c.jsonl", 7)]
     said = separator_warning("\n\n", unsplit)
     assert said is not None and r"data.separator='\n\n' does not split any text file" in said
+    typed = separator_warning("\\n\\n", unsplit)
+    assert typed and "in a shell write $'\\n\\n'" in typed
     assert separator_warning("\n\n", [*unsplit, plan("b.txt", 1)]) is None
     assert separator_warning("\n\n", [plan("c.jsonl", 7)]) is None
     assert separator_warning(None, unsplit) is None

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config
+from gptray.config import Config, expect_config
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
 from gptray.files import storing
@@ -33,7 +33,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     Raises UserError for a mistake in the config, the model or the text; RunFailed if a loss is not
     finite, workers keep dying or evaluation.json cannot be written.
     """
-    return run(check(config))
+    return run(check(expect_config(config)))
 
 
 def run(checked: CheckedEvaluation) -> dict[str, Any]:

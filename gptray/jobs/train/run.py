@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptray.config import Config, RunFailed, UserError
+from gptray.config import Config, RunFailed, UserError, expect_config
 from gptray.config.errors import WorkerFailed
 from gptray.files import cannot_write, is_file_error, storing
 from gptray.jobs.base import Job
@@ -56,7 +56,7 @@ def train(config: Config) -> dict[str, Any]:
         UserError: a mistake in the config, the text or the run folder; nothing was started.
         RunFailed: the run stopped: a non-finite loss, no intact checkpoint, too many failures.
     """
-    return run(check(config))
+    return run(check(expect_config(config)))
 
 
 def run(checked: CheckedTraining) -> dict[str, Any]:

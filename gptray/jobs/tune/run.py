@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from gptray.config import Config, RunFailed, dump, load_config, override
+from gptray.config import Config, RunFailed, dump, expect_config, load_config, override
 from gptray.files import replacing, storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster import ray_cluster
@@ -59,7 +59,7 @@ def tune(config: Config) -> dict[str, object]:
         UserError: a mistake in the config, the space, the text or the folder; no trial was started.
         RunFailed: no trial produced a model, or some failed for a transient reason; says why.
     """
-    return run(check(config))
+    return run(check(expect_config(config)))
 
 
 def run(checked: CheckedSweep) -> dict[str, object]:
