@@ -7,7 +7,7 @@ Simulates sweeps with synthetic scores, one trial after another, without rungs a
 with a reduction factor of three; scores at rungs correlate with final ones).
 `gptray.tuning.more_trials` judges each sweep after every trial and stops it as soon as it may; then
 ten more trials run. Scores are quadratic in 2, 4 or 8 settings, normal, skewed, from a few choices,
-or with 8 % of trials far ahead of the others, as in sweeps of configs/overfitting_sweep.yaml; all
+or with 8% of trials far ahead of the others, as in sweeps of configs/overfitting_sweep.yaml; all
 are spread over 0.01 to 0.5 bits per byte, with noise. Prints a table and, last, one JSON line: how
 many sweeps stopped, the share of these that would have gained more, and the median trial count.
 """

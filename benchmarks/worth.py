@@ -7,7 +7,7 @@ model that they teach. The old recipe, cosine with dropout and early stopping, g
 quarter, half and all of it, each with the best of six settings on the first seed (dropout 0, 0.1 or
 0.25; all of the steps or a third). A curve through its losses (gptray.tuning.text_curve) tells how
 much text it needs to match the recipe's losses, as far as the curve goes. Three seeds each, with
-95 % intervals.
+95% intervals.
 
 A whole text is 240,000 characters; 30,000 more, from its end, validate. Of a .csv the first two
 columns are read, rows shuffled; builtin is encoded by BPE, all else by characters. A model has two

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from gptray.tuning.text_curve import TextCurve
 
-# Student's t for 95 %, by the number of seeds.
+# Student's t for 95%, by the number of seeds.
 T95 = {2: 12.706, 3: 4.303}
 
 
@@ -55,7 +55,7 @@ def summary(
 
 
 def interval(losses: Sequence[float]) -> tuple[float, float]:
-    """The mean over seeds and half the width of its 95 % interval, which is NaN for one seed."""
+    """The mean over seeds and half the width of its 95% interval, which is NaN for one seed."""
     mean = statistics.mean(losses)
     if len(losses) == 1:
         return mean, math.nan

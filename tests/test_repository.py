@@ -101,7 +101,7 @@ def test_no_model_folder_may_bring_code_of_its_own(folder: str) -> None:
 
 
 def test_percentages_are_written_as_english_does() -> None:
-    """No text in the package, its templates or its dashboard has a space before the sign."""
+    """No text of the package, its templates, configs or guides has a space before the sign."""
     spaced = [
         f"{path.name}:{node.lineno}"
         for path in (ROOT / "gptray").rglob("*.py")
@@ -110,7 +110,8 @@ def test_percentages_are_written_as_english_does() -> None:
         and isinstance(node.value, str)
         and re.search(r"(^|\d) %(?!s)", node.value)
     ]
-    for path in (*(ROOT / "gptray").rglob("*.j2"), *(ROOT / "configs").rglob("*.*")):
+    guides = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+    for path in (*(ROOT / "gptray").rglob("*.j2"), *(ROOT / "configs").rglob("*.*"), *guides):
         if re.search(r"(\d|\}\}) %(?!\})", path.read_text(encoding="utf-8")):
             spaced.append(path.name)
     assert spaced == []
