@@ -89,6 +89,11 @@ class Config(Section):
         return self.train.global_batch_size * self.train.block_size
 
     @property
+    def derives_lr(self) -> bool:
+        """Whether optim.lr is still to follow from the width of model.init_from: `tuning_lr`."""
+        return self.model.init_from is not None and "lr" not in self.optim.model_fields_set
+
+    @property
     def tuning_lr(self) -> float:
         """The default of optim.lr to train a given model, or an adapter of it, further.
 
@@ -112,7 +117,9 @@ class Config(Section):
 
     def broken_rules(self) -> Iterator[str]:
         train, compute, lora = self.train, self.compute, self.lora
-        is_sharded = compute.strategy == "fsdp"
+        is_sharded, lr, least = compute.strategy == "fsdp", self.optim.lr, self.optim.min_lr
+        if least is not None and least > lr and not self.derives_lr:
+            yield f"optim.min_lr={least:g} must not be above optim.lr={lr:g}"
         if self.optim.lands and train.max_steps < 2:
             yield (
                 "optim.schedule=wsd needs train.max_steps=2 or more, because the cool-down takes "
@@ -223,8 +230,8 @@ def differences(config: Config) -> dict[str, object]:
 
     With model.init_from, optim.lr has another default, so it counts whenever it was given.
     """
-    defaults, is_given = flatten(Config()), "lr" in config.optim.model_fields_set
-    always = {"optim.lr"} if config.model.init_from and is_given else set()
+    defaults = flatten(Config())
+    always = {"optim.lr"} if config.model.init_from and not config.derives_lr else set()
     return {
         key: value
         for key, value in flatten(config).items()

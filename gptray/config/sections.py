@@ -139,10 +139,6 @@ class OptimConfig(Section):
         # The subtraction absorbs the rounding error of products such as 0.1 * 30.
         return max(1, math.ceil(self.decay_fraction * steps - 1e-9))
 
-    def broken_rules(self) -> Iterator[str]:
-        if self.min_lr is not None and self.min_lr > self.lr:
-            yield f"optim.min_lr={self.min_lr:g} must not be above optim.lr={self.lr:g}"
-
 
 class TrainConfig(Section):
     max_steps: PositiveInt = Field(

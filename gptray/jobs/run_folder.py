@@ -79,13 +79,15 @@ def resolve(config: Config, *, sweep: bool = False) -> Config:
     }
     if config.model.init_from:
         values |= _shape_of(config, config.model.init_from)
+        if config.derives_lr:
+            width = {"n_embd": values["model.n_embd"]}
+            sized = config.model_copy(update={"model": config.model.model_copy(update=width)})
+            values["optim.lr"] = float(f"{sized.tuning_lr:.2g}")
     elif config.data.tokenizer is None:
         values["data.tokenizer"] = "bpe"
     key = "train.teachers"
     values[key] = [_absolute(locate(config, one, key=key)) for one in config.train.teachers]
     resolved = override(config, values)
-    if config.model.init_from and "lr" not in config.optim.model_fields_set:
-        resolved = override(resolved, {"optim.lr": float(f"{resolved.tuning_lr:.2g}")})
     if resolved.name:
         return resolved
     return override(resolved, {"name": _free_name(resolved, sweep=sweep)})

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gptray.config import Config, UserError, override
+from gptray.config import Config, UserError, load_config, override
+from gptray.config.schema import differences
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
 from gptray.jobs.prepare.check import check, check_text, plan
@@ -25,6 +26,8 @@ from tests.data.reference import (
     tokens_of,
 )
 from tests.data.texts import KOREAN, many_documents, write_bytes, write_rows
+from tests.generation.models import small_tokenizer
+from tests.model.foreign_models import make_hf
 
 TEXTS = many_documents(90)
 SPLIT = (0.8, 0.1, 0.1)
@@ -293,6 +296,16 @@ def test_check_text_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> 
         check_text(config_for(tmp_path / "no.txt", tmp_path, tokenizer="bpee"))
     assert "there is no such file" in str(caught.value)
     assert "did you mean bpe?" in str(caught.value)
+
+
+def test_a_model_named_for_its_tokenizer_changes_no_other_setting(
+    rows: Path, tmp_path: Path
+) -> None:
+    make_hf("gpt2", 300).save_pretrained(tmp_path / "base")
+    small_tokenizer().save(tmp_path / "base")
+    words = [f"storage_path={tmp_path}", f"data.source={rows}", f"model.init_from={tmp_path}/base"]
+    given = load_config(None, words)
+    assert differences(check(given).config) == differences(given)
 
 
 def test_storage_path_that_cannot_be_written_is_named(rows: Path, tmp_path: Path) -> None:

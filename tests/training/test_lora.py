@@ -176,6 +176,15 @@ def test_the_learning_rate_follows_from_the_models_width_unless_given(
         assert differences(again)["optim.lr"] == given
 
 
+def test_the_least_rate_is_compared_with_the_rate_that_follows(
+    tiny_data: TokenData, tmp_path: Path
+) -> None:
+    # Above the default of a new model, and below an adapter's.
+    assert config_in(tmp_path, tiny_data, "optim.min_lr=0.01").optim.final_lr == 0.01
+    with pytest.raises(UserError, match="optim.min_lr=0.01 must not be above optim.lr=0.0021"):
+        config_in(tmp_path, tiny_data, "lora.rank=null", "optim.min_lr=0.01")
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from gptray.config import Config, override
+from gptray.config import Config
 from gptray.data.corpus import first_look
 from gptray.data.fallback import token_words
 from gptray.data.request import Request, make_request, tokenizer_name
@@ -80,7 +80,9 @@ def _located(config: Config) -> Config:
     config, init_from = with_tokenizer(config), config.model.init_from
     if init_from is None or config.data.tokenizer:
         return config
-    return override(config, {"model.init_from": locate(config, init_from, key="model.init_from")})
+    found = locate(config, init_from, key="model.init_from")
+    model = config.model.model_copy(update={"init_from": found})
+    return config.model_copy(update={"model": model})
 
 
 def text_rows(data: TokenData) -> Plan:
