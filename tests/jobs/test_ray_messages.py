@@ -50,5 +50,7 @@ def test_killed_processes_are_told_at_most_now_and_then_and_the_rest_as_it_is(
         print("after", file=stream)
     assert caplog.messages == [f"Ray killed a process because {FULL}; its work is repeated"]
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "before\nafter\n")
+    # The jobs' own log may go there too.
+    passed_on = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert (out, passed_on) == ("", ["before", "after"])
     assert stream.isatty() == sys.stderr.isatty()
