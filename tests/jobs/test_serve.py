@@ -20,7 +20,6 @@ import yaml
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, endpoint_url, plan
-from gptray.jobs.serve.endings import leave_ending, take_endings
 from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
@@ -191,11 +190,3 @@ def test_the_shipped_serve_config_names_what_there_is() -> None:
     (deployment,) = app["deployments"]
     assert deployment["name"] == Replica.__name__
     assert set(deployment["user_config"]) == set(USER_CONFIG)
-
-
-@pytest.mark.ray
-def test_why_engines_ended_is_told_once(ray_cluster: None) -> None:
-    leave_ending("a", "the GPU is out of memory")
-    leave_ending("b", "the engine has stopped")
-    assert sorted(take_endings()) == ["the GPU is out of memory", "the engine has stopped"]
-    assert take_endings() == []

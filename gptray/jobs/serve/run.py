@@ -22,7 +22,6 @@ from gptray.jobs.next_steps import tell
 from gptray.jobs.ray_messages import why_ended
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
-from gptray.jobs.serve.endings import take_endings
 from gptray.jobs.serve.worker import bound
 from gptray.jobs.shared_storage import check_shared
 from gptray.native.measured import NAMES
@@ -166,8 +165,6 @@ def _check_running() -> None:
     found = serve.status().applications.get(APPLICATION)
     if found is None:
         raise RunFailed("the endpoint was deleted from the cluster")
-    for reason in take_endings():
-        log.error("Ray Serve starts a new engine, because %s", reason)
 
 
 def _drain(timeout_s: float) -> None:

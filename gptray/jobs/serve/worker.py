@@ -16,7 +16,6 @@ from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.ray_metrics import METRICS, Exporter
 from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
-from gptray.jobs.serve.endings import leave_ending
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -85,7 +84,6 @@ class Replica:
 
         self._answering = Answering(task, on_first_token=lambda s: self._exporting.first_token(s))
         self._exporting = Exporting(self._answering.metrics, lambda: self._answering.model_name)
-        self._has_ended = False
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._answering.app(self._all_metrics)
@@ -118,25 +116,10 @@ class Replica:
 
     def check_health(self) -> None:
         """Raise if the engine has stopped, so that Serve replaces the replica."""
-        try:
-            self._answering.check_health()
-        except RuntimeError as error:
-            if not self._has_ended:
-                from ray import serve
-
-                self._has_ended = True
-                leave_ending(serve.get_replica_context().replica_tag, _reason(error))
-            raise
+        self._answering.check_health()
 
     async def drain(self, timeout_s: float) -> int:
         return await self._answering.drain(timeout_s)
-
-
-def _reason(error: RuntimeError) -> str:
-    cause = error.__cause__
-    if cause is None or isinstance(cause, RunFailed):
-        return f"{error}: {cause}" if cause else str(error)
-    return f"{error}: {type(cause).__name__}: {cause}"
 
 
 class Exporting:
