@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from gptray.config.limits import MAX_LAYERS
-from gptray.config.values import Positive, PositiveInt, Probability, Section, Several
+from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section, Several
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _MSCALES = ("mscale", "mscale_all_dim")
@@ -173,7 +173,7 @@ class ModelConfig(Section):
         True, description="share one weight between the embedding and the head"
     )
     initializer_range: Positive = Field(0.02, description="standard deviation of initial weights")
-    init_from: str | None = Field(
+    init_from: NonEmpty | None = Field(
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
         "GPT-Neo, OPT, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3, "

@@ -31,7 +31,7 @@ from gptray.config.use_sections import (
     QuantizeConfig,
     SampleConfig,
 )
-from gptray.config.values import Section
+from gptray.config.values import NonEmpty, Section
 from gptray.config.yaml_text import read_written, write_yaml
 
 
@@ -43,7 +43,7 @@ class Config(Section):
         description="name of the run and of its folder in storage_path, in letters and digits of "
         "any script; null: derived from the config (Ray RunConfig)",
     )
-    storage_path: str = Field(
+    storage_path: NonEmpty = Field(
         "~/gptray",
         description="folder for all runs, which every node of a cluster must see, or a URI such "
         "as s3://bucket/runs (Ray RunConfig)",

@@ -29,17 +29,17 @@ from gptray.config.values import (
 
 
 class DataConfig(Section):
-    source: str | list[str] = Field(
+    source: NonEmpty | list[NonEmpty] = Field(
         "builtin",
         description="text to train on: builtin (Python's own documentation), or files, folders or "
         "globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), local or "
         "s3://, gs://",
     )
-    val_source: str | list[str] | None = Field(
+    val_source: NonEmpty | list[NonEmpty] | None = Field(
         None,
         description="separate validation text, in any form of source, instead of a share of it",
     )
-    test_source: str | list[str] | None = Field(
+    test_source: NonEmpty | list[NonEmpty] | None = Field(
         None, description="separate test text, in any form of source, instead of a share of it"
     )
     text_column: str = Field("text", description="column that holds the text; not for .txt and .md")
@@ -52,7 +52,7 @@ class DataConfig(Section):
         None,
         description="encoding of text files, such as cp949; null: by byte order mark, else UTF-8",
     )
-    tokenizer: str | None = Field(
+    tokenizer: NonEmpty | None = Field(
         None,
         description="bpe (byte-level, trained on the training split), char (one token per "
         "character), a run by name, or a Hugging Face tokenizer's folder, tokenizer.json or hub "

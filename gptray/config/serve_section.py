@@ -27,7 +27,7 @@ class ServeConfig(Section):
     """The HTTP endpoint: what it serves, where, and what a client may ask for."""
 
     model: Annotated[NonEmpty | None, model_to("serve")] = None
-    adapters: dict[str, str] | str | None = Field(
+    adapters: dict[str, str] | NonEmpty | None = Field(
         None,
         description="adapters (LoRA) to serve alongside the model, by name: {tales: folder} is "
         "served as model:tales; each is a PEFT folder or a run that trained one; or one folder "
@@ -40,7 +40,7 @@ class ServeConfig(Section):
         "127.0.0.1", description="address to listen on; 0.0.0.0: all addresses of the machine"
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="port to listen on")
-    api_key_file: str | None = Field(
+    api_key_file: NonEmpty | None = Field(
         None,
         description="file with one key per line; clients must send one of them (Authorization: "
         "Bearer); null: no key needed",

@@ -110,7 +110,7 @@ class QuantizeConfig(Section):
 
 class GenerateConfig(Section):
     model: Annotated[NonEmpty | None, model_to("generate with")] = None
-    adapter: str | None = Field(
+    adapter: NonEmpty | None = Field(
         None,
         description="adapter to put on the model: a PEFT folder (LoRA) or a run that trained "
         "one; if no model is named, the one that the adapter was trained on is used",
@@ -125,12 +125,12 @@ class GenerateConfig(Section):
         description="column with the name of each row's adapter in generate.adapters; null or "
         "empty: the model itself",
     )
-    input_path: str | list[str] | None = Field(
+    input_path: NonEmpty | list[NonEmpty] | None = Field(
         None,
         description="prompts: files, folders or globs of .parquet .jsonl .ndjson .json .csv .tsv "
         ".txt (one per line), or an OpenAI batch file (.jsonl)",
     )
-    output_path: str | None = Field(
+    output_path: NonEmpty | None = Field(
         None,
         description="folder for the Parquet files, which pandas and pyarrow open as one table; "
         "every node of a cluster must see it; or a URI such as s3://bucket/out",
@@ -185,13 +185,13 @@ class GenerateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    model: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+    model: NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)] | None = Field(
         None,
         description="model to evaluate: a run by name or folder, a model folder or a hub id; "
         "several: the average of their probabilities is scored; null: this run's own model/",
     )
-    adapter: str | None = Field(None, description="as generate.adapter")
-    source: str | list[str] | None = Field(
+    adapter: NonEmpty | None = Field(None, description="as generate.adapter")
+    source: NonEmpty | list[NonEmpty] | None = Field(
         None,
         description="text to score as a whole instead of the splits, in any form of data.source; "
         "its loss is reported as test_loss",
@@ -246,7 +246,7 @@ class ExportConfig(Section):
         "or 4 bits, with a scale for every 32 weights; for hf int8 and int4, as "
         "compressed-tensors packs them",
     )
-    output_path: str | None = Field(
+    output_path: NonEmpty | None = Field(
         None, description="the file (.gguf) or folder (hf) to write; it must not exist yet"
     )
 

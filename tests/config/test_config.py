@@ -178,6 +178,17 @@ def test_every_whole_number_has_an_upper_bound() -> None:
     ]
 
 
+def test_an_empty_text_names_nothing() -> None:
+    specs = {key: spec for key, spec in field_specs(Config).items() if not spec.choices}
+    given = [f"{key}=''" for key, spec in specs.items() if str in spec.kinds]
+    problems = "\n".join(problems_of(None, *given))
+    columns = {"data.text_column", "generate.prompt_column", "generate.id_column"}
+    named = {key for key in specs if f"{key}: " in problems}
+    taken = {word.partition("=")[0] for word in given} - named
+    assert taken == {*columns, "generate.adapter_column", "sample.prompt"}
+    assert "data.source: " in problems_of(None, "data.source=['', a.txt]")[0]
+
+
 def test_key_given_twice_is_refused(write: Write) -> None:
     assert problems_of(None, "seed=1", "seed=2") == ["command line: seed is given twice"]
     path = write("optim:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
