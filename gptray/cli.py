@@ -117,6 +117,9 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         if error.errno == errno.ENAMETOOLONG:
             _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
             return MISTAKE
+        if isinstance(error, PermissionError) and error.filename:
+            _say(f"{name}: {error.filename}: {error.strerror}")
+            return MISTAKE
         told = f"{name}: {cannot_write(Path.cwd(), error)}" if is_storage(error) else None
         _say(told or traceback.format_exc().rstrip("\n"))
         return FAILED

@@ -255,6 +255,11 @@ def test_reader_that_stopped_is_no_error() -> None:
             2,
             "train: File name too long: n{60}...; choose a shorter one\n",
         ),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/a"),
+            2,
+            "train: /root/a: Permission denied\n",
+        ),
     ],
 )
 def test_storage_that_fails_anywhere_is_one_sentence(

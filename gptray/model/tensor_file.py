@@ -66,7 +66,9 @@ def read_header(path: Path) -> Header:
         return Header(_tensors(entries, data_bytes - length), metadata)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (Unreadable, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Unreadable as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
 
 

@@ -157,6 +157,18 @@ def test_a_damaged_folder_is_one_line_beside_the_others(
     assert runs["good"].problem == "" and runs["good"].val_loss == 2.0
 
 
+def test_a_folder_of_another_user_is_one_line_beside_the_others(tmp_path: Path) -> None:
+    made(tmp_path / "good", OVERFITTED, END)
+    made(tmp_path / "locked", OVERFITTED, END)
+    (tmp_path / "locked").chmod(0)
+    if os.access(tmp_path / "locked", os.R_OK):
+        pytest.skip("this user may read everything")
+    runs = by_name(tmp_path)
+    (tmp_path / "locked").chmod(0o700)
+    assert runs["locked"].problem == "cannot be read: Permission denied"
+    assert runs["good"].val_loss == 2.0
+
+
 def test_other_folders_are_named_and_text_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "data" / "abc").mkdir(parents=True)

@@ -61,15 +61,14 @@ def _listed(place: RecordPlace) -> Listed:
     known = Listed(
         place.folder.name,
         place.path,
-        _kind(place.folder),
+        "other",
         bytes=place.bytes,
         changed=place.changed,
         problem=place.problem,
     )
-    if known.problem:
-        return known
     try:
-        return _READERS[known.kind](place, known)
+        known = replace(known, kind=_kind(place.folder))
+        return known if known.problem else _READERS[known.kind](place, known)
     except (UserError, RunFailed) as error:
         problem = str(error).splitlines()[0].replace(str(place.folder), place.path)
     except OSError as error:
