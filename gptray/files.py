@@ -49,16 +49,16 @@ def expanded(path: str | Path, *, key: str | None = None) -> Path:
 
     key: the config's key for it, for the message.
 
-    Raises UserError if no home folder is known.
+    Raises UserError if no home folder is known, or the URI names another machine.
     """
-    text = os.path.expanduser(path)
-    if text.startswith(_LOCAL):
+    text, named = os.path.expanduser(path), f"{key}={path}" if key else path
+    if text.startswith(f"{_LOCAL}/"):
         return Path(unquote(text.removeprefix(_LOCAL)))
+    if text.startswith(_LOCAL):
+        raise UserError(f"{named}: a path follows file:// from its root, as in file:///home/me")
     if text.startswith("~"):
-        raise UserError(
-            f"{f'{key}=' if key else ''}{path}: no home folder is known for "
-            f"{text.partition(os.sep)[0]}; give the whole path"
-        )
+        user = text.partition(os.sep)[0]
+        raise UserError(f"{named}: no home folder is known for {user}; give the whole path")
     return Path(text)
 
 

@@ -74,6 +74,8 @@ def test_a_run_at_home_in_object_storage_is_made_in_a_folder_of_the_cache(
 def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
     config = resolve(load_config(None, [f"storage_path=file://{tmp_path}/a%20b", "name=r"]))
     assert run_dir(config) == tmp_path / "a b" / "r"
+    with pytest.raises(UserError, match="file://tmp/a: a path follows file:// from its root"):
+        resolve(load_config(None, ["storage_path=file://tmp/a", "name=r"]))
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptray.config import Config, ConfigError, ModelConfig, UserError, load_config
+from gptray.config import Config, ConfigError, ModelConfig, UserError, load_config, override
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.check import check
@@ -57,6 +57,19 @@ def test_the_models_own_tokenizer_fits(tmp_path: Path, own: Tokenizer) -> None:
     check_vocabulary(config(tmp_path, f"data.tokenizer={tmp_path / 'old' / 'tokenizer.json'}"))
     own.save(tmp_path / "copy")
     check_vocabulary(config(tmp_path, f"data.tokenizer={tmp_path / 'copy'}"))
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused_before_the_text_is_prepared(
+    tmp_path: Path, own: Tokenizer
+) -> None:
+    rows = own.vocab_size - 1
+    fresh = override(
+        config(tmp_path), {"data.tokenizer": str(tmp_path / "old"), "model.init_from": None}
+    )
+    with pytest.raises(
+        UserError, match=rf"model\.vocab_size={rows} is smaller than the {rows + 1}"
+    ):
+        check(override(fresh, {"model.vocab_size": rows}))
 
 
 def test_added_tokens_need_rows(tmp_path: Path, own: Tokenizer) -> None:

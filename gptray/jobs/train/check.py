@@ -29,8 +29,8 @@ from gptray.jobs.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.trackers import check_trackers
 from gptray.jobs.train.given_models import (
     check_base,
-    check_same_tokenizer,
     check_teachers,
+    check_tokenizer,
     check_vocabulary,
     teacher_bytes,
     trained_parameters,
@@ -106,7 +106,7 @@ def check(config: Config) -> CheckedTraining:
     if text.data:
         check_data(config, text.data, state)
     elif text.tokenizer:
-        check_same_tokenizer(config, text.tokenizer)
+        check_tokenizer(config, text.tokenizer)
     return checked
 
 
@@ -131,12 +131,7 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
     Raises:
         UserError: names the split, tokenizer, prompt or text, and what to change.
     """
-    rows = config.model.vocab_size
-    if rows is not None and rows < data.vocab_size:
-        raise UserError(
-            f"model.vocab_size={rows} is smaller than the {data.vocab_size} entries of the "
-            f"tokenizer ({config.data.tokenizer})"
-        )
+    check_tokenizer(config, data.tokenizer)
     try:
         BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
     except ValueError as error:
@@ -146,7 +141,6 @@ def check_data(config: Config, data: TokenData, state: TrainerState | None) -> N
     if len(data.val) < 2:
         raise UserError("the validation split has fewer than 2 tokens; change data.split")
     check_prompts(config, data.tokenizer)
-    check_same_tokenizer(config, data.tokenizer)
     if state and state.data != data.fingerprint:
         raise UserError(
             f"the text or tokenizer of the run {config.name} has changed since it started "

@@ -138,8 +138,14 @@ def _check_tokens(config: Config) -> None:
         raise _of_other_tokens(first)
 
 
-def check_same_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError for teachers with another tokenizer than the text's."""
+def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+    """Raise UserError for a text's tokenizer beyond model.vocab_size, or other than a teacher's."""
+    rows = config.model.vocab_size
+    if rows is not None and rows < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={rows} is smaller than the {tokenizer.vocab_size} entries of the "
+            f"tokenizer ({config.data.tokenizer})"
+        )
     for one in config.train.teachers:
         if Tokenizer.load(model_folder(one)).sha256 != tokenizer.sha256:
             raise _of_other_tokens(one)
