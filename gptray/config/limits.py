@@ -1,7 +1,7 @@
-"""Bounds of the sampling settings: one table for every interface.
+"""Bounds of counts, and of the sampling settings: one table for every interface.
 
 The config's `sample` section, columns of a batch, HTTP and Python all check against it. Within
-these bounds no setting can overflow a float, refer to something that does not exist, or slow down
+its bounds no setting can overflow a float, refer to something that does not exist, or slow down
 other sequences in the batch.
 """
 

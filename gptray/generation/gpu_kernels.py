@@ -24,12 +24,12 @@ from gptray.model.rotary import Angles
 # Keys that a program reads at a time, and its warps for heads of 64: of 32 to 128 and of 1 to 8,
 # near the fastest on an H200 for contexts of 80 and of 900 tokens.
 BLOCK_KEYS, WARPS = 64, 2
-# Keys of a chunk: programs share the keys of a row that decodes, or few of a GPU's processors would
-# read all of a long context. And chunks merged at a time. Neither depends on how many rows there
-# are or how long another one is: a row's rounding would.
+# Keys of a chunk: several programs share the keys of a row that decodes, or a few of the GPU's
+# processors would read all of a long context. And chunks merged at a time. Neither depends on the
+# number of rows or on the length of others, or else a row's rounding would, too.
 CHUNK_KEYS, MERGED_CHUNKS = 256, 16
-# Rows that share a tile: the fewest that tensor cores take. The most numbers of queries or keys in
-# a tile, for which each GPU with tensor cores has room, and its warps.
+# Rows that share a tile: the fewest that tensor cores take. The most numbers of queries, and of
+# keys, in a tile, for which every GPU with tensor cores has room; and its warps.
 TILE_ROWS, TILE_NUMBERS, TILE_WARPS = 16, 64 * 128, 4
 # Numbers of a program.
 _PHILOX_BLOCK, _GATED_BLOCK = 128, 1024

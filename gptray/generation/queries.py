@@ -20,8 +20,7 @@ class Queries:
     """H = n_head, K = kv_heads, E = width.
 
     norms: weights of RMSNorms of q and k, one after the other, of a head (2 E,) or, if wide, of all
-    heads ((H + K) E,); q's include the scores' scale. None: the weight that makes q includes
-    it.
+    heads ((H + K) E,); q's include the scores' scale. None: the weight that makes q includes it.
     """
 
     n_head: int

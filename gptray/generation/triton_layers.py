@@ -1,7 +1,7 @@
 """Kernels for GPUs in Triton: layers and random numbers, for `gptray.generation.gpu_kernels`.
 
 A row of a result depends on no other row: keys are summed in blocks that begin at multiples of
-BLOCK_K, in chunks of as many keys for every row.
+BLOCK_K, and in chunks of the same length for every row.
 """
 
 import triton

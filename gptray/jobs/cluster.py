@@ -74,7 +74,7 @@ def ray_cluster(
     cluster is the job's own, which ends with the block. A job that waits for resources says so.
 
     environment: variables for the processes of the job's own Ray.
-    wait_s: how long the job waits for resources, see `telling_waits`; None: for ever.
+    wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
 
     Raises:
         RunFailed: Ray does not start or answer, or the wait for resources took too long.

@@ -47,7 +47,7 @@ class Demand(NamedTuple):
 def telling_waits(wait_s: float | None) -> Iterator[None]:
     """In the block, log when the job or some of its workers start and stop waiting for resources.
 
-    wait_s: how long the whole job may wait before the block fails; None: for ever.
+    wait_s: how long the whole job may wait before the block fails; None: forever.
 
     Raises:
         RunFailed: a wait took longer than `wait_s`.

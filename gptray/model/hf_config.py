@@ -79,8 +79,7 @@ def hf_config(
     bos_token_id: int | None,
     eos_ids: list[int],
 ) -> dict[str, object]:
-    """The config.json of a network, for the class in transformers of a model_type that can express
-    it."""
+    """The config.json of a network as a `model_type` that can express it."""
     family = FAMILIES[model_type]
     return {
         **({"architectures": [family.architecture]} if family.architecture else {}),
