@@ -223,9 +223,9 @@ const char *train_abi() {
       ABI_CONSTANT(NORM_PARTS) + ABI_FUNCTION(linear) + ABI_FUNCTION(linear_gelu) +
       ABI_FUNCTION(linear_exact_gelu) + ABI_FUNCTION(linear_relu) + ABI_FUNCTION(linear_swiglu) +
       ABI_FUNCTION(linear_geglu) + ABI_FUNCTION(input_gradient) +
-      ABI_FUNCTION(input_gradient_sloped) +
-      ABI_FUNCTION(input_gradient_gates) + ABI_FUNCTION(weight_gradients) +
-      ABI_FUNCTION(layer_norm) + ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
+      ABI_FUNCTION(input_gradient_sloped) + ABI_FUNCTION(input_gradient_gates) +
+      ABI_FUNCTION(weight_gradients) + ABI_FUNCTION(layer_norm) +
+      ABI_FUNCTION(layer_norm_gradients) + ABI_FUNCTION(frozen_linear) +
       ABI_FUNCTION(frozen_input_gradient) + ABI_FUNCTION(attention) +
       ABI_FUNCTION(attention_gradient) + ABI_FUNCTION(head_loss);
   return text.c_str();
