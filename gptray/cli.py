@@ -6,7 +6,6 @@ what a job does, `gptray.config` which keys there are.
 
 from __future__ import annotations
 
-import errno
 import gc
 import io
 import logging
@@ -37,6 +36,7 @@ from gptray.config.suggest import nearest, nearest_keys
 from gptray.files import cannot_write, is_storage, is_uri
 from gptray.jobs.base import Job, Plan, find_job
 from gptray.node_cache import copied
+from gptray.path_mistakes import path_mistake
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, json_line, redirect_to_null, write_out
 from gptray.visible import visible
@@ -114,11 +114,8 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
     except Unread:
         return DONE
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            _say(f"{name}: {error.strerror}: {str(error.filename)[:60]}...; choose a shorter one")
-            return MISTAKE
-        if isinstance(error, PermissionError) and error.filename:
-            _say(f"{name}: {error.filename}: {error.strerror}")
+        if mistake := path_mistake(error):
+            _say(f"{name}: {mistake}")
             return MISTAKE
         told = f"{name}: {cannot_write(Path.cwd(), error)}" if is_storage(error) else None
         _say(told or traceback.format_exc().rstrip("\n"))

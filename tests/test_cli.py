@@ -260,6 +260,11 @@ def test_reader_that_stopped_is_no_error() -> None:
             2,
             "train: /root/a: Permission denied\n",
         ),
+        (
+            FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),  # from os.getcwd
+            2,
+            "train: the current folder no longer exists; change to another one\n",
+        ),
     ],
 )
 def test_storage_that_fails_anywhere_is_one_sentence(

@@ -1,0 +1,18 @@
+"""Paths that the system refuses and the user can change, in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+def path_mistake(error: OSError) -> str | None:
+    """What is wrong with the path of an error; None if the path is not what is wrong."""
+    named, why = str(error.filename), os.strerror(error.errno or 0)
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{why}: {named[:60]}...; choose a shorter one"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{named}: {why}"
+    if error.errno == errno.ENOENT and error.filename is None and error.strerror == why:
+        return "the current folder no longer exists; change to another one"
+    return None
