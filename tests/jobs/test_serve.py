@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import torch
 import yaml
 
 from gptray.config import Config, UserError, load_config, override
+from gptray.jobs.serve.answering import Answering
 from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, endpoint_url, plan
 from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
@@ -190,3 +192,33 @@ def test_the_shipped_serve_config_names_what_there_is() -> None:
     (deployment,) = app["deployments"]
     assert deployment["name"] == Replica.__name__
     assert set(deployment["user_config"]) == set(USER_CONFIG)
+
+
+def test_a_replica_has_news_of_adapters_and_of_the_end_of_its_engine(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    keys = [f"serve.adapters={tmp_path}", "serve.max_batch_size=4", "generate.backend=torch"]
+
+    def ended(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0.")
+
+    async def metrics() -> bytes:
+        return b""
+
+    async def news() -> list[tuple[int, str]]:
+        task = ReplicaTask(load_config(None, keys), [], torch.get_num_threads())
+        answering = Answering(task, on_first_token=lambda _: None)
+        await answering.reconfigure({"model": f"{folder}", "served_model_name": "tiny"})
+        transport = httpx.ASGITransport(answering.app(metrics))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            monkeypatch.setattr(torch, "softmax", ended)
+            answer = await client.post("/v1/completions", json={"prompt": PROMPT})
+            assert answer.status_code == 503
+        return answering.news
+
+    adapter, engine = asyncio.run(news())
+    assert adapter[0] == logging.INFO and adapter[1].startswith("tiny:bad is not served: ")
+    assert engine[0] == logging.ERROR and engine[1].startswith("an engine has stopped")
+    assert "lower serve.max_batch_size from 4, such as serve.max_batch_size=2" in engine[1]

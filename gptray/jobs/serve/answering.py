@@ -36,6 +36,7 @@ class Answering:
         self._config, self._keys = task.config, task.keys
         self._endpoint = Endpoint()
         self._telemetry = Telemetry(self._endpoint, on_first_token=on_first_token)
+        self._told: list[tuple[int, str]] = []
         self._model: Mapping[str, str] | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -69,7 +70,7 @@ class Answering:
             self._watching.cancel()
         self._endpoint.serve(served)
         self._model = model
-        self._watching = asyncio.create_task(_keep_scanning(watch)) if watch else None
+        self._watching = asyncio.create_task(self._keep_scanning(watch)) if watch else None
 
     def _load(self, model: Mapping[str, str]) -> tuple[Served, AdapterWatch | None]:
         _check_keys(model)
@@ -79,8 +80,29 @@ class Answering:
         if not isinstance(adapters, str):
             return served, None
         watch = AdapterWatch(adapters, served, Base.of(str(folder)))
-        _tell(watch.scan())
+        self._tell(watch.scan())
         return served, watch
+
+    async def _keep_scanning(self, watch: AdapterWatch) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            self._tell(await _in_short_lived_thread(watch.scan))
+
+    def _tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            log.warning("%s", line)
+            self._told.append((logging.INFO, line))
+
+    @property
+    def news(self) -> list[tuple[int, str]]:
+        """All lines so far for the job's log, with their levels: of adapters, of a dead engine."""
+        served = self._endpoint.served
+        error = served.thread.error if served else None
+        if error is None:
+            return self._told
+        why = str(error) if isinstance(error, RunFailed) else f"{type(error).__name__}: {error}"
+        ended = f"an engine has stopped, and Ray Serve starts another: {why}"
+        return [*self._told, (logging.ERROR, ended)]
 
     @property
     def model_name(self) -> str | None:
@@ -110,17 +132,6 @@ class Answering:
     async def drain(self, timeout_s: float) -> int:
         """Refuse new requests and wait for those in flight; return how many did not end in time."""
         return await self._endpoint.drain(timeout_s)
-
-
-async def _keep_scanning(watch: AdapterWatch) -> None:
-    while True:
-        await asyncio.sleep(WATCH_S)
-        _tell(await _in_short_lived_thread(watch.scan))
-
-
-def _tell(lines: Iterable[str]) -> None:
-    for line in lines:
-        log.warning("%s", line)
 
 
 async def _in_short_lived_thread(work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import logging
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,7 +35,8 @@ log = logging.getLogger("gptray")
 APPLICATION = "gptray"
 # How much Serve's time limits exceed the endpoint's, which answers in OpenAI's format.
 SPARE_S = 10.0
-START_S, POLL_S = 60.0, 5.0
+# Serve stops a replica whose engine is dead after three health checks, of one a second.
+START_S, POLL_S = 60.0, 1.0
 OPEN_PORT = (
     "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
     "job has"
@@ -63,6 +65,8 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
             stack.enter_context(_started(config, model, is_own=is_own))
             _wait_until_healthy(url)
             _tell_backends()
+            news = News()
+            news.tell()
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             answers({"url": url, "model": model["served_model_name"]})
@@ -73,6 +77,7 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
             try:
                 while not stop.wait(POLL_S):
                     _check_running()
+                    news.tell()
             except KeyboardInterrupt:
                 if not failure():
                     _drain(drain_s)
@@ -165,6 +170,29 @@ def _check_running() -> None:
     found = serve.status().applications.get(APPLICATION)
     if found is None:
         raise RunFailed("the endpoint was deleted from the cluster")
+
+
+class News:
+    """Logs what replicas have to say, such as why an engine ended, each line once."""
+
+    def __init__(self) -> None:
+        self._told = Counter[str]()  # lines of each replica
+
+    def tell(self) -> None:
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=START_S)
+        except (RayError, RayServeException, TimeoutError):
+            return  # a replica is ending: the next call tells what the others say
+        lines = list[tuple[int, str]]()
+        for replica, news in found:
+            lines += news[self._told[replica] :]
+            self._told[replica] = len(news)
+        for level, line in dict.fromkeys(lines):
+            log.log(level, "%s", line)
 
 
 def _drain(timeout_s: float) -> None:

@@ -99,6 +99,12 @@ class Replica:
     def backend(self) -> str | None:
         return self._answering.backend
 
+    def news(self) -> tuple[str, list[tuple[int, str]]]:
+        """This replica's name, and all its lines for the job's log with their levels."""
+        from ray import serve
+
+        return serve.get_replica_context().replica_tag, self._answering.news
+
     def own_metrics(self) -> tuple[str, bytes]:
         """This replica's name and metrics."""
         from ray import serve
