@@ -36,7 +36,7 @@ APPLICATION = "gptray"
 # How much Serve's time limits exceed the endpoint's, which answers in OpenAI's format.
 SPARE_S = 10.0
 # Serve stops a replica whose engine is dead after three health checks, of one a second.
-START_S, POLL_S = 60.0, 1.0
+START_S, POLL_S, NEWS_S = 60.0, 1.0, 5.0
 OPEN_PORT = (
     "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
     "job has"
@@ -184,9 +184,9 @@ class News:
         from ray.serve.exceptions import RayServeException
 
         try:
-            found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=START_S)
+            found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=NEWS_S)
         except (RayError, RayServeException, TimeoutError):
-            return  # a replica is ending: the next call tells what the others say
+            return  # a replica is ending or busy: the next call tells what the others say
         lines = list[tuple[int, str]]()
         for replica, news in found:
             lines += news[self._told[replica] :]
