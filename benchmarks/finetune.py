@@ -26,7 +26,7 @@ from gptray.config import Config, load_config
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.data.tokens import TokenData
 from gptray.evaluation.forgetting import changes_of
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.model.shape import model_folder
 from gptray.record import read_events, read_metrics
 from gptray.training.loop import fit

@@ -22,7 +22,7 @@ from typing import Any
 
 from gptray.config import Config
 from gptray.data.builtin import builtin_documents
-from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.prepare.run import prepare
 
 _KOREAN = (

@@ -152,7 +152,7 @@ def app(model_dir: str, port: int) -> None:
 def batch(model_dir: str, port: int) -> None:
     from ray import serve
 
-    from gptray.jobs.cluster import ray_cluster
+    from gptray.jobs.cluster.connection import ray_cluster
 
     @serve.deployment(
         max_ongoing_requests=MAX_CLIENTS, ray_actor_options={"num_cpus": os.cpu_count()}

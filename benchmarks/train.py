@@ -266,7 +266,7 @@ def timed_on_ray(
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    from gptray.jobs.cluster import ray_cluster
+    from gptray.jobs.cluster.connection import ray_cluster
 
     cluster, threads = ray_cluster(), torch.get_num_threads()
     cluster.__enter__()

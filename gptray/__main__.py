@@ -2,7 +2,7 @@
 
 import sys
 
-from gptray.doors import main
+from gptray.entry_points import main
 
 if __name__ == "__main__":
     sys.exit(main())

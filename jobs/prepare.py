@@ -1,6 +1,6 @@
 import sys
 
-from gptray.doors import run
+from gptray.entry_points import run
 
 if __name__ == "__main__":
     sys.exit(run("prepare"))

@@ -92,8 +92,8 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     import ray  # noqa: F401
 
-    from gptray.jobs.cluster import OWN_TRAIN_ENV, TRAIN_ENV
-    from gptray.jobs.own_ray import own_ray
+    from gptray.jobs.cluster.connection import OWN_TRAIN_ENV, TRAIN_ENV
+    from gptray.jobs.cluster.own_ray import own_ray
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptray.doors import run
+from gptray.entry_points import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [

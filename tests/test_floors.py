@@ -52,20 +52,21 @@ SOURCES = sorted(
     if path.suffix in (".py", ".cpp", ".h")
 )
 
+SHARED_BY_JOBS = ("jobs/cluster", "jobs/folders", "jobs/progress")
 LINES = 300
 FUNCTION_LINES = 60
 LATE_IMPORTS = 12  # of gptray's own modules, inside functions
 ANY = 100  # annotations and casts
 
 
-# The package's own doors stand above its jobs; what is behind them does not use them.
-DOORS = ("gptray/__init__.py", "gptray/__main__.py", "gptray/doors.py")
-BEHIND_DOORS = {f"gptray.{name}" for name in gptray.__all__}
+# The package's own entry points stand above its jobs; what they call does not use them.
+ENTRY_POINTS = ("gptray/__init__.py", "gptray/__main__.py", "gptray/entry_points.py")
+PUBLIC = {f"gptray.{name}" for name in gptray.__all__}
 
 
 def folder_of(path: Path) -> str:
     """Return the floor's folder that a file belongs to; the command line is a floor of its own."""
-    if path.as_posix() in DOORS:
+    if path.as_posix() in ENTRY_POINTS:
         return "jobs"
     if (name := path.with_suffix("").as_posix()) in FLOORS:
         return name
@@ -95,8 +96,8 @@ def wrong_import(folder: str, module: str, eager: bool) -> str | None:
     if module.startswith("."):
         return "relative import"
     if package == "gptray":
-        if module in BEHIND_DOORS and FLOORS[folder] < FLOORS["jobs"]:
-            return "the package's door is for users"
+        if module in PUBLIC and FLOORS[folder] < FLOORS["jobs"]:
+            return "the package's entry points are for users"
         other = "/".join(module.split(".")[:2])
         other = other if other in FLOORS else "gptray"
         if other != folder and FLOORS[other] >= FLOORS[folder]:
@@ -193,7 +194,7 @@ def test_every_folder_has_a_floor() -> None:
     assert not [path for path in FILES if path.stem in ("utils", "common", "helpers", "manager")]
 
 
-@pytest.mark.parametrize("module", ["gptray", "gptray.doors"])
+@pytest.mark.parametrize("module", ["gptray", "gptray.entry_points"])
 def test_the_doors_load_neither_torch_nor_ray(module: str) -> None:
     heavy = "{'torch', 'ray', 'transformers', 'numpy', 'pyarrow', 'rich'}"
     code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
@@ -228,7 +229,8 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 def test_no_file_name_stands_twice() -> None:
     def beside_a_job(path: Path) -> bool:
-        return path.parts[1] in ("jobs", "reports") and len(path.parts) > 3
+        folder = "/".join(path.parts[1:-1])
+        return folder.startswith(("jobs/", "reports/")) and folder not in SHARED_BY_JOBS
 
     names = Counter(path.name for path in PACKAGE if not beside_a_job(path))
     del names["__init__.py"]

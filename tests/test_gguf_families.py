@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers, processors
 
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.gguf_header import read_header
 from gptray.gguf_tokenizer import PRE_TOKENIZERS, end_ids, tokenizer_json
 from gptray.model.hf import load_pretrained

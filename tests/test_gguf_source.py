@@ -18,9 +18,9 @@ import torch
 from gptray import LLM
 from gptray.config import UserError, load_config
 from gptray.data.tokenizer import Tokenizer
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.gguf_header import read_header
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.shape import model_folder
 from gptray.native.backend import why_not_native

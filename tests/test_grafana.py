@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gptray.jobs.ray_metrics import METRICS, Metric
+from gptray.jobs.cluster.ray_metrics import METRICS, Metric
 from gptray.training.laps import PARTS
 from gptray.tuning.sweep_record import STATES
 

@@ -1,4 +1,4 @@
-"""The doors as a user types them: exit codes, the last line of stdout, a cluster's job."""
+"""The jobs as a user types them: exit codes, the last line of stdout, a cluster's job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.model.hf import save_pretrained
 from gptray.record import read_rows
 from gptray.tuning.sweep_record import TRIALS, load_trials
@@ -96,9 +96,9 @@ def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 # Prints whether a job has imported Ray.
-DOOR = """
+ENTRY = """
 import sys
-from gptray.doors import run
+from gptray.entry_points import run
 code = run(sys.argv[1], sys.argv[2:])
 print("ray" in sys.modules)
 sys.exit(code)
@@ -122,7 +122,7 @@ def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name
         (tmp_path / "p.txt").write_text("one\n")
         words += [f"generate.input_path={tmp_path}/p.txt", f"generate.output_path={storage}/out"]
     done = subprocess.run(
-        [sys.executable, "-c", DOOR, name, *words],
+        [sys.executable, "-c", ENTRY, name, *words],
         env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{_free_port()}"},
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gptray.doors import main
+from gptray.entry_points import main
 from gptray.model.hf import save_pretrained
 from tests.generation.models import random_gpt, small_tokenizer
 from tests.kuberay.manifests import CLUSTER_AT, cluster_of, groups_of, problems, read

@@ -18,7 +18,7 @@ PRELUDE = """
 import signal, sys, threading
 from gptray.cli import run_job
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.cluster.connection import ray_cluster
 from gptray.signals import fail, leaving_within
 
 def say(text):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from gptray import LLM
 from gptray.config import load_config
 from gptray.data.tokenizer import Tokenizer
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling

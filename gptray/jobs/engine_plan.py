@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import Config
-from gptray.jobs.doing import doing
+from gptray.jobs.progress.doing import doing
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import read_shape

@@ -19,7 +19,7 @@ from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
 from gptray.files import absolute, expanded, is_uri
 from gptray.gguf_source import SUFFIX, is_gguf, named_as_given
 from gptray.hub import NotOnHub
-from gptray.jobs.driver_lock import is_held
+from gptray.jobs.folders.driver_lock import is_held
 from gptray.lease import is_leased
 from gptray.model.adapter_folder import adapter_folder
 from gptray.model.header import check_weights

@@ -9,7 +9,7 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.config.names import slug
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 
 NAME = "\ud55c\uad6d\uc5b4"  # three syllables, composed
 

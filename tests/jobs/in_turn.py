@@ -17,7 +17,7 @@ from subprocess import CompletedProcess
 # Reads a job's name and words from a line; answers with its exit code, stdout and stderr.
 _DRIVER = """
 import contextlib, io, json, os, sys
-from gptray.doors import run
+from gptray.entry_points import run
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # for what Ray's core prints

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import sha256_of
-from gptray.jobs.driver_lock import held
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import outcome, resolve, set_ray_snapshot_aside
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import outcome, resolve, set_ray_snapshot_aside
 from gptray.jobs.train.check import check
 from gptray.jobs.train.watch import show_end, watching
 from gptray.record import read_rows

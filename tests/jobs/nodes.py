@@ -36,7 +36,7 @@ _ASK = """
 import json, sys
 import ray
 from gptray.config import ComputeConfig, UserError
-from gptray.jobs.resources import trial_resources, worker_resources
+from gptray.jobs.cluster.resources import trial_resources, worker_resources
 
 ray.init(log_to_driver=False, logging_level="ERROR")
 answers = []

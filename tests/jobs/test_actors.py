@@ -33,7 +33,7 @@ def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
 ) -> None:
     import ray
 
-    from gptray.jobs.actors import Crew, Member
+    from gptray.jobs.cluster.actors import Crew, Member
 
     deadly = tmp_path / "deadly"
     deadly.write_text("3")
@@ -98,7 +98,7 @@ def test_an_actor_that_is_taken_with_its_node_has_not_died(
 ) -> None:
     import ray
 
-    from gptray.jobs.actors import Crew, Member
+    from gptray.jobs.cluster.actors import Crew, Member
 
     deadly = tmp_path / "deadly"
     deadly.write_text("1")

@@ -20,14 +20,14 @@ from gptray.data.batch_requests import RowRequest
 from gptray.data.parts import part_name, write_part
 from gptray.data.prompts import scan, staged
 from gptray.data.tokenizer import Tokenizer
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.jobs.adapters import name_with
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.run import generate
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.jobs.next_steps import of_model
+from gptray.jobs.progress.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
 from gptray.jobs.train.check import check as check_training

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import UserError
-from gptray.jobs.cluster import check_address
+from gptray.jobs.cluster.connection import check_address
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_auto_is_the_ray_of_this_machine(
 def test_what_listens_and_is_not_ray_is_told(
     answer: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptray.jobs.cluster.ANSWER_S", 0.5)
+    monkeypatch.setattr("gptray.jobs.cluster.connection.ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         place = f"127.0.0.1:{listening.getsockname()[1]}"
 

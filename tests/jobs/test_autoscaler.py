@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gptray.jobs.autoscaler import NodeType, configured_types, types_in, types_words
+from gptray.jobs.cluster.autoscaler import NodeType, configured_types, types_in, types_words
 from gptray.tuning.sweep_record import TRIALS
 from tests.jobs.autoscaling import autoscaling, cluster_yaml
 from tests.jobs.nodes import LIMIT_S, asked, job

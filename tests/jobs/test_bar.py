@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from gptray.jobs.bar import new_task, progress_bar
+from gptray.jobs.progress.bar import new_task, progress_bar
 
 FIGURES = ["train 3.214", "val 3.456", "ppl 31.7", "bpb 1.734", "12,345 tok/s"]
 

@@ -14,9 +14,9 @@ import torch
 
 from gptray.cli import run_job
 from gptray.config import Config, RunFailed, UserError, load_config
-from gptray.doors import DOCS
+from gptray.entry_points import DOCS
 from gptray.jobs.base import Job, find_job
-from gptray.jobs.tasks import Failure, attempt, result_of
+from gptray.jobs.cluster.tasks import Failure, attempt, result_of
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.validate import validate
 
@@ -32,7 +32,7 @@ def test_every_job_is_found_by_the_name_of_its_file() -> None:
 def test_a_job_is_loaded_without_torch_and_ray() -> None:
     code = (
         "import sys\n"
-        "from gptray.doors import DOCS\n"
+        "from gptray.entry_points import DOCS\n"
         "from gptray.jobs.base import find_job\n"
         "for name in DOCS: find_job(name)\n"
         "print(sorted({'torch', 'ray', 'transformers', 'fastapi'} & set(sys.modules)))"

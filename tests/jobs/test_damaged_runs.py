@@ -16,7 +16,7 @@ import torch
 from gptray.config import RunFailed, UserError
 from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
-from gptray.jobs.run_folder import run_dir
+from gptray.jobs.folders.run_folder import run_dir
 from gptray.training.checkpoint import newest_intact
 from tests.damage import (
     DEEP,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gptray.config import RunFailed, load_config
-from gptray.doors import run
-from gptray.jobs.cluster_nodes import NoAnswer, Node
+from gptray.entry_points import run
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node
 from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, OpenPort
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.run import JOB

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gptray.jobs import doing
-from gptray.jobs.bar import Bar
+from gptray.jobs.progress import doing
+from gptray.jobs.progress.bar import Bar
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.record import write_event
 from gptray.tuning.sweep_record import Record, trial_dir

@@ -23,9 +23,9 @@ from gptray.config import Config, ModelConfig, RunFailed, UserError, load_config
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.jobs.evaluate.check import check, plan
 from gptray.jobs.evaluate.run import evaluate
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import outcome, resolve, run_dir
 from gptray.jobs.prepare.run import prepare
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import outcome, resolve, run_dir
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.training.loop import fit

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize
@@ -447,7 +447,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
 
 def test_a_dry_run_says_size_and_files_without_torch_or_ray(model: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from gptray.doors import run; code = run('export', sys.argv[1:]); "
+        "import sys; from gptray.entry_points import run; code = run('export', sys.argv[1:]); "
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules); sys.exit(code)"
     )
     words = [f"export.model={model}", f"export.output_path={tmp_path}/out", "export.format=hf"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import UserError, load_config
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
 from gptray.jobs.generate.check import check_model

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, load_config
-from gptray.jobs.resuming import (
+from gptray.jobs.folders.resuming import (
     check_not_landing,
     check_resumable,
     how_to_train_longer,
     is_finished,
     save_config,
 )
-from gptray.jobs.run_folder import outcome, resolve, run_dir
-from gptray.jobs.tracking import Sent, new_points
+from gptray.jobs.folders.run_folder import outcome, resolve, run_dir
+from gptray.jobs.progress.tracking import Sent, new_points
 from gptray.jobs.train.check import check, plan
 from gptray.jobs.train.watch import watching
 from gptray.record import METRICS, MetricsRow, read_metrics, write_event

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gptray import doors
+from gptray import entry_points
 from gptray.config import Config, dump, load_config, override
-from gptray.jobs.driver_lock import held
+from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.runs.listing import Listed, listed
 from gptray.model.example import save_example
 from gptray.record import Event
@@ -209,7 +209,7 @@ def test_the_job_prints_a_table_that_folds_and_one_json_line(tmp_path: Path, col
 
 
 def test_an_empty_storage_path_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doors.run("runs", [f"storage_path={tmp_path}"]) == 0
+    assert entry_points.run("runs", [f"storage_path={tmp_path}"]) == 0
     assert capsys.readouterr().out.splitlines() == [f"no runs in {tmp_path}", '{"runs": []}']
 
 

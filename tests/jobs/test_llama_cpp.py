@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptray import LLM
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_pretrained, save_pretrained
 from tests.data import foreign

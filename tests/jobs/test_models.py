@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, dump, load_config
-from gptray.jobs.driver_lock import held
 from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.models import find_model, with_tokenizer
 from gptray.jobs.prepare.check import check as check_preparation
 from gptray.jobs.prepare.check import plan as preparation_plan
-from gptray.jobs.run_folder import resolve
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import user_config
 from gptray.jobs.train.check import check as check_training

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from gptray.config import load_config, override
-from gptray.jobs.next_steps import (
+from gptray.jobs.folders.resuming import command
+from gptray.jobs.folders.run_folder import resolve
+from gptray.jobs.progress.next_steps import (
     differing,
     of_model,
     resumable,
@@ -19,8 +21,6 @@ from gptray.jobs.next_steps import (
     short_name,
     tell_run,
 )
-from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import resolve
 from gptray.jobs.serve.check import completion_command
 from tests.jobs.test_listing import END, FALLING, OVERFITTED
 from tests.reports.curves import config_of, rows_of, started, write_run

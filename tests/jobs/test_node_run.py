@@ -14,14 +14,14 @@ from gptray.config import Config, RunFailed
 from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
 from gptray.evaluation.recitation import LENGTHS, ngram_hashes
-from gptray.jobs.driver_folder import BLOCK_BYTES, DriverFolder
+from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
-from gptray.jobs.fetching import fetch_run
-from gptray.jobs.node_run import NodePublisher, needed_by_writer
-from gptray.jobs.origin import FolderAtDriver
-from gptray.jobs.publisher import Sent
-from gptray.jobs.remote_data import publish_data, tokens_here
-from gptray.jobs.tasks import result_of
+from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder
+from gptray.jobs.folders.fetching import fetch_run
+from gptray.jobs.folders.node_run import NodePublisher, needed_by_writer
+from gptray.jobs.folders.origin import FolderAtDriver
+from gptray.jobs.folders.publisher import Sent
+from gptray.jobs.folders.remote_data import publish_data, tokens_here
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, METRICS, read_events, read_metrics, write_event
 from gptray.training.checkpoint import checkpoint_step, damage, find_checkpoints

@@ -9,8 +9,8 @@ import pytest
 from gptray.config import Config, UserError, load_config, override
 from gptray.jobs.base import find_job
 from gptray.jobs.evaluate.run import evaluate
-from gptray.jobs.resuming import check_resumable, save_config
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.folders.resuming import check_resumable, save_config
+from gptray.jobs.folders.run_folder import resolve, run_dir
 from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
 from tests.reports.pages import Page

@@ -11,11 +11,11 @@ import torch
 from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError, load_config
+from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.run import generate
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.jobs.tasks import result_of
 from tests.jobs.generating import config_of, planned
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gptray.config import UserError
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.model.hf import load_pretrained
 from gptray.model.importance import input_importance
 from gptray.model.quantized import quantize

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError, load_config, load_saved
-from gptray.jobs.resuming import check_resumable, command, save_config
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.folders.resuming import check_resumable, command, save_config
+from gptray.jobs.folders.run_folder import resolve, run_dir
 from gptray.jobs.runs.listing import listed
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gptray.jobs.ray_messages import RayMessages, why_ended
+from gptray.jobs.cluster.ray_messages import RayMessages, why_ended
 
 # As Ray 2.60 prints it, shortened.
 KILLED = (

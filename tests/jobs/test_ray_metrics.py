@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gptray.config import Config, override
 from gptray.data.tokens import TokenData
+from gptray.jobs.cluster.ray_metrics import METRICS, Exporter, run_tag
 from gptray.jobs.evaluate.run import evaluate
 from gptray.jobs.generate.run import generate
-from gptray.jobs.ray_metrics import METRICS, Exporter, run_tag
 from gptray.jobs.serve.check import ReplicaTask
 from gptray.jobs.serve.worker import Replica
 from gptray.jobs.train.run import train

@@ -15,11 +15,11 @@ import pytest
 from gptray.config import UserError, load_config
 from gptray.data.sources import find_files
 from gptray.data.tokenizer_files import tokenizer_path
-from gptray.doors import run
+from gptray.entry_points import run
 from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.check import check_model
 from gptray.jobs.generate.run import generate
-from gptray.jobs.run_folder import resolve
 from gptray.jobs.serve.check import user_config
 from gptray.manifest import write_manifest
 from gptray.model.hf import load_pretrained

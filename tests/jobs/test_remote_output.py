@@ -19,11 +19,11 @@ from pyarrow import fs, parquet
 
 from gptray.config import Config, RunFailed, UserError, dump
 from gptray.data.parts import part_name
+from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.jobs.tasks import result_of
 from gptray.lease import leased
 from gptray.remote_folder import RemoteFolder
 from tests.jobs.generating import config_of, planned

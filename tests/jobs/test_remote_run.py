@@ -15,16 +15,16 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
-from gptray.doors import run as dry_run
+from gptray.entry_points import run as dry_run
 from gptray.files import sha256_of
-from gptray.jobs.driver_lock import held
 from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.publisher import RunPublisher, Sent
+from gptray.jobs.folders.remote_data import download_data, publish_data
+from gptray.jobs.folders.remote_run import publishing
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import outcome
 from gptray.jobs.generate.check import check_model
-from gptray.jobs.publisher import RunPublisher, Sent
-from gptray.jobs.remote_data import download_data, publish_data
-from gptray.jobs.remote_run import publishing
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import outcome
 from gptray.jobs.runs.run import check as check_runs
 from gptray.jobs.train.check import check
 from gptray.lease import leased

@@ -16,12 +16,12 @@ import torch
 from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
-from gptray.jobs.driver_lock import held
-from gptray.jobs.publisher import Sent, SweepPublisher
-from gptray.jobs.remote_data import download_data, publish_data
-from gptray.jobs.remote_run import publishing
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import seen_at
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.publisher import Sent, SweepPublisher
+from gptray.jobs.folders.remote_data import download_data, publish_data
+from gptray.jobs.folders.remote_run import publishing
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.end import outcome
 from gptray.jobs.tune.start import opened

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from gptray.config import ComputeConfig
-from gptray.jobs.autoscaler import NodeType
-from gptray.jobs.cluster_nodes import Node, has_labels, labels_words
-from gptray.jobs.resources import cores_that_fit, misfit
+from gptray.jobs.cluster.autoscaler import NodeType
+from gptray.jobs.cluster.cluster_nodes import Node, has_labels, labels_words
+from gptray.jobs.cluster.resources import cores_that_fit, misfit
 
 HEAD = {"CPU": 16.0}
 SMALL = {"CPU": 4.0, "GPU": 1.0}

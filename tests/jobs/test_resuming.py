@@ -12,15 +12,15 @@ import pytest
 
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.tokenizer import char_tokenizer
-from gptray.jobs.driver_lock import held
-from gptray.jobs.places import check_storage
-from gptray.jobs.resuming import (
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.places import check_storage
+from gptray.jobs.folders.resuming import (
     check_free,
     check_resumable,
     how_to_train_longer,
     save_config,
 )
-from gptray.jobs.run_folder import resolve, run_dir
+from gptray.jobs.folders.run_folder import resolve, run_dir
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
 from gptray.jobs.tune.start import check_trials, opened

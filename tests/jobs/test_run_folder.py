@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gptray.config import ModelConfig, UserError, load_config
-from gptray.jobs.driver_lock import LOCK, held, is_held
-from gptray.jobs.resuming import check_resumable
-from gptray.jobs.run_folder import (
+from gptray.jobs.folders.driver_lock import LOCK, held, is_held
+from gptray.jobs.folders.resuming import check_resumable
+from gptray.jobs.folders.run_folder import (
     resolve,
     run_dir,
     seen_at,

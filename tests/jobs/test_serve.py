@@ -1,4 +1,4 @@
-"""The endpoint on Ray Serve: the door as a user opens it, a stop in full flow."""
+"""The endpoint on Ray Serve: as a user starts it, and a stop in full flow."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import UserError
-from gptray.jobs.shared_storage import Looks, Place, check_seen, problem_of
+from gptray.jobs.cluster.shared_storage import Looks, Place, check_seen, problem_of
 from tests.jobs.in_turn import LIMIT_S, Driver, driver
 from tests.jobs.two_nodes import SECOND, may_unshare, two_nodes
 from tests.object_store import ObjectStore
@@ -42,7 +42,7 @@ def test_a_node_that_sees_the_very_file_has_no_problem(tmp_path: Path) -> None:
 def test_a_node_that_sees_no_file_or_another_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None, said: str
 ) -> None:
-    monkeypatch.setattr("gptray.jobs.shared_storage.SETTLE_S", 0.0)
+    monkeypatch.setattr("gptray.jobs.cluster.shared_storage.SETTLE_S", 0.0)
     book = tmp_path / "book.txt"
     book.write_text("abcde")
     place = Place(f"data.source={book}", book, "file", False, (looks(book),))

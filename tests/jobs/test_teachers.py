@@ -11,9 +11,9 @@ import pytest
 from gptray.config import UserError, dump
 from gptray.data.tokenizer import char_tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.doors import run as run_job
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import outcome
+from gptray.entry_points import run as run_job
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import outcome
 from gptray.jobs.train.check import CheckedTraining, check, check_data, plan
 from gptray.model.shape import weights_sha256
 from gptray.reports.run.report import write_report

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from gptray.config import RunFailed, TrackConfig, UserError
-from gptray.jobs.trackers import TrackedRun, check_trackers
-from gptray.jobs.tracking import Sent, new_points, tracking
+from gptray.jobs.progress.trackers import TrackedRun, check_trackers
+from gptray.jobs.progress.tracking import Sent, new_points, tracking
 from gptray.record import MetricsRow
 from tests.jobs.tracker import calls, exits
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, dump, load_config, override
-from gptray.jobs.resources import trial_resources
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.cluster.resources import trial_resources
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.check import plan as sweep_plan

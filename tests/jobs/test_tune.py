@@ -20,9 +20,9 @@ from gptray.config import Config, RunFailed, TuneConfig, UserError, dump, load_c
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.prepare.check import check_text
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import resolve
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.run import tune

@@ -12,8 +12,8 @@ import torch
 
 from gptray.config import UserError, override
 from gptray.data.tokens import TokenData
-from gptray.jobs.resuming import is_finished, save_config
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.resuming import is_finished, save_config
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.check import check
 from gptray.jobs.train.run import fit_on_ray, train
 from gptray.jobs.tune.check import check as check_sweep

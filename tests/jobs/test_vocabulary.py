@@ -9,7 +9,7 @@ import pytest
 
 from gptray.config import Config, ConfigError, ModelConfig, UserError, load_config, override
 from gptray.data.tokenizer import Tokenizer, train_bpe
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.check import check
 from gptray.jobs.train.given_models import check_vocabulary
 from gptray.jobs.tune.check import check as check_sweep

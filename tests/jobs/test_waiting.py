@@ -15,7 +15,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from gptray.jobs.waiting import shortage
+from gptray.jobs.cluster.waiting import shortage
 from tests.jobs.in_turn import Driver, driver
 from tests.jobs.nodes import LIMIT_S, asked, cluster_of, free_port, job, line_with
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gptray.config import UserError, load_config
-from gptray.jobs.reporter import Reporter
+from gptray.jobs.progress.reporter import Reporter
 from gptray.jobs.train.watch import watching
 from gptray.record import Event, write_event
 from gptray.reports.chart import averaged, thinned

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gptray.config import load_config
 from gptray.data.tokenizer import Tokenizer
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.samples import sample_texts
 from gptray.model.gpt import GPT
 from gptray.training.evaluations import Samples

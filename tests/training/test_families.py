@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.model.hf import load_pretrained
 from gptray.record import base_val_loss, read_events
 from tests.generation.models import needs_native

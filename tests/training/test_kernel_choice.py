@@ -10,7 +10,7 @@ import torch
 
 from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.native.abi import load_library
 from gptray.record import Event, read_events
 from gptray.training.block_timing import faster_kernels

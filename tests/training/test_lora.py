@@ -12,7 +12,7 @@ from gptray.config import Config, UserError, load_config
 from gptray.config.schema import differences
 from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
-from gptray.jobs.run_folder import resolve
+from gptray.jobs.folders.run_folder import resolve
 from gptray.model.adapter_files import load_adapted
 from gptray.model.hf import load_pretrained
 from gptray.record import read_events

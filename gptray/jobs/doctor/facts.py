@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptray.jobs.cluster_nodes import NoAnswer, Node
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node
 
 DASHBOARD = "dashboard"  # the process's common name
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
-from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.cluster_nodes import NoAnswer, Node, alive_nodes, ask
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node, alive_nodes, ask
+from gptray.jobs.cluster.connection import ray_cluster
+from gptray.jobs.cluster.shared_storage import blind_nodes
 from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.worker import clock, node_facts, two_gpus_add_up
 from gptray.jobs.models import storage_of
-from gptray.jobs.shared_storage import blind_nodes
 from gptray.standard_output import line_printer
 from gptray.wording import count
 

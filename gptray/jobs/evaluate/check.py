@@ -23,7 +23,7 @@ from gptray.data.vocabulary import needed_rows
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster import check_resources
+from gptray.jobs.cluster.connection import check_resources
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.evaluate.evaluated_model import (
     FoundModel,
@@ -32,9 +32,9 @@ from gptray.jobs.evaluate.evaluated_model import (
     results_folder,
     sha256_of_models,
 )
+from gptray.jobs.folders.places import check_storage, with_absolute_paths
 from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.places import check_storage, with_absolute_paths
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder

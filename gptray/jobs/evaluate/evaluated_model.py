@@ -17,10 +17,10 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, name_with
-from gptray.jobs.fetching import fetch_records, records_folder
+from gptray.jobs.folders.fetching import fetch_records, records_folder
+from gptray.jobs.folders.places import with_absolute_paths
+from gptray.jobs.folders.run_folder import resolve, seen_at
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
-from gptray.jobs.places import with_absolute_paths
-from gptray.jobs.run_folder import resolve, seen_at
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder

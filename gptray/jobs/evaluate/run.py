@@ -15,13 +15,13 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
 from gptray.files import storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_cluster
+from gptray.jobs.cluster.connection import ray_cluster
+from gptray.jobs.cluster.shared_storage import check_shared, stores_of, written_by_all
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
-from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.reporter import Reporter
-from gptray.jobs.shared_storage import check_shared, stores_of, written_by_all
+from gptray.jobs.progress.next_steps import of_model, tell
+from gptray.jobs.progress.reporter import Reporter
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")

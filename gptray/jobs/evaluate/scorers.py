@@ -11,13 +11,13 @@ from typing import Any
 import ray
 
 from gptray.data.tokens import TokenData
-from gptray.jobs.actors import Crew, Member
-from gptray.jobs.bar import Bar
+from gptray.jobs.cluster.actors import Crew, Member
+from gptray.jobs.cluster.ray_metrics import Exporter
+from gptray.jobs.cluster.resources import worker_resources
+from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
-from gptray.jobs.ray_metrics import Exporter
-from gptray.jobs.resources import worker_resources
-from gptray.jobs.tasks import result_of
+from gptray.jobs.progress.bar import Bar
 from gptray.jobs.train.watch import duration
 
 POLL_S = 0.25

@@ -34,8 +34,8 @@ from gptray.generation import sequence
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
 from gptray.generation.window_reader import WindowReader
-from gptray.jobs.remote_data import tokens_on_node
-from gptray.jobs.tasks import Failure, attempt
+from gptray.jobs.cluster.tasks import Failure, attempt
+from gptray.jobs.folders.remote_data import tokens_on_node
 from gptray.model.adapter_files import load_adapted
 from gptray.model.gpt import GPT
 from gptray.model.gpu_faults import check_gpu, memory_told

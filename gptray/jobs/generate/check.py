@@ -19,7 +19,7 @@ from gptray.jobs.adapters import (
     with_adapters,
 )
 from gptray.jobs.base import Mistakes
-from gptray.jobs.cluster import check_resources
+from gptray.jobs.cluster.connection import check_resources
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.generate.output_plan import check_overlap
 from gptray.jobs.models import find_model, for_workers

@@ -20,16 +20,16 @@ from gptray.config import Config, ModelConfig, RunFailed, override
 from gptray.generation.batch import Progress
 from gptray.generation.loading import faster_decoder
 from gptray.hub import first_line
-from gptray.jobs.actors import Crew, Member, Ref, answers_in
-from gptray.jobs.bar import Bar
-from gptray.jobs.doing import doing
+from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
+from gptray.jobs.cluster.ray_metrics import Exporter
+from gptray.jobs.cluster.resources import Resources, labelled_nodes, worker_resources
+from gptray.jobs.cluster.tasks import Failure, attempt, result_of
 from gptray.jobs.generate.check import engine_compute
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import UNDECIDED
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.jobs.ray_metrics import Exporter
-from gptray.jobs.resources import Resources, labelled_nodes, worker_resources
-from gptray.jobs.tasks import Failure, attempt, result_of
+from gptray.jobs.progress.bar import Bar
+from gptray.jobs.progress.doing import doing
 from gptray.jobs.train.watch import duration
 from gptray.model.shape import read_shape
 from gptray.native.measured import Choice

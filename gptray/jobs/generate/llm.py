@@ -17,9 +17,9 @@ from gptray.generation.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
-from gptray.jobs.doing import doing
 from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
 from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.jobs.progress.doing import doing
 from gptray.model.gpu_faults import memory_told
 from gptray.model.usage import Usage
 

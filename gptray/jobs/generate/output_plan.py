@@ -34,7 +34,7 @@ from gptray.files import (
     storing,
 )
 from gptray.jobs.adapters import adapter_sha256
-from gptray.jobs.driver_lock import LOCK, is_held
+from gptray.jobs.folders.driver_lock import LOCK, is_held
 from gptray.model.usage import Usage
 from gptray.stored import Unreadable, read_object
 

@@ -17,14 +17,14 @@ from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
 from gptray.files import is_uri
 from gptray.jobs.base import Job, Plan
-from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.doing import doing
+from gptray.jobs.cluster.connection import ray_cluster
+from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.engine_plan import build_engine_backend, planned_backend, planned_memory
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import Output, scan_input
 from gptray.jobs.generate.remote_output import output_kind
-from gptray.jobs.next_steps import resumable, tell
-from gptray.jobs.shared_storage import check_shared
+from gptray.jobs.progress.doing import doing
+from gptray.jobs.progress.next_steps import resumable, tell
 from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")

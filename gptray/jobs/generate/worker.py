@@ -16,8 +16,8 @@ from gptray.config import Config
 from gptray.files import cache_folder, is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine, pack_adapter
+from gptray.jobs.cluster.tasks import Failure, attempt
 from gptray.jobs.generate.remote_output import publish_part
-from gptray.jobs.tasks import Failure, attempt
 from gptray.model.adapter import Base
 from gptray.model.gpu_faults import memory_told
 from gptray.model.shape import model_folder

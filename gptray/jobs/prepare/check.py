@@ -23,8 +23,8 @@ from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tok
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.hub import NotOnHub
 from gptray.jobs.base import Mistakes, Plan
+from gptray.jobs.folders.places import check_storage
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
-from gptray.jobs.places import check_storage
 from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")

@@ -19,7 +19,7 @@ from gptray.data.split_plan import ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.work import UnitScan, scan
 from gptray.files import storing
-from gptray.jobs.tasks import map_items
+from gptray.jobs.cluster.tasks import map_items
 
 log = logging.getLogger("gptray")
 _NAMED_FILES = 5  # how many files messages name

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.doing import doing
+from gptray.jobs.cluster.connection import ray_cluster
+from gptray.jobs.cluster.ray_messages import why_ended
+from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.engine_plan import build_engine_backend
-from gptray.jobs.next_steps import tell
-from gptray.jobs.ray_messages import why_ended
+from gptray.jobs.progress.doing import doing
+from gptray.jobs.progress.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
 from gptray.jobs.serve.worker import bound
-from gptray.jobs.shared_storage import check_shared
 from gptray.native.measured import NAMES
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from prometheus_client.parser import text_string_to_metric_families
 
 from gptray.config import Config, RunFailed, UserError, override
+from gptray.jobs.cluster.ray_metrics import METRICS, Exporter
+from gptray.jobs.cluster.resources import worker_resources
 from gptray.jobs.engine_plan import check_engine_backend
-from gptray.jobs.ray_metrics import METRICS, Exporter
-from gptray.jobs.resources import worker_resources
 from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
 
 if TYPE_CHECKING:

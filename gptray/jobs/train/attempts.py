@@ -16,8 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
-from gptray.jobs.cluster_nodes import alive_nodes, free_resources, has_labels, nodes_being_preempted
-from gptray.jobs.resources import room
+from gptray.jobs.cluster.cluster_nodes import (
+    alive_nodes,
+    free_resources,
+    has_labels,
+    nodes_being_preempted,
+)
+from gptray.jobs.cluster.resources import room
 from gptray.jobs.train.trainer import recurs
 from gptray.wording import count
 

@@ -14,19 +14,19 @@ from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster import check_training
-from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
-from gptray.jobs.remote_run import download_run
-from gptray.jobs.resuming import (
+from gptray.jobs.cluster.connection import check_training
+from gptray.jobs.folders.remote_run import download_run
+from gptray.jobs.folders.resuming import (
     check_free,
     check_not_landing,
     check_records,
     check_resumable,
     is_finished,
 )
-from gptray.jobs.run_folder import resolve, run_dir, seen_at
-from gptray.jobs.trackers import check_trackers
+from gptray.jobs.folders.run_folder import resolve, run_dir, seen_at
+from gptray.jobs.other_texts import OtherTexts, check_also
+from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
+from gptray.jobs.progress.trackers import check_trackers
 from gptray.jobs.train.given_models import (
     check_base,
     check_teachers,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 
-from gptray.jobs.cluster_nodes import alive_nodes, nodes_being_preempted
+from gptray.jobs.cluster.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event

@@ -17,23 +17,23 @@ from gptray.config import Config, RunFailed, UserError, expect_config
 from gptray.config.errors import WorkerFailed
 from gptray.files import cannot_write, is_file_error, storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import NO_SPARE_WORKERS, ray_answers, ray_cluster
-from gptray.jobs.driver_lock import held
+from gptray.jobs.cluster.connection import NO_SPARE_WORKERS, ray_answers, ray_cluster
+from gptray.jobs.cluster.own_ray import is_own_ray
+from gptray.jobs.cluster.ray_messages import why_ended
+from gptray.jobs.cluster.resources import check_cluster, worker_resources
+from gptray.jobs.cluster.shared_storage import check_shared_by_training
+from gptray.jobs.cluster.tasks import Failure
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.origin import reachable
+from gptray.jobs.folders.remote_run import publishing
+from gptray.jobs.folders.resuming import command, how_to_train_longer, save_config
+from gptray.jobs.folders.run_folder import outcome, seen_at, set_ray_snapshot_aside
 from gptray.jobs.models import CONFIG, has_model
-from gptray.jobs.next_steps import resumable, tell_run
-from gptray.jobs.origin import reachable
 from gptray.jobs.other_texts import prepared_also
-from gptray.jobs.own_ray import is_own_ray
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.ray_messages import why_ended
-from gptray.jobs.remote_run import publishing
-from gptray.jobs.reporter import Reporter
-from gptray.jobs.resources import check_cluster, worker_resources
-from gptray.jobs.resuming import command, how_to_train_longer, save_config
-from gptray.jobs.run_folder import outcome, seen_at, set_ray_snapshot_aside
-from gptray.jobs.shared_storage import check_shared_by_training
-from gptray.jobs.tasks import Failure
-from gptray.jobs.tracking import tracking_run
+from gptray.jobs.progress.next_steps import resumable, tell_run
+from gptray.jobs.progress.reporter import Reporter
+from gptray.jobs.progress.tracking import tracking_run
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import BUSY, CheckedTraining, check, check_data, plan
 from gptray.jobs.train.given_models import trained_facts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
-from gptray.jobs.origin import Origin
+from gptray.jobs.folders.origin import Origin
 from gptray.record import write_event
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from gptray.config.errors import WorkerFailed
-from gptray.jobs.cluster_nodes import HEAD
-from gptray.jobs.own_ray import is_own_ray
+from gptray.jobs.cluster.cluster_nodes import HEAD
+from gptray.jobs.cluster.own_ray import is_own_ray
 
 # Hands out Ray Data datasets, which are not used here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"

@@ -17,8 +17,8 @@ import torch
 
 from gptray.config import Config, RunFailed
 from gptray.data.scoring import Score
-from gptray.jobs.node_run import checkpoint_on_node
-from gptray.jobs.tasks import Failure, attempt
+from gptray.jobs.cluster.tasks import Failure, attempt
+from gptray.jobs.folders.node_run import checkpoint_on_node
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event

@@ -20,9 +20,9 @@ from typing import BinaryIO, Generic, TypeVar, cast
 from rich.progress import Progress, TaskID
 
 from gptray.evaluation.forgetting import change_sentence, changes_of
-from gptray.jobs.bar import new_task, progress_bar
-from gptray.jobs.doing import following, so_far, telling
-from gptray.jobs.ray_metrics import Exporter
+from gptray.jobs.cluster.ray_metrics import Exporter
+from gptray.jobs.progress.bar import new_task, progress_bar
+from gptray.jobs.progress.doing import following, so_far, telling
 from gptray.record import (
     EVENT_FIELDS,
     EVENTS,

@@ -19,9 +19,9 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.jobs.node_run import RunOnNode, run_on_node
-from gptray.jobs.ray_metrics import Exporter, run_tag
-from gptray.jobs.shared_storage import check_seen
+from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
+from gptray.jobs.cluster.shared_storage import check_seen
+from gptray.jobs.folders.node_run import RunOnNode, run_on_node
 from gptray.jobs.train.notices import Notices
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask

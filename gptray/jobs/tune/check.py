@@ -16,14 +16,14 @@ from gptray.config.search_space import Entry
 from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster import check_training
+from gptray.jobs.cluster.connection import check_training
+from gptray.jobs.folders.remote_run import download_run
+from gptray.jobs.folders.resuming import check_free, check_resumable, command
+from gptray.jobs.folders.run_folder import resolve, run_dir, seen_at
 from gptray.jobs.models import CONFIG
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
-from gptray.jobs.remote_run import download_run
-from gptray.jobs.resuming import check_free, check_resumable, command
-from gptray.jobs.run_folder import resolve, run_dir, seen_at
-from gptray.jobs.trackers import check_trackers
+from gptray.jobs.progress.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_prompts
 from gptray.jobs.train.given_models import check_base, check_teachers, check_vocabulary
 from gptray.tuning.more_trials import ENOUGH, MORE, StoppedEarly, judges

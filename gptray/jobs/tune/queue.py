@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from gptray.config import RunFailed, override
 from gptray.data.tokens import TokenData
 from gptray.files import storing
-from gptray.jobs.origin import Origin
-from gptray.jobs.own_ray import is_own_ray
-from gptray.jobs.resources import trial_resources
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import seen_at
+from gptray.jobs.cluster.own_ray import is_own_ray
+from gptray.jobs.cluster.resources import trial_resources
+from gptray.jobs.folders.origin import Origin
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.jobs.tune.start import failed_trials

@@ -15,20 +15,20 @@ from pathlib import Path
 from gptray.config import Config, RunFailed, dump, expect_config, load_config, override
 from gptray.files import replacing, storing
 from gptray.jobs.base import Job
-from gptray.jobs.cluster import ray_cluster
-from gptray.jobs.driver_lock import held
+from gptray.jobs.cluster.connection import ray_cluster
+from gptray.jobs.cluster.resources import check_cluster
+from gptray.jobs.cluster.shared_storage import check_shared_by_training
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.origin import reachable
+from gptray.jobs.folders.remote_run import publishing
+from gptray.jobs.folders.resuming import command
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import CONFIG
-from gptray.jobs.next_steps import resumable
-from gptray.jobs.origin import reachable
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.remote_run import publishing
-from gptray.jobs.reporter import Reporter
-from gptray.jobs.resources import check_cluster
-from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import seen_at
-from gptray.jobs.shared_storage import check_shared_by_training
-from gptray.jobs.tracking import tracking_sweep
+from gptray.jobs.progress.next_steps import resumable
+from gptray.jobs.progress.reporter import Reporter
+from gptray.jobs.progress.tracking import tracking_sweep
 from gptray.jobs.tune.check import (
     BUSY,
     CheckedSweep,

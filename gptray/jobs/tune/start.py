@@ -9,9 +9,9 @@ from pathlib import Path
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.files import storing
+from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import CONFIG
-from gptray.jobs.resuming import save_config
-from gptray.jobs.run_folder import seen_at
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.training.checkpoint import newest_intact

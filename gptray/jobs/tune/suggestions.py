@@ -11,7 +11,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from gptray.config import Config, ConfigError
 from gptray.config.search_space import Entry
-from gptray.jobs.run_folder import seen_at
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.tuning.sweep_record import Record, load_trials
 from gptray.tuning.trial_plan import Planned, entries_of, plan_trial, score, trial_name
 

@@ -20,7 +20,7 @@ from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
 from gptray.files import storing
-from gptray.jobs.ray_messages import why_ended
+from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.train.task import TrialTask
 from gptray.jobs.tune.queue import SweepQueue
 from gptray.record import MetricsRow

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from gptray.config.keys import shown
 from gptray.data.difference import percent
-from gptray.jobs.doing import following, telling
-from gptray.jobs.ray_metrics import Exporter, run_tag
+from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
+from gptray.jobs.progress.doing import following, telling
 from gptray.jobs.train.watch import duration
 from gptray.record import read_events
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from gptray.jobs.doing import so_far, telling
+from gptray.jobs.progress.doing import so_far, telling
 
 # Columns of the drawn bar, and of a terminal that has room for it.
 BAR, WIDE = 24, 100

@@ -20,11 +20,11 @@ from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write, is_file_error
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.hub import first_line
-from gptray.jobs.doing import doing
-from gptray.jobs.own_ray import own_ray, shut_down
-from gptray.jobs.ray_messages import RayMessages
-from gptray.jobs.resources import gpu_workers
-from gptray.jobs.waiting import telling_waits
+from gptray.jobs.cluster.own_ray import own_ray, shut_down
+from gptray.jobs.cluster.ray_messages import RayMessages
+from gptray.jobs.cluster.resources import gpu_workers
+from gptray.jobs.cluster.waiting import telling_waits
+from gptray.jobs.progress.doing import doing
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 

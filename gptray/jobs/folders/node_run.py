@@ -17,12 +17,12 @@ from pathlib import Path
 
 from gptray.config import RunFailed
 from gptray.files import remove
-from gptray.jobs.doing import following
-from gptray.jobs.driver_folder import BLOCK_BYTES
-from gptray.jobs.fetching import checkpoint_of, fetch_checkpoint, fetch_run
-from gptray.jobs.origin import FolderAtDriver, Origin
-from gptray.jobs.publisher import RunPublisher, Sent, version_of
-from gptray.jobs.remote_data import tokens_here
+from gptray.jobs.folders.driver_folder import BLOCK_BYTES
+from gptray.jobs.folders.fetching import checkpoint_of, fetch_checkpoint, fetch_run
+from gptray.jobs.folders.origin import FolderAtDriver, Origin
+from gptray.jobs.folders.publisher import RunPublisher, Sent, version_of
+from gptray.jobs.folders.remote_data import tokens_here
+from gptray.jobs.progress.doing import following
 from gptray.jobs.train.task import TrainTask
 from gptray.node_cache import make_room
 from gptray.record import EVENTS, METRICS

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gptray.jobs.cluster_nodes import NoAnswer, alive_nodes, amount_words, ask
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, amount_words, ask
 
 log = logging.getLogger("gptray")
 

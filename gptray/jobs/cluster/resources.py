@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gptray.config import ComputeConfig, UserError
-from gptray.jobs.autoscaler import NodeType, grows, node_types, types_words
-from gptray.jobs.cluster_nodes import (
+from gptray.jobs.cluster.autoscaler import NodeType, grows, node_types, types_words
+from gptray.jobs.cluster.cluster_nodes import (
     Node,
     alive_nodes,
     amount_words,
@@ -15,8 +15,8 @@ from gptray.jobs.cluster_nodes import (
     labels_words,
     nodes_words,
 )
-from gptray.jobs.holders import held_by_command
-from gptray.jobs.own_ray import is_own_ray
+from gptray.jobs.cluster.holders import held_by_command
+from gptray.jobs.cluster.own_ray import is_own_ray
 
 # A worker's cores on a cluster that others use too, unless compute.cpus_per_worker says otherwise.
 MODERATE = 4

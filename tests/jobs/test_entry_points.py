@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptray.doors import DOCS, main
+from gptray.entry_points import DOCS, main
 from gptray.jobs.base import find_job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,20 +58,20 @@ def started(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("door", [by_script, by_module, by_console, by_name])
-def test_a_command_that_a_job_prints_starts_a_job_by_the_same_door(
-    tmp_path: Path, door: Callable[[Path, str], list[str]]
+@pytest.mark.parametrize("entry", [by_script, by_module, by_console, by_name])
+def test_a_command_that_a_job_prints_starts_a_job_in_the_same_way(
+    tmp_path: Path, entry: Callable[[Path, str], list[str]]
 ) -> None:
     storage = tmp_path / "my runs"
     (storage / "book").mkdir(parents=True)
     (storage / "book" / "config.yaml").write_text("name: book\n")
     words = ["generate.model=letters", f"storage_path={storage}", "sample.prompt=a"]
-    wrong = started([*door(tmp_path, "generate"), *words], tmp_path)
+    wrong = started([*entry(tmp_path, "generate"), *words], tmp_path)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     found = re.search(r"; ([^;]*) lists all runs", wrong.stderr)
     assert found, wrong.stderr
     command = shlex.split(found[1])
-    assert command == [*door(tmp_path, "runs"), f"storage_path={storage}"]
+    assert command == [*entry(tmp_path, "runs"), f"storage_path={storage}"]
     listed = started(command, tmp_path)
     assert listed.returncode == 0, listed.stderr
     assert '"name": "book"' in listed.stdout.splitlines()[-1]

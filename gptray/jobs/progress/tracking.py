@@ -21,7 +21,7 @@ from gptray.config import Config, TrackConfig, flatten, load_config
 from gptray.files import replacing
 from gptray.hub import first_line
 from gptray.jobs.models import CONFIG
-from gptray.jobs.trackers import Ending, Point, Session, TrackedRun, open_session
+from gptray.jobs.progress.trackers import Ending, Point, Session, TrackedRun, open_session
 from gptray.record import MetricsRow, curves, read_metrics
 from gptray.signals import failure
 from gptray.stored import parse_json

@@ -15,9 +15,9 @@ from gptray.evaluation.model_commands import model_commands
 from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf
 from gptray.jobs.adapters import adapter_arguments
+from gptray.jobs.folders.resuming import command
+from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import has_model, storage_of
-from gptray.jobs.resuming import command
-from gptray.jobs.run_folder import seen_at
 from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.sentence import sentence

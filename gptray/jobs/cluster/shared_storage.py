@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import check_writable, expanded, is_uri, no_empty_folders, open_regular, storing
-from gptray.jobs.cluster_nodes import NoAnswer, alive_nodes, ask
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, ask
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from gptray.config import RunFailed, UserError
-from gptray.jobs.cluster_nodes import alive_nodes
-from gptray.jobs.doing import so_far, telling
-from gptray.jobs.ray_metrics import Exporter
-from gptray.jobs.waiting import await_core
+from gptray.jobs.cluster.cluster_nodes import alive_nodes
+from gptray.jobs.cluster.ray_metrics import Exporter
+from gptray.jobs.cluster.waiting import await_core
+from gptray.jobs.progress.doing import so_far, telling
 
 log = logging.getLogger("gptray")
 

@@ -1,8 +1,8 @@
 """Runs and sweeps whose home is an object store: made in a local folder, published as they go.
 
 The store is the source of truth: before a run starts, the local folder is made equal to it. While
-it trains, changes are published (`gptray.jobs.publisher`). If the machine is lost, steps after the
-last published checkpoint are trained again, to the same bits.
+it trains, changes are published (`gptray.jobs.folders.publisher`). If the machine is lost, steps
+after the last published checkpoint are trained again, to the same bits.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import is_uri
-from gptray.jobs.driver_lock import held
-from gptray.jobs.fetching import fetch_run
-from gptray.jobs.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
-from gptray.jobs.run_folder import run_dir, seen_at
+from gptray.jobs.folders.driver_lock import held
+from gptray.jobs.folders.fetching import fetch_run
+from gptray.jobs.folders.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
+from gptray.jobs.folders.run_folder import run_dir, seen_at
 from gptray.lease import Lease, leased
 from gptray.manifest import MANIFEST
 from gptray.node_cache import hold, make_room, set_published

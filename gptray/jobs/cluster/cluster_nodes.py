@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from gptray.hub import first_line
-from gptray.jobs.doing import telling
+from gptray.jobs.progress.doing import telling
 from gptray.wording import count
 
 HEAD = "node:__internal_head__"  # a resource that only the head has

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gptray.files import cached_as, remove, storing
-from gptray.jobs.publisher import Home, Sent, Version, is_hidden, version_of
+from gptray.jobs.folders.publisher import Home, Sent, Version, is_hidden, version_of
 from gptray.manifest import MANIFEST, files_damage
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step

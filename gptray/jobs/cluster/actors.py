@@ -15,7 +15,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import ray
 
 from gptray.config import RunFailed, UserError
-from gptray.jobs.ray_messages import why_ended
+from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.wording import count
 
 log = logging.getLogger("gptray")

@@ -17,10 +17,10 @@ from gptray.config import Config, RunFailed, UserError, dump, flatten, load_conf
 from gptray.config.keys import shown, written
 from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
-from gptray.jobs.driver_lock import LOCK, is_held
+from gptray.jobs.folders.driver_lock import LOCK, is_held
+from gptray.jobs.folders.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
+from gptray.jobs.folders.run_folder import free_keys, run_dir, seen_at
 from gptray.jobs.models import CONFIG, TOKENIZER
-from gptray.jobs.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
-from gptray.jobs.run_folder import free_keys, run_dir, seen_at
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,

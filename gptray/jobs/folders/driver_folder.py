@@ -1,8 +1,9 @@
 """Gives workers on other nodes access, through Ray, to a run's folder on the driver's node.
 
 A run whose storage is an object store is made in a folder on the driver's node and published from
-there (`gptray.jobs.remote_run`). Other nodes do not see that folder: an actor on the driver's node
-reads and writes it for them. Files that a worker sends appear atomically, as if written locally.
+there (`gptray.jobs.folders.remote_run`). Other nodes do not see that folder: an actor on the
+driver's node reads and writes it for them. Files that a worker sends appear atomically, as if
+written locally.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from gptray.config import RunFailed
 from gptray.files import append, remove, storing
-from gptray.jobs.fetching import checkpoint_of
-from gptray.jobs.publisher import Version, is_hidden, version_of
-from gptray.jobs.tasks import Failure, attempt
+from gptray.jobs.cluster.tasks import Failure, attempt
+from gptray.jobs.folders.fetching import checkpoint_of
+from gptray.jobs.folders.publisher import Version, is_hidden, version_of
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, write_event
 from gptray.training.checkpoint import find_checkpoints, newest_intact

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptray.jobs.cluster_nodes import amount_words, total
+from gptray.jobs.cluster.cluster_nodes import amount_words, total
 
 if TYPE_CHECKING:
     from ray.core.generated.gcs_pb2 import ActorTableData
