@@ -15,6 +15,28 @@ namespace {
 
 ABI_TYPE(Line, "words")
 
+template <ValueAndSlope of(Floats)>
+void linear_with_slope(const uint16_t *x, const float *w, const float *b, uint16_t *y,
+                       uint16_t *slope, Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2, WithSlope<of>{{{y, N, b}, slope, {}}});
+    end_streams();  // after store_stream
+  }
+}
+
+template <Gated of(Floats, Floats)>
+void linear_with_gates(const uint16_t *x, const float *w, const float *b, uint16_t *y,
+                       uint16_t *slopes, Line *work, int M, int N, int K, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    pack_gated_rows(w, (Words *)work, N, K);
+    multiply((const int32_t *)x, (Words *)work, M, K / 2, WithGates<of>{{{y, N, b}, slopes, {}}});
+    end_streams();
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -33,62 +55,32 @@ void linear(const uint16_t *x, const float *w, const float *b, uint16_t *y, Line
 // y = GPT-2's GELU of x w^T + b, and its slope; the rest as `linear`.
 void linear_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
                  Line *work, int M, int N, int K, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithSlope<gelu_and_slope>{{{y, N, b}, slope, {}}});
-    end_streams();  // after store_stream
-  }
+  linear_with_slope<gelu_and_slope>(x, w, b, y, slope, work, M, N, K, threads);
 }
 
 // The same with the exact GELU.
 void linear_exact_gelu(const uint16_t *x, const float *w, const float *b, uint16_t *y,
                        uint16_t *slope, Line *work, int M, int N, int K, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithSlope<exact_gelu_and_slope>{{{y, N, b}, slope, {}}});
-    end_streams();
-  }
+  linear_with_slope<exact_gelu_and_slope>(x, w, b, y, slope, work, M, N, K, threads);
 }
 
 // The same with ReLU.
 void linear_relu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slope,
                  Line *work, int M, int N, int K, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    pack_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithSlope<relu_and_slope>{{{y, N, b}, slope, {}}});
-    end_streams();
-  }
+  linear_with_slope<relu_and_slope>(x, w, b, y, slope, work, M, N, K, threads);
 }
 
 // y (M, N) = SwiGLU of x (M, K) w (2 N, K)^T + b (2 N), and its slopes (M, 2 N), gates before
 // inputs; the rest as `linear`. work: 2 N columns, each half rounded up to 32, K / 2 words.
 void linear_swiglu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slopes,
                    Line *work, int M, int N, int K, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    pack_gated_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithGates<swiglu>{{{y, N, b}, slopes, {}}});
-    end_streams();
-  }
+  linear_with_gates<swiglu>(x, w, b, y, slopes, work, M, N, K, threads);
 }
 
 // Like `linear_swiglu`, with GEGLU.
 void linear_geglu(const uint16_t *x, const float *w, const float *b, uint16_t *y, uint16_t *slopes,
                   Line *work, int M, int N, int K, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    pack_gated_rows(w, (Words *)work, N, K);
-    multiply((const int32_t *)x, (Words *)work, M, K / 2,
-             WithGates<geglu>{{{y, N, b}, slopes, {}}});
-    end_streams();
-  }
+  linear_with_gates<geglu>(x, w, b, y, slopes, work, M, N, K, threads);
 }
 
 // dx (M, K) = dy (M, N) w (N, K); N even. work: K columns, N / 2 words.
