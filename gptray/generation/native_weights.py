@@ -29,13 +29,6 @@ QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4, "iq4_nl": abi.IQ4_NL}
 ARENA_BYTES = 32 << 20
 # Bytes of a cache line, on which every weight begins.
 ALIGNMENT = 64
-ACTIVATIONS = {
-    "gelu_new": abi.GELU_TANH,
-    "gelu": abi.GELU,
-    "relu": abi.RELU,
-    "swiglu": abi.SWIGLU,
-    "geglu": abi.GEGLU,
-}
 
 
 class Arena:
@@ -93,7 +86,7 @@ class NativeWeights:
             config.n_head,
             config.kv_heads,
             config.head_width,
-            ACTIVATIONS[config.mlp],
+            abi.ACTIVATIONS[config.mlp],
             config.residual,
             config.parallel_residual,
             config.wide_qk_norm,

@@ -27,10 +27,8 @@ from gptray.model.kernel_calls import (
     weight_gradients,
 )
 from gptray.model.operator import Given, Operator
-from gptray.native.abi import GEGLU, GELU, GELU_TANH, NONE, RELU, SWIGLU
+from gptray.native.abi import ACTIVATIONS, GEGLU, NONE, SWIGLU
 
-_ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "relu": RELU}
-_ACTIVATIONS |= {"swiglu": SWIGLU, "geglu": GEGLU}
 _GATED = (SWIGLU, GEGLU)
 
 
@@ -42,7 +40,7 @@ def linear(x: Tensor, layer: FrozenLayer) -> Tensor:
 def mlp(x: Tensor, first: FrozenLayer, second: FrozenLayer, *, kind: str) -> Tensor:
     """Two layers with `gptray.model.layers.activation` of a kind between them."""
     tensors, constants = first.tensors + second.tensors, first.constants + second.constants
-    numbers = [float(_ACTIVATIONS[kind]), *first.numbers, *second.numbers]
+    numbers = [float(ACTIVATIONS[kind]), *first.numbers, *second.numbers]
     return _MLP([x, *tensors], constants, numbers)
 
 

@@ -26,6 +26,7 @@ RANK_STEP = 4
 NORM_PARTS = 32
 FP32, BF16, INT8, INT4, IQ4_NL = range(5)
 NONE, GELU_TANH, GELU, RELU, SWIGLU, GEGLU = range(6)
+ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "relu": RELU, "swiglu": SWIGLU, "geglu": GEGLU}
 
 
 class _Pointer(c_void_p):
