@@ -185,7 +185,7 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Values]]:
             if not line.strip():
                 continue
             try:
-                yield number, json_object(line.rstrip(), object_pairs_hook=_object)
+                yield number, json_object(line, object_pairs_hook=_object)
             except ValueError as error:
                 raise UserError(f"{file.name}:{number}: {error}") from None
 

@@ -133,7 +133,7 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
 def _json_text(raw: bytes | str, text_column: str) -> Part:
     if not raw.strip():
         return EMPTY_ROW
-    return _json_row(json_object(raw.rstrip()), text_column)
+    return _json_row(json_object(raw), text_column)
 
 
 def _json_row(row: dict[str, object], text_column: str) -> Part:

@@ -70,7 +70,8 @@ def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, objec
     hooks: those of `json.loads`, to refuse more than it does.
     """
     try:
-        row = json.loads(raw, **hooks)
+        # Without the line's end, behind which the place of an error would be on the next line.
+        row = json.loads(raw.rstrip(), **hooks)
     except UnicodeDecodeError as error:
         raise ValueError(undecodable(error)) from None
     except json.JSONDecodeError as error:
