@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from gptray.hub import first_line
+from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.progress.doing import telling
 from gptray.wording import count
 
@@ -187,7 +188,7 @@ def ask(
 
 
 def _cause(error: Exception) -> str:
-    """The line of a Ray error that names the cause: the last one that names an exception."""
+    """A full memory, or the line of a Ray error that names the cause: the last exception's."""
     lines = [line.strip() for line in str(error).splitlines()]
     named = [line for line in lines if line.partition(":")[0].endswith("Error") and ": " in line]
-    return named[-1] if named else first_line(error)
+    return why_ended(error, otherwise=named[-1] if named else first_line(error))

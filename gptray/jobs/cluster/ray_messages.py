@@ -8,7 +8,7 @@ import re
 import sys
 import time
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("gptray")
 
 # When a node's memory is nearly full, Ray kills the process that it can best repeat.
 _FULL_MEMORY = re.compile(

@@ -15,6 +15,7 @@ from gptray.config import Config, RunFailed
 from gptray.files import cached_as, is_uri, replacing, storing
 from gptray.hub import first_line
 from gptray.jobs.cluster.own_ray import is_own_ray
+from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder, Writer
 from gptray.node_cache import hold
@@ -43,9 +44,14 @@ class Origin:
 
         try:
             answer: object = ray.get(_actor(self.actor).call.remote(method, *arguments))
-        except (ray.exceptions.RayActorError, ValueError) as error:  # no actor of that name
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.OutOfMemoryError,
+            ValueError,  # no actor of that name
+        ) as error:
+            why = why_ended(error, otherwise=first_line(error))
             raise RunFailed(
-                f"the driver's node does not answer: {first_line(error)}; the same command resumes"
+                f"the driver's node does not answer: {why}; the same command resumes"
             ) from error
         return result_of(answer)
 

@@ -21,6 +21,7 @@ from gptray.generation.batch import Progress
 from gptray.generation.loading import faster_decoder
 from gptray.hub import first_line
 from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
+from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.cluster.resources import Resources, labelled_nodes, worker_resources
 from gptray.jobs.cluster.tasks import Failure, attempt, result_of
@@ -262,7 +263,8 @@ def _chosen_elsewhere(
         outcome: Choice | Failure = ray.get(actor.choose.remote(config, shape, threads))
     except ray.exceptions.RayError as error:
         raise RunFailed(
-            f"choosing generate.backend failed: {first_line(error)}; set it to native or torch"
+            f"choosing generate.backend failed: {why_ended(error, otherwise=first_line(error))}; "
+            "set it to native or torch"
         ) from None
     finally:
         ray.kill(actor)
