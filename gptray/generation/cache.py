@@ -44,7 +44,7 @@ class Cache:
     def fit(self, tokens: int, used: int) -> None:
         """Make room for sequences of `tokens`, keeping what slots 0 .. used - 1 hold.
 
-        Without the memory for it, raises OutOfMemoryError and goes on as before.
+        Raises OutOfMemoryError if there is no memory for it; the cache then stays as it was.
         """
         length = _rounded(tokens)
         # A sequence that ends often makes way for one as long: do not shrink for a little.

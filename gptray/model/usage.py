@@ -40,9 +40,11 @@ class Usage:
         generation = {}
         if (folder / GENERATION).is_file():
             generation = read_foreign(folder / GENERATION)
-        given = read_foreign(folder / _CONFIG).get("model_type")
+        config = read_foreign(folder / _CONFIG)
+        given = config.get("model_type")
         model_type = given if isinstance(given, str) else None
-        return cls(generation, _eos_ids(folder, generation), _chat_template(folder), model_type)
+        eos_ids = _eos_ids(folder, generation, config)
+        return cls(generation, eos_ids, _chat_template(folder), model_type)
 
     def bos_id(self, default: int | None) -> int | None:
         """The token that begins a text, by generation_config.json."""
@@ -64,12 +66,13 @@ def one_or_all(ids: list[int]) -> int | list[int] | None:
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
-def _eos_ids(folder: Path, generation: Mapping[str, object]) -> tuple[int, ...]:
+def _eos_ids(
+    folder: Path, generation: Mapping[str, object], config: Mapping[str, object]
+) -> tuple[int, ...]:
     """The end-of-text ids, from generation_config.json or else config.json."""
     path, given = folder / GENERATION, generation.get("eos_token_id")
     if given is None:
-        path = folder / _CONFIG
-        given = read_foreign(path).get("eos_token_id")
+        path, given = folder / _CONFIG, config.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(map(is_whole, ids)):
         raise UserError(
