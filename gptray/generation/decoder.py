@@ -51,6 +51,11 @@ class Piece:
         """How many rows of logits the piece returns."""
         return len(self.tokens) if self.scored else 1
 
+    @property
+    def stop(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.tokens)
+
 
 class StepRows:
     """A step's N tokens, a row each: the decoding sequences' first, then those of each piece.

@@ -58,15 +58,15 @@ class Engine:
         self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
         utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
-        self._waiting: deque[Sequence] = deque()
-        # Decoding sequences hold slots 0, 1, ...; one in the middle of its prompt the slot after.
+        # Decoding sequences hold slots 0, 1, ...; the slot after them is the first waiting one's as
+        # soon as a part of its prompt has been read.
         self._decoding: list[Sequence] = []
-        self._reading: Sequence | None = None
+        self._waiting: deque[Sequence] = deque()
 
     @property
     def busy(self) -> bool:
         """Whether there is work for a step."""
-        return bool(self._decoding or self._waiting or self._reading)
+        return bool(self._decoding or self._waiting)
 
     @property
     def running(self) -> int:
@@ -76,7 +76,12 @@ class Engine:
     @property
     def waiting(self) -> int:
         """How many sequences wait for a slot."""
-        return len(self._waiting)
+        return len(self._waiting) - (self._reading is not None)
+
+    @property
+    def _reading(self) -> Sequence | None:
+        """The sequence that is in the middle of its prompt, if any."""
+        return self._waiting[0] if self._waiting and self._waiting[0].read else None
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
         """Pack an adapter for sequences of this engine, see `Network.pack`; not for "graph"."""
@@ -132,12 +137,14 @@ class Engine:
         running, and the next step tries again.
         """
         reading = self._schedule_prompts()
-        decoding = [(s.history[-1], len(s.history) - 1) for s in self._decoding]
-        if not decoding and not reading:
+        if not self._decoding and not reading:
             return []
-        pieces, adapters = [piece for _, piece in reading], [one.adapter for one in self._decoding]
         try:
-            logits = self._network.step(decoding, pieces, adapters=adapters)
+            logits = self._network.step(
+                [(sequence.history[-1], len(sequence.history) - 1) for sequence in self._decoding],
+                [piece for _, piece in reading],
+                adapters=[sequence.adapter for sequence in self._decoding],
+            )
         except BaseException as error:
             return self._end_guilty(error, reading)
         logits = self._take_prompts(logits, reading)
@@ -165,30 +172,25 @@ class Engine:
 
         Prompts are read one after another: only the last piece can leave its prompt unfinished.
         """
-        taken: list[tuple[Sequence, Piece]] = []
-        slot, tokens, scored = len(self._decoding), 0, 0
+        reading: list[tuple[Sequence, Piece]] = []
+        tokens = scored = 0
         longest, most = self._network.piece_tokens, self._network.prompt_tokens
         # A scored piece needs the logits after every token, which are large.
         longest_scored = max(1, SCORED_BYTES // (4 * self.vocab_size))
         most_scored = min(longest_scored, PROMPT_TOKENS)
-        while tokens < most and scored < most_scored and slot < self.max_batch_size:
-            sequence = self._reading
-            if sequence is None:
-                if not self._waiting:
-                    break
-                sequence = self._waiting.popleft()
+        slots = range(len(self._decoding), self.max_batch_size)
+        for slot, sequence in zip(slots, self._waiting, strict=False):
+            if tokens >= most or scored >= most_scored:
+                break
             is_scored = sequence.prompt_logprobs is not None
             size = min(longest, longest_scored) if is_scored else longest
             piece = sequence.next_piece(slot, size)
-            taken.append((sequence, piece))
+            reading.append((sequence, piece))
             tokens += len(piece.tokens)
-            scored += piece.logits if is_scored else 0
-            if sequence.is_reading:
-                self._reading = sequence
+            scored += len(piece.tokens) if is_scored else 0
+            if piece.stop < sequence.prompt_tokens:
                 break
-            self._reading = None
-            slot += 1
-        return taken
+        return reading
 
     def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
         """Score prompts where asked, and let those read to their end decode.
@@ -202,8 +204,9 @@ class Engine:
             if piece.scored:
                 sequence.score(piece, logits[row : row + piece.logits], self._network.top)
             row += piece.logits
+            sequence.read = piece.stop
             if not sequence.is_reading:
-                self._decoding.append(sequence)
+                self._decoding.append(self._waiting.popleft())
                 drawing.append(row - 1)
         is_start = drawing == list(range(len(drawing)))
         return logits[: len(drawing)] if is_start else logits[drawing]
@@ -213,36 +216,24 @@ class Engine:
     ) -> list[Sequence]:
         """End the sequences that fail even alone; raise the error if none is to blame.
 
-        reading: the pieces that were not read; their prompts read them again. Returns all sequences
-        that have ended, including those whose prompt could not be scored in the same step.
+        reading: the pieces that the failed step was to read. Returns all sequences that have ended,
+        including those whose prompt could not be scored in the same step.
         """
         is_common = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        guilty = isinstance(error, Exception) and not is_common and self._blame(reading)
-        held = [*self._decoding, *(sequence for sequence, _ in reading)]
-        if reading:
-            self._reading = None
-        elif self._reading is not None:
-            held.append(self._reading)
-        for sequence, piece in reversed(reading):
-            sequence.read = piece.start
-            if sequence.ended:
-                continue
-            if piece.start:
-                self._reading = sequence
-            else:
-                self._waiting.appendleft(sequence)
-        if not guilty:
+        if is_common or not isinstance(error, Exception) or not self._blame(reading):
             raise error
+        ended = [one for one in (*self._decoding, *self._waiting) if one.ended]
+        self._waiting = deque(one for one in self._waiting if not one.ended)
         self._release()
         self._scrub()
-        return [sequence for sequence in held if sequence.ended]
+        return ended
 
     def _blame(self, reading: list[tuple[Sequence, Piece]]) -> bool:
         """Fail the sequences that raise an exception alone; whether there are any."""
-        last = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
+        pieces = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
         guilty = [
             (sequence, piece, fault)
-            for sequence, piece in last + reading
+            for sequence, piece in pieces + reading
             if (fault := self._fault(sequence, piece))
         ]
         # If even the shortest prompt fails, every other will.
@@ -256,7 +247,7 @@ class Engine:
         """The error that a piece raises if run alone, or the token drawn after it; None if none."""
         try:
             logits = self._network.step([], [piece], alone=True)
-            if sequence is not None and not sequence.is_reading:
+            if sequence is not None and piece.stop >= sequence.prompt_tokens:
                 sequence.set_mask()
                 self._network.draw(logits[-1:], [sequence])
         except Exception as error:
@@ -265,22 +256,17 @@ class Engine:
 
     def _release(self) -> None:
         """Remove ended sequences; those in the last slots move into the freed ones."""
-        if self._reading is not None and self._reading.ended:
-            self._reading = None
-        if self._reading is None:
-            while self._decoding and self._decoding[-1].ended:
-                self._decoding.pop()
-        slot = 0
-        while slot < len(self._decoding):
-            if not self._decoding[slot].ended:
-                slot += 1
-                continue
-            last = self._decoding.pop()
-            if slot < len(self._decoding):
-                self._decoding[slot] = last
-                self._network.move(len(self._decoding), slot, len(last.history))
-            if self._reading is not None:
-                self._network.move(len(self._decoding) + 1, len(self._decoding), self._reading.read)
+        if self._waiting and self._waiting[0].ended:
+            self._waiting.popleft()
+        used = len(self._decoding)
+        for slot in reversed(range(used)):
+            if self._decoding[slot].ended:
+                last = self._decoding.pop()
+                if slot < len(self._decoding):
+                    self._decoding[slot] = last
+                    self._network.move(len(self._decoding), slot, len(last.history))
+        if self._reading is not None and len(self._decoding) < used:
+            self._network.move(used, len(self._decoding), self._reading.read)
 
     def _scrub(self) -> None:
         """Clear what failed sequences left in the cache: a NaN there would reach the next one."""

@@ -119,12 +119,10 @@ class Sequence:
         return self.read < self.prompt_tokens
 
     def next_piece(self, slot: int, tokens: int) -> Piece:
-        """The next piece of the prompt, at most `tokens` long; counted as read from now on."""
-        start = self.read
-        part = self.history[start : start + tokens]
-        self.read += len(part)
+        """The next piece of the prompt, at most `tokens` long."""
+        part = self.history[self.read : self.read + tokens]
         scored = self.prompt_logprobs is not None
-        return Piece(slot, start, part, scored=scored, adapter=self.adapter)
+        return Piece(slot, self.read, part, scored=scored, adapter=self.adapter)
 
     def last_piece(self, slot: int) -> Piece:
         """The last token alone: what a decoding step reads."""
