@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from generate import NEW_TOKENS, SHAPES, TOP_K, make_model
+from generate import NEW_TOKENS, SHAPES, TOP_K, hf_generate, hf_model, make_model
 from pyarrow import parquet
+from tiny import job_command
 
-ROOT = Path(__file__).resolve().parent.parent
 HF_BATCH = 32
 
 
@@ -44,30 +44,18 @@ def write_prompts(path: Path, count: int) -> None:
 
 def hf_script(model_dir: str, source: str, target: str) -> None:
     """Generate with transformers over padded batches, and write one Parquet file."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
         model_dir, padding_side="left", trust_remote_code=False
     )
     tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.bfloat16, trust_remote_code=False
-    )
-    model.eval()
+    model = hf_model(model_dir, "bf16")
     rows = parquet.read_table(source).to_pylist()
     for begin in range(0, len(rows), HF_BATCH):
         batch = rows[begin : begin + HF_BATCH]
         encoded = tokenizer([row["prompt"] for row in batch], return_tensors="pt", padding=True)
-        with torch.inference_mode():
-            out = model.generate(
-                **encoded,
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=True,
-                top_k=TOP_K,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+        out = hf_generate(model, encoded["input_ids"], NEW_TOKENS, encoded["attention_mask"])
         texts = tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :])
         for row, text in zip(batch, texts, strict=True):
             row["output"] = text
@@ -90,9 +78,8 @@ def measure(shape: str, count: int, rounds: int, settings: list[str]) -> dict[st
         write_prompts(folder / "prompts.parquet", count)
         for turn in range(rounds):
             taken, stdout = timed(
-                [
-                    sys.executable,
-                    str(ROOT / "jobs" / "generate.py"),
+                job_command(
+                    "generate",
                     f"generate.model={model_dir}",
                     f"generate.input_path={folder / 'prompts.parquet'}",
                     f"generate.output_path={folder / f'out-{turn}'}",
@@ -102,7 +89,7 @@ def measure(shape: str, count: int, rounds: int, settings: list[str]) -> dict[st
                     "sample.temperature=1",
                     f"sample.top_k={TOP_K}",
                     *settings,
-                ]
+                )
             )
             seconds["gptray"].append(taken)
             shares.append(json.loads(stdout.splitlines()[-1])["engine_share"])

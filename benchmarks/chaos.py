@@ -25,50 +25,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS, INTERVAL = 120, 10
+from tiny import TRAINED, finish, job_command, start, write_words
+
+STEPS = 120
 
 
 def command(storage: Path, name: str, text: Path, *, workers: int) -> list[str]:
     """The training command of a round: dropout, a checkpoint every ten steps."""
-    return [
-        sys.executable,
-        str(ROOT / "jobs" / "train.py"),
-        f"name={name}",
-        f"storage_path={storage}",
-        f"data.source={text}",
-        "data.tokenizer=char",
-        "model.n_layer=2",
-        "model.n_head=2",
-        "model.n_embd=64",
-        "model.n_positions=64",
-        "train.block_size=64",
-        "train.global_batch_size=8",
-        f"train.max_steps={STEPS}",
-        f"train.eval_interval={INTERVAL}",
-        "train.log_interval=1",
-        "train.patience=null",
-        f"compute.num_workers={workers}",
-        "compute.cpus_per_worker=1",
-        "sample.max_new_tokens=4",
-    ]
-
-
-def write_text(path: Path, rng: random.Random) -> None:
-    """Write enough sentences for some epochs."""
-    words = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
-    lines = (f"{' '.join(rng.choices(words, k=6))}.\n" for _ in range(3000))
-    path.write_text("".join(lines), "utf-8")
-
-
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(driver: subprocess.Popen[bytes]) -> None:
-    _, errors = driver.communicate()
-    if driver.returncode:
-        raise SystemExit(f"a round's training failed:\n{errors.decode()[-3000:]}")
+    return job_command(
+        *("train", f"name={name}", f"storage_path={storage}", f"data.source={text}", *TRAINED),
+        *(f"train.max_steps={STEPS}", "train.eval_interval=10", "train.log_interval=1"),
+        *("train.patience=null", f"compute.num_workers={workers}", "compute.cpus_per_worker=1"),
+    )
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -134,7 +102,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as folder:
         storage, text = Path(folder), Path(folder) / "text.txt"
-        write_text(text, rng)
+        write_words(text, rng)
         workers, more = 2, []
         if options.async_validation:
             workers, more = 1, ["train.async_validation=true"]

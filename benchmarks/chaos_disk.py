@@ -27,14 +27,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos import ROOT, rows, write_text
+from chaos import rows
 from pyarrow import parquet
+from tiny import TRAINED, job_command, write_words
 
 SIZE_MB, STEPS = 64, 60
-SHAPE = ["model.n_layer=2", "model.n_head=2", "model.n_embd=96", "model.n_positions=64"]
-SHAPE += ["train.block_size=64", "train.global_batch_size=8", "train.precision=fp32"]
-TRAIN = [*SHAPE, "data.tokenizer=char", f"train.max_steps={STEPS}", "train.eval_interval=10"]
-TRAIN += ["train.log_interval=1", "train.patience=null", "sample.max_new_tokens=4"]
+TRAIN = [*TRAINED, "model.n_embd=96", "train.precision=fp32", f"train.max_steps={STEPS}"]
+TRAIN += ["train.eval_interval=10", "train.log_interval=1", "train.patience=null"]
 SPACE = "tune.space=[{path: optim.lr, loguniform: [1e-3, 1e-2]}]"
 TUNE = [*TRAIN, SPACE, "tune.num_samples=3", "tune.max_concurrent_trials=1"]
 # For that shape, more bytes than a checkpoint, but fewer than a checkpoint and a model.
@@ -152,8 +151,7 @@ class Disk:
 
 def command(job: str, words: list[str], disk: Path) -> list[str]:
     named = dict(word.replace("{}", str(disk), 1).split("=", 1) for word in words)
-    arguments = [f"{key}={value}" for key, value in named.items()]
-    return [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *arguments]
+    return job_command(job, *(f"{key}={value}" for key, value in named.items()))
 
 
 def run(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -233,21 +231,17 @@ class Calm:
 
     def outcome(self, way: Way) -> dict[str, str]:
         """The digests of the way's undisturbed run."""
-        key = json.dumps([way.job, way.words, way.before])
-        if key not in self._made:
-            self._made[key] = self._folder / f"{len(self._made)}"
-            self._made[key].mkdir(parents=True)
-            self.before(way, self._made[key])
-            self._do(way.job, way.words, self._made[key])
-        return digests(self._made[key], way.compared)
+        made = self._once([*way.before, [way.job, *way.words]])
+        return digests(made, way.compared)
 
     def _once(self, jobs: list[list[str]]) -> Path:
+        """The storage in which these jobs have run, one after another."""
         key = json.dumps(jobs)
         if key not in self._made:
-            self._made[key] = self._folder / f"{len(self._made)}"
-            self._made[key].mkdir(parents=True)
+            self._made[key] = storage = self._folder / f"{len(self._made)}"
+            storage.mkdir(parents=True)
             for job, *words in jobs:
-                self._do(job, words, self._made[key])
+                self._do(job, words, storage)
         return self._made[key]
 
     def _do(self, job: str, words: list[str], storage: Path) -> None:
@@ -294,7 +288,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gd-") as name:
         folder = Path(name)
         text, prompts = folder / "text.txt", folder / "prompts.jsonl"
-        write_text(text, random.Random(0))
+        write_words(text, random.Random(0))
         lines = (json.dumps({"id": f"{n}", "prompt": f"ray {n}"}) + "\n" for n in range(300))
         prompts.write_text("".join(lines), "utf-8")
         calm = Calm(folder / "calm")

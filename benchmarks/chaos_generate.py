@@ -26,14 +26,12 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
+from tiny import WORDS, job_command
 
 from gptray.config import ModelConfig
 from gptray.data.tokenizer import train_bpe
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
-
-ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
 
 
 def make_model(folder: Path) -> None:
@@ -59,9 +57,8 @@ def write_prompts(path: Path, count: int, rng: random.Random) -> None:
 
 
 def command(folder: Path, output: Path, rows_per_file: int) -> list[str]:
-    return [
-        sys.executable,
-        str(ROOT / "jobs" / "generate.py"),
+    return job_command(
+        "generate",
         "--verbose",  # logs the engines' process ids
         f"generate.model={folder / 'model'}",
         f"generate.input_path={folder / 'prompts.jsonl'}",
@@ -72,7 +69,7 @@ def command(folder: Path, output: Path, rows_per_file: int) -> list[str]:
         "compute.cpus_per_worker=1",
         "compute.max_failures=-1",
         "sample.max_new_tokens=32",
-    ]
+    )
 
 
 class Driver:

@@ -15,21 +15,18 @@ import argparse
 import collections
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from pyarrow import parquet
+from tiny import TRAINED, finish, job_command, start, write_words
 
 from gptray.config import load_config
 from gptray.record import METRICS, read_rows
 from gptray.tuning.sweep_record import TRIALS, load_sweep, load_trials, trial_dir
 
-ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["ray", "train", "tune", "serve", "data", "actor", "task", "node", "driver", "worker"]
 SPACE = """[
   {path: optim.lr, choice: [3e-2, 1e-2, 1e-3, 1e20]},
   {path: model.dropout, uniform: [0, 0.3]},
@@ -39,41 +36,12 @@ SPACE = """[
 
 def command(storage: Path, name: str, text: Path) -> list[str]:
     """A sweep of eight short trials, two at a time, and three repetitions."""
-    return [
-        sys.executable,
-        str(ROOT / "jobs" / "tune.py"),
-        f"name={name}",
-        f"storage_path={storage}",
-        f"data.source={text}",
-        "data.tokenizer=char",
-        "model.n_layer=2",
-        "model.n_head=2",
-        "model.n_embd=64",
-        "model.n_positions=64",
-        "train.block_size=64",
-        "train.global_batch_size=8",
-        "train.max_steps=90",
-        "train.eval_interval=10",
-        "train.log_interval=5",
-        "optim.min_lr=0",
-        "optim.warmup_steps=5",
-        "sample.max_new_tokens=4",
-        f"tune.space={SPACE}",
-        "tune.num_samples=7",
-        "tune.replicates=1",
-    ]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
-    output, errors = driver.communicate()
-    if driver.returncode:
-        raise SystemExit(f"the sweep failed:\n{errors.decode()[-3000:]}")
-    result: dict[str, Any] = json.loads(output.decode().splitlines()[-1])
-    return result
+    return job_command(
+        *("tune", f"name={name}", f"storage_path={storage}", f"data.source={text}", *TRAINED),
+        *("train.max_steps=90", "train.eval_interval=10", "train.log_interval=5"),
+        *("optim.min_lr=0", "optim.warmup_steps=5"),
+        *(f"tune.space={SPACE}", "tune.num_samples=7", "tune.replicates=1"),
+    )
 
 
 def progress(sweep: Path) -> int:
@@ -150,8 +118,7 @@ def main() -> int:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="gptray-chaos-") as name:
         storage, text = Path(name), Path(name) / "text.txt"
-        lines = (f"{' '.join(rng.choices(WORDS, k=6))}.\n" for _ in range(3000))
-        text.write_text("".join(lines), "utf-8")
+        write_words(text, rng)
         finish(start(command(storage, "calm", text)))
         total = progress(storage / "calm")
         moments = sorted(rng.sample(range(int(0.9 * total)), options.kills))

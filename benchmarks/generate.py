@@ -133,14 +133,26 @@ def random_adapters(engine: Any, model_dir: str) -> list[Any]:
     ]
 
 
-def hf_generate(model: Any, ids: Any, new_tokens: int) -> Any:
+def hf_model(model_dir: str | Path, precision: str) -> Any:
+    """transformers' model of a folder, in fp32 or bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, trust_remote_code=False
+    )
+    return model.eval()
+
+
+def hf_generate(model: Any, ids: Any, new_tokens: int, mask: Any = None) -> Any:
     """transformers' output for prompts ids (B, T): exactly new_tokens more, sampled by top-k."""
     import torch
 
     with torch.inference_mode():
         return model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if mask is None else mask,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=True,
@@ -151,13 +163,8 @@ def hf_generate(model: Any, ids: Any, new_tokens: int) -> Any:
 
 def hf_run(model_dir: str, precision: str) -> Run:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype, trust_remote_code=False
-    )
-    model.eval()
+    model = hf_model(model_dir, precision)
 
     def run(batch: int, salt: int) -> None:
         out = hf_generate(model, torch.tensor(prompts(batch, salt)), NEW_TOKENS)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,9 +37,9 @@ from typing import Any
 
 from generate import ADAPTERS, RANK, SHAPES, make_model
 from serve_load import TOP_K, Answer, Window, asks, load
+from tiny import ROOT, free_port
 from turns import Contestant, answer
 
-ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("gptray", "engine", "app", "hf", "batch")
 BATCH_SIZE = 32
 START_S, STOP_S = 120.0, 60.0
@@ -86,9 +85,7 @@ def running_server(
     system: str, model_dir: str, *, weights: str = "none", **settings: Any
 ) -> Iterator[int]:
     """Run a server in its own process; yields its port once it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     if system == "gptray":
         settings |= {"model": model_dir, "port": port, "max_batch_size": BATCH_SIZE}
         command = ["jobs/serve.py", "generate.precision=bf16", f"quantize.weights={weights}"]

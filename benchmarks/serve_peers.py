@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from generate import hf_model
 
 BATCH_SIZE, BATCH_WAIT_S = 32, 0.2
 MAX_CLIENTS, EVENT_STEPS = 256, 8
@@ -31,12 +32,10 @@ class HuggingFace:
     """A transformers model that streams the tokens of each decoding step."""
 
     def __init__(self, model_dir: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.bfloat16, trust_remote_code=False
-        )
+        self._model = hf_model(model_dir, "bf16")
         self._model.generation_config.eos_token_id = None
 
     def generate(self, bodies: Sequence[Any], tell: Callable[[list[str]], None]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import socket
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from made_tokens import random_tokens
+from tiny import free_port
 from torch.multiprocessing.spawn import spawn
 
 from gptray.config import Config, load_config
@@ -107,11 +107,6 @@ def main() -> None:
         gib |= {f"{key}_to_ddp": round(gib[key] / ddp[key], 3) for key in tuple(gib)}
         print(f"{system:30} " + "  ".join(f"{key} {value}" for key, value in gib.items()))
     print(json.dumps({"peak_gib": result}))
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chaos import ROOT
-from tiny import make_tiny_model, tiny_text
+from tiny import TRAINED, free_port, job_command, make_tiny_model, tiny_text
 
 LIMIT_S, START_S = 10.0, 120.0
 MARK = "GPTRAY_STOPPING"
@@ -234,9 +232,7 @@ def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
     prompts = folder / "prompts.txt"
     prompts.write_text("the cat sat\n" * 400, "utf-8")
     tiny = [
-        *("data.tokenizer=char", "model.n_layer=2", "model.n_head=2", "model.n_embd=64"),
-        *("model.n_positions=64", "train.block_size=64", "train.global_batch_size=8"),
-        *("train.log_interval=1", "train.patience=null", "sample.max_new_tokens=4"),
+        *(*TRAINED, "train.log_interval=1", "train.patience=null"),
         *("train.max_steps=300", "train.eval_interval=10", "optim.warmup_steps=2"),
     ]
     space = folder / "space.yaml"
@@ -247,17 +243,7 @@ def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
     )
 
     def job(name: str, *words: str) -> list[str]:
-        return [
-            sys.executable,
-            str(ROOT / "jobs" / f"{name}.py"),
-            f"storage_path={folder}",
-            *words,
-        ]
-
-    def port() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return int(probe.getsockname()[1])
+        return job_command(name, f"storage_path={folder}", *words)
 
     source = f"data.source={text}"
     return {
@@ -275,7 +261,7 @@ def commands(folder: Path) -> dict[str, Callable[[int], list[str]]]:
             *(f"generate.output_path={folder}/out{n}", "sample.max_new_tokens=200"),
             *("generate.backend=torch", "sample.min_new_tokens=200"),
         ),
-        "serve": lambda n: job("serve", f"serve.model={model.parent}", f"serve.port={port()}"),
+        "serve": lambda n: job("serve", f"serve.model={model.parent}", f"serve.port={free_port()}"),
     }
 
 

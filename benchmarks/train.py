@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from made_tokens import random_tokens
 from torch import nn
 from turns import answer, median_ratio, take_turns
 
-from gptray.config import Config
+from gptray.config import Config, ModelConfig
+from gptray.model.hf_config import family_of, hf_config
 from gptray.model.shape import read_shape
 from gptray.training.loop import train_step
 from gptray.training.run import start
@@ -100,14 +102,13 @@ def gptray_step(
 ) -> Step:
     """gptray's own training step, including its batches and dropout seeds."""
     precision, _, backend = system.partition(":")
-    network, adapter = shape.network, dict[str, object]()
+    network = shape.network
     if adapted:
         network = read_shape(Path(adapted.base)).model_dump() | {"init_from": adapted.base}
-        adapter = {"rank": adapted.rank}
     config = Config.model_validate(
         {
             "model": network | {"dropout": 0.0},
-            "lora": adapter,
+            "lora": {"rank": adapted.rank} if adapted else {},
             "train": {
                 "global_batch_size": shape.batch_size,
                 "block_size": shape.block_size,
@@ -130,61 +131,15 @@ def gptray_step(
     return step
 
 
-def hf_gpt2(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: int) -> nn.Module:
-    """transformers' GPT-2 without dropout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def hf_network(shape: Shape) -> Any:
+    """transformers' GPT-2 or Llama of a shape, with a tied head and without dropout."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = GPT2Config(
-        n_layer=n_layer,
-        n_head=n_head,
-        n_embd=n_embd,
-        n_positions=block_size,
-        vocab_size=vocab_size,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model: nn.Module = GPT2LMHeadModel(config)
-    return model
-
-
-def hf_llama(shape: Shape) -> nn.Module:
-    """transformers' Llama with tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        num_hidden_layers=shape.n_layer,
-        num_attention_heads=shape.n_head,
-        num_key_value_heads=shape.n_kv_head,
-        hidden_size=shape.n_embd,
-        intermediate_size=shape.n_inner,
-        max_position_embeddings=shape.block_size,
-        vocab_size=shape.vocab_size,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
-
-
-def hf_network(shape: Shape) -> nn.Module:
-    """transformers' model of a shape."""
-    fields = shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size
-    return hf_llama(shape) if shape.n_kv_head else hf_gpt2(*fields)
-
-
-def save_base(shape: Shape, folder: str) -> None:
-    """Write a base model to adapt."""
-    from transformers import PreTrainedModel
-
-    network = hf_network(shape)
-    assert isinstance(network, PreTrainedModel)
-    network.save_pretrained(folder)
+    config = ModelConfig.model_validate(shape.network | {"dropout": 0.0})
+    kind = family_of(config)
+    fields: Any = hf_config(config, shape.vocab_size, kind, bos_token_id=0, eos_ids=[0])
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(AutoConfig.for_model(**fields, use_cache=False))
 
 
 def peft_network(adapted: Adapted) -> nn.Module:
@@ -222,21 +177,19 @@ def hf_step(shape: Shape, kind: str, adapted: Adapted | None, *, device: torch.d
     return step
 
 
-def timed(
-    system: str,
-    shape: Shape,
-    steps: int,
-    adapted: Adapted | None,
-    *,
-    compiled: bool,
-    device: str,
-) -> Timed:
-    """Build a system; return the function that runs its jobs."""
+def make_step(
+    system: str, shape: Shape, adapted: Adapted | None, *, compiled: bool, device: str
+) -> Step:
+    """Build a system's training step."""
     on = torch.device(device)
     if system.startswith("hf-"):
-        step = hf_step(shape, system.removeprefix("hf-"), adapted, device=on)
-    else:
-        step = gptray_step(shape, system, adapted, compiled=compiled, device=on)
+        return hf_step(shape, system.removeprefix("hf-"), adapted, device=on)
+    return gptray_step(shape, system, adapted, compiled=compiled, device=on)
+
+
+def timed(make: Callable[[], Step], steps: int) -> Timed:
+    """Make a step; return the function that runs its jobs."""
+    step = make()
 
     def run(job: int) -> float:
         if job == PEAK:
@@ -250,15 +203,7 @@ def timed(
     return run
 
 
-def timed_on_ray(
-    system: str,
-    shape: Shape,
-    steps: int,
-    adapted: Adapted | None,
-    *,
-    compiled: bool,
-    device: str,
-) -> Timed:
+def timed_on_ray(make: Callable[[], Step], steps: int) -> Timed:
     """`timed` in a Ray Train worker, with its controller and other actors running.
 
     Jobs and results go through a socket: an extra actor would add to the overhead being measured.
@@ -276,7 +221,7 @@ def timed_on_ray(
 
     def worker() -> None:
         torch.set_num_threads(threads)
-        run = timed(system, shape, steps, adapted, compiled=compiled, device=device)
+        run = timed(make, steps)
         with socket.create_connection(address) as connection, connection.makefile("rw") as turns:
             for job in turns:
                 print(run(int(job)), file=turns, flush=True)
@@ -341,18 +286,18 @@ def main() -> None:
     shape = SHAPES[args.shape]
     shape = replace(shape, batch_size=args.batch_size or shape.batch_size)
     if args.worker:
-        make = timed_on_ray if args.worker.startswith("ray-") else timed
+        time_it = timed_on_ray if args.worker.startswith("ray-") else timed
         system = args.worker.removeprefix("ray-")
         adapted = Adapted(args.rank, args.base) if args.rank else None
-        given = system, shape, args.steps, adapted
-        answer(lambda: make(*given, compiled=args.compile, device=args.device))
+        given = {"compiled": args.compile, "device": args.device}
+        answer(lambda: time_it(partial(make_step, system, shape, adapted, **given), args.steps))
         return
     arguments = ["--shape", args.shape, "--steps", str(args.steps), "--device", args.device]
     arguments += ["--batch-size", str(shape.batch_size)]
     arguments += ["--compile"] if args.compile else []
     with tempfile.TemporaryDirectory() as base:
         if args.rank:
-            save_base(shape, base)
+            hf_network(shape).save_pretrained(base)
             arguments += ["--rank", str(args.rank), "--base", base]
         systems = OF_ADAPTERS if args.rank else SYSTEMS
         systems = args.systems.split(",") if args.systems else systems

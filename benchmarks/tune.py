@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from tiny import ROOT, job_command
 from tune_grid import Curve, Grids, Text, jobs_of, prepare
 from tune_replay import CLOSE, figures
 
@@ -39,7 +40,6 @@ from gptray.config import Config, load_config
 from gptray.tuning.sweep_record import Trial, load_trials, rungs
 from gptray.tuning.trial_plan import score
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "overfitting_sweep.yaml"
 ORDERS = 50
 
@@ -180,8 +180,8 @@ def run_sweep(
 ) -> tuple[dict[str, object], float]:
     """Run jobs/tune.py; return its JSON line and the seconds it took."""
     began = time.monotonic()
-    command = [sys.executable, str(ROOT / "jobs" / "tune.py"), f"--config={path}"]
-    command += [*sweep.keys, *sweep.text.keys, f"storage_path={storage}", f"name={name}"]
+    words = [*sweep.keys, *sweep.text.keys, f"storage_path={storage}", f"name={name}"]
+    command = job_command("tune", f"--config={path}", *words)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"the sweep {name} failed")

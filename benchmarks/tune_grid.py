@@ -10,12 +10,12 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
-from core_pool import core_pool
+from core_pool import run_on_all_cores
 from made_tokens import split_tokens, whole_text
 
 from gptray.config import Config, flatten
@@ -115,18 +115,13 @@ class Grids:
     def run(self, jobs: Iterable[Job]) -> None:
         """Run the jobs that have no curve yet, one per core at a time."""
         new = [job for job in jobs if job.key not in self._rows]
-        pool = core_pool()
-        try:
-            runs = {pool.submit(train, job, self._folder): job for job in new}
-            for number, done in enumerate(as_completed(runs), start=1):
-                job, row = runs[done], done.result()
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, default=list) + "\n")
-                self._rows[job.key] = row
-                name = f"{job.text.name} {job.planned.config.seed} {job.planned.name}"
-                print(f"{number:3} of {len(new)}  {name:32} {row['seconds']:6} s", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        ended = run_on_all_cores(partial(train, folder=self._folder), new)
+        for number, (job, row) in enumerate(ended, start=1):
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, default=list) + "\n")
+            self._rows[job.key] = row
+            name = f"{job.text.name} {job.planned.config.seed} {job.planned.name}"
+            print(f"{number:3} of {len(new)}  {name:32} {row['seconds']:6} s", flush=True)
 
     def curves(self, jobs: Sequence[Job]) -> list[Curve]:
         """The curves of jobs that have run."""

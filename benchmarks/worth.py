@@ -24,13 +24,12 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-from core_pool import core_pool
+from core_pool import run_on_all_cores
 from made_tokens import split_tokens, whole_text
 from worth_table import show, summary
 
@@ -174,20 +173,13 @@ class Bench:
     def run(self, jobs: Sequence[Job]) -> None:
         """Run the jobs that have no result yet."""
         new = [job for job in dict.fromkeys(jobs) if job not in self.losses]
-        pool = core_pool()
-        try:
-            runs = {pool.submit(train, job, self._size, self._folder): job for job in new}
-            for done in as_completed(runs):
-                self._keep(runs[done], done.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _keep(self, job: Job, result: dict[str, float]) -> None:
-        row = asdict(job) | result
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.losses[job] = result["loss"]
-        print(f"{job.name:50} {result['loss']:.4f}  {result['seconds']:6.0f} s", flush=True)
+        for job, result in run_on_all_cores(
+            partial(train, size=self._size, folder=self._folder), new
+        ):
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(job) | result) + "\n")
+            self.losses[job] = result["loss"]
+            print(f"{job.name:50} {result['loss']:.4f}  {result['seconds']:6.0f} s", flush=True)
 
     def ensemble(self, text: str) -> float:
         """The loss of the ensemble of the recipe's models."""

@@ -15,6 +15,7 @@ from generate import (
     SHAPES,
     TOP_K,
     hf_generate,
+    hf_model,
     make_model,
     prompts,
 )
@@ -40,7 +41,7 @@ def generate(bench: Bench) -> None:
     batches = (1, 8) if bench.tiny else (1, 32, 256)
     folder, bandwidth = model_folder(bench), copy_rate(bench)
     engine = engine_of(bench, folder, max(batches), precision="bf16")
-    peer = transformers_model(bench, folder)
+    peer = hf_model(folder, "bf16").to(bench.device)
     new_tokens = 4 if bench.tiny else NEW_TOKENS
     for batch in batches:
         contest(bench, engine, peer, batch, new_tokens)
@@ -61,7 +62,7 @@ def generate_llama(bench: Bench, batches: tuple[int, ...], new_tokens: int) -> N
     """The same with SmolLM2's shape, and with long prompts, whose attention takes time."""
     folder = model_folder(bench, "tiny-llama" if bench.tiny else "llama-135m")
     engine = engine_of(bench, folder, max(batches), precision="bf16")
-    peer = transformers_model(bench, folder)
+    peer = hf_model(folder, "bf16").to(bench.device)
     for batch in batches:
         contest(bench, engine, peer, batch, new_tokens, of="llama, ")
     contest(bench, engine, peer, batches[1], 1, of="llama, long prompts, ", length=LONG_PROMPT)
@@ -138,15 +139,6 @@ def gptray_run(engine: Engine, batch: int, new_tokens: int, length: int = PROMPT
         assert all(len(generation.tokens) == new_tokens for generation in done)
 
     return run
-
-
-def transformers_model(bench: Bench, folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, trust_remote_code=False
-    )
-    return model.to(bench.device).eval()
 
 
 def transformers_run(bench: Bench, model: Any, batch: int, new_tokens: int, length: int) -> Run:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gptray.native.compiler import uses_tiles
+from gptray.native.processor import processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,22 +25,13 @@ def describe(device: torch.device) -> dict[str, str]:
         "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if on_gpu
         else "",
-        "processor": f"{_processor()} x {cores}",
+        "processor": f"{processor_name()} x {cores}",
         "AMX": "in the native kernels" if uses_tiles() else "",
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "gptray": _answer("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _answer(*command: str) -> str:

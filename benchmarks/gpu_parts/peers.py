@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train import hf_gpt2
+from train import Shape as TrainShape
+from train import hf_network
 
 Step = Callable[[], None]
 # (n_layer, n_head, n_embd, block size)
@@ -60,7 +61,7 @@ class TransformersGPT2(nn.Module):
 
     def __init__(self, shape: Shape, vocab_size: int) -> None:
         super().__init__()
-        self.model = hf_gpt2(*shape, vocab_size)
+        self.model = hf_network(TrainShape(*shape, batch_size=1, vocab_size=vocab_size))
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         loss: Tensor = self.model(idx, labels=idx).loss  # transformers shifts the labels
