@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptray.model.attention import Attention
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm
@@ -106,9 +105,6 @@ class NativeWeights:
             return None, head
         return wte, head
 
-    def _bias(self, bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else self._full(bias)
-
     def _keep(self, tensor: Tensor) -> Tensor:
         self._kept.append(tensor.contiguous())
         return self._kept[-1]
@@ -119,13 +115,14 @@ class NativeWeights:
     def _block(self, block: nn.Module, layer: int, angles: Angles | None) -> abi.Block:
         assert isinstance(block, Block)
         config, attention = self._model.config, block.attn
-        pack = self._gated if config.is_gated else self._layer
         # The scale of scores is folded into the rows that make q, or into the norm after them.
         scale = config.score_scale
+        factors = torch.ones(attention.c_attn.out_features)
+        factors[: config.n_head * config.head_width] = 1.0 if config.qk_norm else scale
         linear = (
-            self._attention_input(attention, 1.0 if config.qk_norm else scale),
+            self._layer(attention.c_attn, factors=factors),
             self._layer(attention.c_proj),
-            pack(block.mlp.c_fc),
+            self._layer(block.mlp.c_fc, is_gated=config.is_gated),
             self._layer(block.mlp.c_proj),
         )
         for number, one in enumerate(linear, start=layer * len(linear)):
@@ -201,28 +198,20 @@ class NativeWeights:
         placed = self._arena.place((*pairs.shape[:2], width), torch.uint8)
         return self._keep(torch.cat(both, dim=2, out=placed))
 
-    def _gated(self, layer: nn.Linear) -> abi.Linear:
-        """Pack a layer that makes gates and the values that they gate."""
-        bias = None if layer.bias is None else interleaved(self._full(layer.bias)).flatten()
+    def _layer(
+        self, layer: nn.Linear, *, factors: Tensor | None = None, is_gated: bool = False
+    ) -> abi.Linear:
+        """Pack a layer, its outputs times `factors` (out,). is_gated: these gate each other."""
+        weight, bias = self._full(layer.weight), None
+        if layer.bias is not None:
+            bias = self._full(layer.bias) if factors is None else self._full(layer.bias) * factors
+        if is_gated:
+            weight, bias = (
+                interleaved(weight),
+                None if bias is None else interleaved(bias).flatten(),
+            )
         importance = self._importance[layer.weight]
-        return self._linear(interleaved(self._full(layer.weight)), bias, importance=importance)
-
-    def _layer(self, layer: nn.Linear) -> abi.Linear:
-        bias, importance = self._bias(layer.bias), self._importance[layer.weight]
-        return self._linear(self._full(layer.weight), bias, importance=importance)
-
-    def _attention_input(self, attention: Attention, scale: float) -> abi.Linear:
-        """Pack c_attn, its queries times `scale`."""
-        layer = attention.c_attn
-        factors = torch.ones(layer.out_features)
-        factors[: attention.n_head * attention.head_width] = scale
-        bias = self._bias(layer.bias)
-        return self._linear(
-            self._full(layer.weight),
-            None if bias is None else bias * factors,
-            factors=factors,
-            importance=self._importance[layer.weight],
-        )
+        return self._linear(weight, bias, factors=factors, importance=importance)
 
 
 def interleaved(both: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ padded to a whole number of the sampler's chunks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, count
 from typing import cast
@@ -71,7 +70,7 @@ class PackedGPT:
         self._wpe = None if self._rotary else full(transformer.wpe.weight)
         del wte
         importance = input_importance(model, quantize)
-        packed = partial(_block, quantize=quantize, importance=importance, fused=fused)
+        packed = partial(_Block, quantize=quantize, importance=importance, fused=fused)
         self._blocks = [
             packed(cast(Block, block), layer, config, full, dtype)
             for layer, block in enumerate(transformer.h)
@@ -110,20 +109,59 @@ class PackedGPT:
         return logits
 
 
-@dataclass(frozen=True)
 class _Block:
-    before_attn: Norm
-    after_attn: Norm
-    c_attn: Layer
-    queries: Queries
-    attn_proj: Layer
-    before_mlp: Norm
-    after_mlp: Norm
-    c_fc: Layer
-    mlp_proj: Layer
-    gated: Callable[[Tensor], Tensor] | None
-    residual: bool
-    parallel: bool
+    """A block's layers, packed; `after_attn` and `after_mlp` come before what they give is added.
+
+    quantize, importance: for its layers' weights, see `product`. fused: see `PackedGPT`.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        layer: int,
+        config: ModelConfig,
+        full: FullTensor,
+        dtype: torch.dtype,
+        *,
+        quantize: str,
+        importance: Mapping[str, Tensor],
+        fused: bool,
+    ) -> None:
+        modules = block.named_modules(prefix=f"transformer.h.{layer}")
+        counts = {module: importance.get(f"{name}.weight") for name, module in modules}
+        numbers = count(layer * len(LAYERS))
+
+        def packed(
+            layer: nn.Linear, kind: str | None = None, factors: Tensor | None = None
+        ) -> Layer:
+            """The next layer, its outputs times `factors` (out,)."""
+            weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
+            if factors is not None:
+                factors = factors.to(weight.device)
+                bias = None if bias is None else bias * factors
+            made = product(
+                *(weight, bias, dtype),
+                quantized=quantize,
+                importance=counts[layer],
+                factors=factors,
+                kind=kind,
+            )
+            return Layer(next(numbers), made)
+
+        attention, mlp = block.attn, block.mlp
+        norms = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
+        self.before_attn, self.after_attn, self.before_mlp, self.after_mlp = norms
+        # The scores' scale is in the rows that make q, unless a norm comes after them.
+        factors = torch.ones(attention.c_attn.out_features)
+        factors[: config.n_head * config.head_width] = config.score_scale
+        self.c_attn = packed(attention.c_attn, factors=None if config.qk_norm else factors)
+        self.queries = _queries(attention, config, full, dtype)
+        self.attn_proj = packed(attention.c_proj)
+        self.c_fc = packed(mlp.c_fc, None if config.is_gated else config.mlp)
+        self.mlp_proj = packed(mlp.c_proj)
+        gated = gpu_kernels.gated if fused else activation
+        self.gated = partial(gated, kind=config.mlp) if config.is_gated else None
+        self.residual, self.parallel = config.residual, config.parallel_residual
 
     @property
     def products(self) -> list[Product]:
@@ -170,58 +208,6 @@ def _norm(module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: boo
 
 def _factors(norm: RMSNorm, full: FullTensor) -> Tensor:
     return full(norm.weight) + norm.less
-
-
-def _block(
-    block: Block,
-    layer: int,
-    config: ModelConfig,
-    full: FullTensor,
-    dtype: torch.dtype,
-    *,
-    quantize: str,
-    importance: Mapping[str, Tensor],
-    fused: bool,
-) -> _Block:
-    attention = block.attn
-    modules = block.named_modules(prefix=f"transformer.h.{layer}")
-    counts = {module: importance.get(f"{name}.weight") for name, module in modules}
-    numbers = count(layer * len(LAYERS))
-
-    def packed(layer: nn.Linear, kind: str | None = None, factors: Tensor | None = None) -> Layer:
-        """The next layer, its outputs times `factors` (out,)."""
-        weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
-        if factors is not None:
-            factors = factors.to(weight.device)
-            bias = None if bias is None else bias * factors
-        made = product(
-            *(weight, bias, dtype),
-            quantized=quantize,
-            importance=counts[layer],
-            factors=factors,
-            kind=kind,
-        )
-        return Layer(next(numbers), made)
-
-    # The scores' scale is in the rows that make q, unless a norm comes after them.
-    factors = torch.ones(attention.c_attn.out_features)
-    factors[: config.n_head * config.head_width] = config.score_scale
-    around = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
-    gated = gpu_kernels.gated if fused else activation
-    return _Block(
-        before_attn=around[0],
-        after_attn=around[1],
-        c_attn=packed(attention.c_attn, factors=None if config.qk_norm else factors),
-        queries=_queries(attention, config, full, dtype),
-        attn_proj=packed(attention.c_proj),
-        before_mlp=around[2],
-        after_mlp=around[3],
-        c_fc=packed(block.mlp.c_fc, None if config.is_gated else config.mlp),
-        mlp_proj=packed(block.mlp.c_proj),
-        gated=partial(gated, kind=config.mlp) if config.is_gated else None,
-        residual=config.residual,
-        parallel=config.parallel_residual,
-    )
 
 
 def _queries(

@@ -93,8 +93,7 @@ class Sequence:
         self._utf8 = utf8 if sampling.utf8 else None
         if self._utf8:
             # A prompt may end inside a character.
-            self.lead = self._utf8.open_end(self.prompt)
-            self._state = self._utf8.state_after(self.lead)
+            self.lead, self._state = self._utf8.open_end(self.prompt)
         self.lead = self.lead or left_context(tokenizer, self.prompt)
         if self.live_text or sampling.stop:
             self._stream = self._text_stream()
@@ -161,7 +160,7 @@ class Sequence:
         if self._utf8:
             self._state = self._utf8.next(self._state, drawn.token)
             if self._state == INVALID:  # no valid token was left to draw
-                self._state = self._utf8.state_after(self.history)
+                _, self._state = self._utf8.open_end(self.history)
         if drawn.token in self.eos_ids and not sampling.ignore_eos:
             self.end = drawn
             self._end("stop")

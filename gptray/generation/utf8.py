@@ -85,23 +85,21 @@ class Utf8:
         following: int = self._next[state][token]
         return following
 
-    def open_end(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens of an incomplete character at the end, from the one in which it begins."""
+    def open_end(self, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """The tokens of an incomplete character at the end, from the one in which it begins.
+
+        Returns them with the state after them; none, and START, if there is no such character.
+        """
         end = b""
         for count in range(1, min(len(tokens), _LONGEST) + 1):
             token = tokens[-count]
             end = (self._pieces[token] if token < len(self._pieces) else b"") + end
             begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), None)
             if begin is not None:
-                is_open = begin < _LONGEST and _read(end[-begin:]) not in (START, INVALID)
-                return list(tokens[-count:]) if is_open else []
-        return []
-
-    def state_after(self, tokens: Sequence[int]) -> int:
-        """The state after tokens that may break characters."""
-        end = b"".join(self._pieces[t] for t in self.open_end(tokens) if t < len(self._pieces))
-        begin = next((i for i in range(1, len(end) + 1) if end[-i] & 0xC0 != 0x80), 0)
-        return _read(end[len(end) - begin :])
+                state = _read(end[-begin:])
+                is_open = begin < _LONGEST and state not in (START, INVALID)
+                return (list(tokens[-count:]), state) if is_open else ([], START)
+        return [], START
 
     def mask(self, state: int, left: int) -> Mask | None:
         """What may be drawn in a state if at most `left` tokens can follow.

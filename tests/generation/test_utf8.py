@@ -106,7 +106,7 @@ def test_every_text_can_be_written_and_no_other_bytes() -> None:
         assert BROKEN not in valid.decode(errors="ignore")
         if state == START:
             assert written.decode()
-    state = guard.state_after([token[bytes([byte])] for byte in b"\xef\xbf"])
+    _, state = guard.open_end([token[bytes([byte])] for byte in b"\xef\xbf"])
     assert guard.next(state, token[b"\xbd"]) == INVALID
 
 
@@ -114,7 +114,7 @@ def test_every_text_can_be_written_and_no_other_bytes() -> None:
 def test_exactly_k_of_the_tokens_that_remain_are_eligible(begun: bytes) -> None:
     tokenizer = byte_tokenizer()
     guard = automaton(tokenizer)
-    state = guard.state_after(ids_of(tokenizer, begun))
+    _, state = guard.open_end(ids_of(tokenizer, begun))
     sampling, eos = Sampling(top_k=3, logit_bias=((tokenizer.eos_id, -9.0),)), tokenizer.eos_id
     rows = [
         drawing(replace(sampling, seed=seed), 1, [1], eos, mask=guard.mask(state, 9))
