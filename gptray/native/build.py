@@ -17,11 +17,10 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gptray.config import RunFailed, UserError
 from gptray.files import cache_folder, cannot_write, check_writable, remove, sha256_of
@@ -77,8 +76,9 @@ def build_library(*, key: str) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if problem := _not_private(folder):
             raise RunFailed(f"{folder} {problem}, so no code is loaded from it; {remedy}")
-        with _draft(folder) as own:
-            fresh = _compile(own, key)
+        draft = TemporaryDirectory(prefix=".build-", dir=folder, ignore_cleanup_errors=True)
+        with draft as own:
+            fresh = _compile(Path(own), key)
             path = folder / f"{name}-{_digest(fresh)}.so"
             os.replace(fresh, path)
     except OSError as error:
@@ -126,16 +126,6 @@ def _compile_parts(folder: Path, key: str, *, tiles: bool) -> Path:
         raise RunFailed(f"{wrote}; set CXX to another, or {key}=torch to do without it")
     library.chmod(0o644)
     return library
-
-
-@contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-    """A temporary folder to build a library in."""
-    own = Path(tempfile.mkdtemp(prefix=".build-", dir=folder))
-    try:
-        yield own
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
 
 
 def library_name() -> str:

@@ -92,7 +92,11 @@ def faster(
     fails is logged and not chosen. Measuring takes up to two seconds, a remembered answer none.
     """
     assert set(makers) == set(NAMES)
-    asked = {**work, "processor": processor_identity(), "versions": _versions()}
+    asked = {
+        **work,
+        "processor": processor_identity(),
+        "versions": [version("torch"), library_name()],
+    }
 
     def measure(before: Measured | None) -> Measured:
         found = _measure(key, makers)
@@ -168,10 +172,6 @@ def _timed(step: Step) -> tuple[float, bool]:
     step()
     seconds = time.perf_counter() - began
     return seconds, queued_ns() - queued > BUSY * seconds * 1e9
-
-
-def _versions() -> list[str]:
-    return [version("torch"), library_name()]
 
 
 def _digest(asked: Mapping[str, object]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
-from typing import TypedDict
 
 from gptray.config import ServeConfig
 from gptray.generation.sampling import Drawn
@@ -14,20 +13,6 @@ from gptray.serving.chat_request import ChatRequest
 from gptray.serving.choices import Choice, finite
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Served
-
-
-class TopLogprob(TypedDict):
-    """A token and its log-probability. bytes: its text in UTF-8, maybe part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(TopLogprob):
-    """A token of an answer, and the likeliest tokens at its position."""
-
-    top_logprobs: list[TopLogprob]
 
 
 class ChatCompletion(Completion):
@@ -93,13 +78,15 @@ async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
     return ids
 
 
-def _token_logprob(drawn: Drawn, served: Served) -> TokenLogprob:
+def _token_logprob(drawn: Drawn, served: Served) -> dict[str, object]:
+    """A token of an answer, and the likeliest tokens at its position."""
     likeliest = [_of_token(token, logprob, served) for token, logprob in drawn.top]
     assert drawn.logprob is not None  # only the first token of an echoed prompt has none
     return {**_of_token(drawn.token, drawn.logprob, served), "top_logprobs": likeliest}
 
 
-def _of_token(token: int, logprob: float, served: Served) -> TopLogprob:
+def _of_token(token: int, logprob: float, served: Served) -> dict[str, object]:
+    """A token and its log-probability. bytes: its text in UTF-8, maybe part of a character."""
     return {
         "token": served.token_text(token),
         "logprob": finite(logprob),

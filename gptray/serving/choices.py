@@ -53,15 +53,6 @@ class PlacedToken(NamedTuple):
     offset: int
 
 
-class Logprobs(TypedDict):
-    """Lists with an item for each token; null for the first of a prompt."""
-
-    text_offset: list[int]
-    token_logprobs: list[float | None]
-    tokens: list[str]
-    top_logprobs: list[dict[str, float] | None]
-
-
 class Choice(TypedDict):
     """What an update adds to one of an answer's choices."""
 
@@ -138,8 +129,8 @@ def joined(parts: abc.Sequence[Choice]) -> Choice:
     }
 
 
-def as_lists(tokens: abc.Sequence[PlacedToken], served: Served) -> Logprobs:
-    """Log-probabilities in the format of completions."""
+def as_lists(tokens: abc.Sequence[PlacedToken], served: Served) -> dict[str, object]:
+    """Log-probabilities in the format of completions; null for the first token of a prompt."""
     return {
         "text_offset": [one.offset for one in tokens],
         "token_logprobs": [one.drawn.logprob and finite(one.drawn.logprob) for one in tokens],

@@ -66,7 +66,8 @@ class Gate:
         if not self._hosts.include(host):
             message = f"the Host {host[:100]!r} is not allowed here; see serve.allowed_hosts"
             return ApiError(421, message, code="host_not_allowed").response()
-        if path not in OPEN_PATHS and not self._has_key(headers):
+        key = headers.get("authorization", "")
+        if path not in OPEN_PATHS and self._keys and not self._keys.accept(key):
             scheme = {"WWW-Authenticate": "Bearer"}
             if path == "/":
                 return HTMLResponse(self._page, 401, headers=scheme)
@@ -77,6 +78,3 @@ class Gate:
                 503, "the server is stopping", headers={"Connection": "close"}
             ).response()
         return None
-
-    def _has_key(self, headers: Headers) -> bool:
-        return self._keys is None or self._keys.accept(headers.get("authorization", ""))
