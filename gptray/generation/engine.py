@@ -28,6 +28,9 @@ from gptray.model.gpt import GPT
 # The most bytes of fp32 logits for a scored piece; a step makes less than twice that.
 SCORED_BYTES = 1 << 27
 
+# A step's pieces of prompts, each with its sequence.
+Prefill = list[tuple[Sequence, Piece]]
+
 
 class Engine:
     """Generates from one model for up to `max_batch_size` sequences at a time; others queue.
@@ -58,8 +61,8 @@ class Engine:
         self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
         utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
-        # Decoding sequences hold slots 0, 1, ...; the slot after them is the first waiting one's as
-        # soon as a part of its prompt has been read.
+        # Decoding sequences hold slots 0, 1, ...; the first that waits, once in prefill, the slot
+        # after them.
         self._decoding: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
 
@@ -71,17 +74,17 @@ class Engine:
     @property
     def running(self) -> int:
         """How many sequences hold a slot."""
-        return len(self._decoding) + (self._reading is not None)
+        return len(self._decoding) + (self._prefilling is not None)
 
     @property
     def waiting(self) -> int:
         """How many sequences wait for a slot."""
-        return len(self._waiting) - (self._reading is not None)
+        return len(self._waiting) - (self._prefilling is not None)
 
     @property
-    def _reading(self) -> Sequence | None:
-        """The sequence that is in the middle of its prompt, if any."""
-        return self._waiting[0] if self._waiting and self._waiting[0].read else None
+    def _prefilling(self) -> Sequence | None:
+        """The sequence in the middle of its prompt, if any: the first that waits."""
+        return self._waiting[0] if self._waiting and self._waiting[0].prefilled else None
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
         """Pack an adapter for sequences of this engine, see `Network.pack`; not for "graph"."""
@@ -136,18 +139,18 @@ class Engine:
         blame, or none can run any more, the exception is raised; all sequences then stay queued or
         running, and the next step tries again.
         """
-        reading = self._schedule_prompts()
-        if not self._decoding and not reading:
+        prefill = self._schedule_prefill()
+        if not self._decoding and not prefill:
             return []
         try:
             logits = self._network.step(
                 [(sequence.history[-1], len(sequence.history) - 1) for sequence in self._decoding],
-                [piece for _, piece in reading],
+                [piece for _, piece in prefill],
                 adapters=[sequence.adapter for sequence in self._decoding],
             )
         except BaseException as error:
-            return self._end_guilty(error, reading)
-        logits = self._take_prompts(logits, reading)
+            return self._end_guilty(error, prefill)
+        logits = self._take_prefill(logits, prefill)
         for sequence in self._decoding:
             sequence.set_mask()
         try:
@@ -160,19 +163,16 @@ class Engine:
             except Exception as error:  # one sequence's fault must not end the others
                 sequence.fail(f"{type(error).__name__}: {error}")
         touched = list(self._decoding)
-        if self._reading is not None and self._reading.ended:
-            touched.append(self._reading)
+        if self._prefilling is not None and self._prefilling.ended:
+            touched.append(self._prefilling)
         self._release()
         if None in tokens or len(touched) > len(tokens):
             self._scrub()
         return touched
 
-    def _schedule_prompts(self) -> list[tuple[Sequence, Piece]]:
-        """This step's pieces of prompts, each with its sequence.
-
-        Prompts are read one after another: only the last piece can leave its prompt unfinished.
-        """
-        reading: list[tuple[Sequence, Piece]] = []
+    def _schedule_prefill(self) -> Prefill:
+        """The step's pieces, in order of arrival; only the last can leave its prompt unfinished."""
+        prefill: Prefill = []
         tokens = scored = 0
         longest, most = self._network.piece_tokens, self._network.prompt_tokens
         # A scored piece needs the logits after every token, which are large.
@@ -185,42 +185,40 @@ class Engine:
             is_scored = sequence.prompt_logprobs is not None
             size = min(longest, longest_scored) if is_scored else longest
             piece = sequence.next_piece(slot, size)
-            reading.append((sequence, piece))
+            prefill.append((sequence, piece))
             tokens += len(piece.tokens)
             scored += len(piece.tokens) if is_scored else 0
             if piece.stop < sequence.prompt_tokens:
                 break
-        return reading
+        return prefill
 
-    def _take_prompts(self, logits: Tensor, reading: list[tuple[Sequence, Piece]]) -> Tensor:
+    def _take_prefill(self, logits: Tensor, prefill: Prefill) -> Tensor:
         """Score prompts where asked, and let those read to their end decode.
 
         Returns the rows of logits (D, V) to draw from, one for each sequence that decodes now.
         """
-        if not reading:
+        if not prefill:
             return logits
         drawing, row = list(range(len(self._decoding))), len(self._decoding)
-        for sequence, piece in reading:
+        for sequence, piece in prefill:
             if piece.scored:
                 sequence.score(piece, logits[row : row + piece.logits], self._network.top)
             row += piece.logits
-            sequence.read = piece.stop
-            if not sequence.is_reading:
+            sequence.prefilled = piece.stop
+            if not sequence.is_prefilling:
                 self._decoding.append(self._waiting.popleft())
                 drawing.append(row - 1)
         is_start = drawing == list(range(len(drawing)))
         return logits[: len(drawing)] if is_start else logits[drawing]
 
-    def _end_guilty(
-        self, error: BaseException, reading: list[tuple[Sequence, Piece]]
-    ) -> list[Sequence]:
+    def _end_guilty(self, error: BaseException, prefill: Prefill) -> list[Sequence]:
         """End the sequences that fail even alone; raise the error if none is to blame.
 
-        reading: the pieces that the failed step was to read. Returns all sequences that have ended,
+        prefill: the pieces that the failed step was to read. Returns all sequences that have ended,
         including those whose prompt could not be scored in the same step.
         """
         is_common = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if is_common or not isinstance(error, Exception) or not self._blame(reading):
+        if is_common or not isinstance(error, Exception) or not self._blame(prefill):
             raise error
         ended = [one for one in (*self._decoding, *self._waiting) if one.ended]
         self._waiting = deque(one for one in self._waiting if not one.ended)
@@ -228,12 +226,12 @@ class Engine:
         self._scrub()
         return ended
 
-    def _blame(self, reading: list[tuple[Sequence, Piece]]) -> bool:
+    def _blame(self, prefill: Prefill) -> bool:
         """Fail the sequences that raise an exception alone; whether there are any."""
         pieces = [(one, one.last_piece(slot)) for slot, one in enumerate(self._decoding)]
         guilty = [
             (sequence, piece, fault)
-            for sequence, piece in pieces + reading
+            for sequence, piece in pieces + prefill
             if (fault := self._fault(sequence, piece))
         ]
         # If even the shortest prompt fails, every other will.
@@ -265,10 +263,10 @@ class Engine:
                 if slot < len(self._decoding):
                     self._decoding[slot] = last
                     self._network.move(len(self._decoding), slot, len(last.history))
-        if self._reading is not None and len(self._decoding) < used:
-            self._network.move(used, len(self._decoding), self._reading.read)
+        if self._prefilling is not None and len(self._decoding) < used:
+            self._network.move(used, len(self._decoding), self._prefilling.prefilled)
 
     def _scrub(self) -> None:
         """Clear what failed sequences left in the cache: a NaN there would reach the next one."""
-        reading = [self._reading.read] if self._reading else []
-        self._network.scrub([*(len(one.history) - 1 for one in self._decoding), *reading])
+        prefill = [self._prefilling.prefilled] if self._prefilling else []
+        self._network.scrub([*(len(one.history) - 1 for one in self._decoding), *prefill])

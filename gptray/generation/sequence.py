@@ -42,9 +42,9 @@ class Sequence:
     scored: with `prompt_logprobs`, the prompt's tokens, complete once the first token is drawn; the
     first has no log-probability. drawn: the new tokens, without end. end: the end-of-text token
     that ended the output, if one did. error: the reason if finish_reason is "error". history: the
-    prompt's tokens and the new ones, end included. read: how many of the prompt's are in the KV
-    cache. lead: the prompt's last tokens, as context to decode with (see `left_context`), or those
-    in which the text's first character begins.
+    prompt's tokens and the new ones, end included. prefilled: how many of the prompt's are in the
+    KV cache. lead: the prompt's last tokens, as context to decode with (see `left_context`), or
+    those in which the text's first character begins.
     """
 
     prompt: abc.Sequence[int]
@@ -64,7 +64,7 @@ class Sequence:
     is_checked: bool = field(init=False, default=False)
     prompt_tokens: int = field(init=False)
     history: list[int] = field(init=False, default_factory=list)
-    read: int = field(init=False, default=0)
+    prefilled: int = field(init=False, default=0)
     lead: list[int] = field(init=False, default_factory=list)
     # For the sampler, see `Row`.
     eos_ids: abc.Sequence[int] = field(init=False, default=())
@@ -113,15 +113,15 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
-    def is_reading(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether the prompt is still in prefill: some of it is not in the KV cache yet."""
-        return self.read < self.prompt_tokens
+        return self.prefilled < self.prompt_tokens
 
     def next_piece(self, slot: int, tokens: int) -> Piece:
         """The next piece of the prompt, at most `tokens` long."""
-        part = self.history[self.read : self.read + tokens]
+        part = self.history[self.prefilled : self.prefilled + tokens]
         scored = self.prompt_logprobs is not None
-        return Piece(slot, self.read, part, scored=scored, adapter=self.adapter)
+        return Piece(slot, self.prefilled, part, scored=scored, adapter=self.adapter)
 
     def last_piece(self, slot: int) -> Piece:
         """The last token alone: what a decoding step reads."""

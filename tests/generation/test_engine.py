@@ -337,7 +337,7 @@ def test_cancelled_rows_leave_at_once_and_others_are_untouched(tokenizer: Tokeni
     engine.cancel(generations[7])
     assert generations[0].finish_reason == generations[7].finish_reason == "cancelled"
     running = engine.running
-    while generations[4].finish_reason is None and not engine._reading:  # noqa: SLF001
+    while generations[4].finish_reason is None and not engine._prefilling:  # noqa: SLF001
         engine.step()
     engine.cancel(generations[4])
     while engine.busy:
