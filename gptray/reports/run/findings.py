@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from gptray.config import Config
 from gptray.data.split import LONG_NAMES
@@ -23,6 +23,14 @@ MEANS = "validation loss - training loss, dropout off in both; it grows as a mod
 # How many samples of held-out text to show.
 SHOWN = 6
 BEFORE = "bits per byte; before: the weights that the run began with, after: its best model"
+
+SINGLE_SCORES = {
+    "distinct_1": "Distinct words",
+    "distinct_2": "Distinct pairs of words",
+    "repetition": "Repetition",
+    "memorised_20": "Recited, 20 tokens in a row",
+    "memorised_50": "Recited, 50 tokens in a row",
+}
 
 T = TypeVar("T")
 # A measure's name, how it was computed, and a function that formats a result's value.
@@ -45,8 +53,7 @@ def evaluation_sentence(evaluation: Evaluation) -> str:
     recited = evaluation["memorised_50"]
     if recited is not None and recited >= 0.1:
         text += (
-            f" It recites its training text: {_percent(recited)} of its 50-token sequences occur "
-            "there."
+            f" It recites its training text: {recited:.1%} of its 50-token sequences occur there."
         )
     return text
 
@@ -150,7 +157,7 @@ def _quantized(evaluation: Evaluation) -> Table:
         (
             "Greedy tokens that agree",
             "the likeliest next token is the same as with full weights",
-            lambda one: _percent(one["agreement"]),
+            lambda one: f"{one['agreement']:.1%}",
         ),
         (
             "Size",
@@ -167,51 +174,36 @@ def _error(stderr: float | None) -> str:
 
 
 def _text_scores(evaluation: Evaluation) -> Table:
-    rows = []
+    rows, hows = [], evaluation["how"]
     both = ("chrf", "chrF", evaluation["chrf"]), ("bleu", "BLEU", evaluation["bleu"])
     for key, name, scores in both:
+        how = hows.get(key, "")
         if scores:
             greedy, sampled = scores["greedy"], scores["sampled"]
-            how = f"{evaluation['how'].get(key, '')} [{greedy['signature']}]".strip()
-            if key == "bleu" and "bleu_compares" in evaluation["how"]:
-                how += f". It counts {evaluation['how']['bleu_compares']}"
+            how = f"{how} [{greedy['signature']}]".strip()
+            if key == "bleu" and "bleu_compares" in hows:
+                how += f". It counts {hows['bleu_compares']}"
             rows.append(Row(name, how, (f"{greedy['score']:.2f}", f"{sampled['score']:.2f}")))
-        elif reason := evaluation["how"].get(key):
-            rows.append(Row(name, reason, ("-", "-")))
+        elif how:
+            rows.append(Row(name, how, ("-", "-")))
     return Table(["greedy", "sampled"], rows)
 
 
 def _single_scores(evaluation: Evaluation) -> Table:
-    shares: list[tuple[str, str, float | None]] = [
-        ("Distinct words", "distinct_1", evaluation["distinct_1"]),
-        ("Distinct pairs of words", "distinct_2", evaluation["distinct_2"]),
-        ("Repetition", "repetition", evaluation["repetition"]),
-        ("Recited, 20 tokens in a row", "memorised_20", evaluation["memorised_20"]),
-        ("Recited, 50 tokens in a row", "memorised_50", evaluation["memorised_50"]),
+    scores, hows = cast(Mapping[str, float | None], evaluation), evaluation["how"]
+    rows = [
+        Row(name, hows.get(key, ""), (_or_dash(scores[key], ".1%"),))
+        for key, name in SINGLE_SCORES.items()
+        if scores[key] is not None or hows.get(key)
     ]
-    return Table(
-        [],
-        [
-            Row(name, evaluation["how"].get(key, ""), ("-" if value is None else _percent(value),))
-            for name, key, value in shares
-            if value is not None or evaluation["how"].get(key)
-        ],
-    )
+    return Table([], rows)
 
 
 def _unscored(evaluation: Evaluation) -> str:
     """Why no measure of generated text was taken; empty if any was, or for several reasons."""
-    scores = {
-        "chrf": evaluation["chrf"],
-        "bleu": evaluation["bleu"],
-        "distinct_1": evaluation["distinct_1"],
-        "distinct_2": evaluation["distinct_2"],
-        "repetition": evaluation["repetition"],
-        "memorised_20": evaluation["memorised_20"],
-        "memorised_50": evaluation["memorised_50"],
-    }
-    reasons = {evaluation["how"].get(key, "") for key in scores}
-    any_taken = any(score is not None for score in scores.values())
+    scores, keys = cast(Mapping[str, object], evaluation), ("chrf", "bleu", *SINGLE_SCORES)
+    reasons = {evaluation["how"].get(key, "") for key in keys}
+    any_taken = any(scores[key] is not None for key in keys)
     return "" if any_taken or len(reasons) > 1 else reasons.pop()
 
 
@@ -231,10 +223,6 @@ def _identity(evaluation: Evaluation) -> Table:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
 
 
 @dataclass(frozen=True)
