@@ -1,13 +1,14 @@
 """The ctypes interface of the native library, compared with the library's own when it is loaded.
 
-The structures mirror decode.h and draw.h, which document them, the functions decode.cpp and
-train.cpp. A pointer parameter takes a contiguous tensor of its dtype, or None for nullptr.
+The structures mirror decode.h and draw.h, which document them. The functions of decode.cpp and
+train.cpp get their types from the library's description of them; all return void. A pointer
+parameter takes a contiguous tensor of its dtype, or None for nullptr.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import re
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -187,58 +188,6 @@ CONSTANTS = {
     **{"SWIGLU": SWIGLU, "GEGLU": GEGLU},
 }
 STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
-_SIZES_OF_3, _SIZES_OF_HEADS = [c_int32] * 4, [c_int32] * 7  # and the number of threads
-# The parameters of each function; all return void.
-FUNCTIONS: dict[str, Sequence[type]] = {
-    # x, weight, bias, y, work; M, N, K
-    "linear": [Half, Float, Float, Half, Words, *_SIZES_OF_3],
-    # x, weight, bias, y, slope, work; M, N, K
-    **dict.fromkeys(
-        ("linear_gelu", "linear_exact_gelu", "linear_relu", "linear_swiglu", "linear_geglu"),
-        [Half, Float, Float, Half, Half, Words, *_SIZES_OF_3],
-    ),
-    # grad, weight, grad_x, work; M, N, K
-    "input_gradient": [Half, Float, Half, Words, *_SIZES_OF_3],
-    # grad, weight, slope, grad_x, work; M, N, K
-    "input_gradient_sloped": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
-    "input_gradient_gates": [Half, Float, Half, Half, Words, *_SIZES_OF_3],
-    # grad, x, grad_weight, grad_bias, work; M, N, K
-    "weight_gradients": [Half, Half, Float, Float, Words, *_SIZES_OF_3],
-    # x, weight, bias, u, up, y, slopes, work; M, N, K, R, activation
-    "frozen_linear": [
-        *(Half, Half, Float, Half, Float, Half, Half, Words),
-        *[c_int32] * 6,
-    ],
-    # grad, weight, grad_u, down, mask, slopes, grad_x, work; M, N, K, R, activation
-    "frozen_input_gradient": [
-        *(Half, Half, Half, Float, Half, Half, Half, Words),
-        *[c_int32] * 6,
-    ],
-    # x, weight, bias, y; eps; M, C
-    "layer_norm": [Half, Float, Float, Half, c_float, c_int32, c_int32, c_int32],
-    # grad, x, weight, grad_x, grad_weight, grad_bias, sums; eps; M, C
-    "layer_norm_gradients": [
-        *(Half, Half, Float, Half, Float, Float, Float),
-        *(c_float, c_int32, c_int32, c_int32),
-    ],
-    # qkv, q_weight, k_weight, cosines, sines, out, log_sums; eps; B, T, H, K, D, half
-    "attention": [Half, Float, Float, Half, Half, Half, Float, c_float, *_SIZES_OF_HEADS],
-    # grad, qkv, q_weight, k_weight, cosines, sines, out, log_sums, grad_qkv, grad_weights, sums;
-    # eps; B, T, H, K, D, half
-    "attention_gradient": [
-        *(Half, Half, Float, Float, Half, Half, Half, Float, Half, Float, Float),
-        *(c_float, *_SIZES_OF_HEADS),
-    ],
-    # x, weight, frozen, targets, losses, grad_x, grad_weight; M, V, C, valid
-    "head_loss": [Half, Float, Half, Long, Float, Half, Float, *[c_int32] * 5],
-    "decode_step": [POINTER(Model), POINTER(Cache), POINTER(Step), c_int32],
-    # logits; rows, width, k; values, ids
-    "top_candidates": [Float, c_int32, c_int32, c_int32, Float, Long, c_int32],
-    # logits; rows, width, k; draws, best, ids, logs
-    "rank_rows": [Float, *[c_int32] * 3, POINTER(Draw), Float, Long, Double, c_int32],
-    # weights, ids; rows, k; draws, tokens
-    "draw_rows": [Double, Long, c_int32, c_int32, POINTER(Draw), Long],
-}
 _TEXTS: dict[type, str] = {
     **{c_void_p: "void*", c_float: "f32", c_double: "f64"},
     **{c_int32: "i32", c_int64: "i64"},
@@ -257,21 +206,23 @@ def load_library(*, key: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(build_library(key=key)))
     for describe in (library.decode_abi, library.train_abi):
         describe.restype, describe.argtypes = c_char_p, ()
-    check_abi((library.decode_abi() + library.train_abi()).decode())
-    for name, parameters in FUNCTIONS.items():
+    description = (library.decode_abi() + library.train_abi()).decode()
+    check_abi(description)
+    types = {text: kind for kind, text in _TEXTS.items()}
+    types |= {kind.text: kind for kind in (Float, Double, Half, Int, Long, Words)}
+    types |= {f"{struct.__name__}*": POINTER(struct) for struct in STRUCTS}
+    for name, parameters in re.findall(r"(\w+)\((.*)\)", description):
         function = getattr(library, name)
-        function.argtypes, function.restype = parameters, None
+        function.argtypes, function.restype = [types[one] for one in parameters.split(", ")], None
     return library
 
 
 def check_abi(theirs: str) -> None:
-    """Assert that a library's constants, structures and functions are those of this file."""
+    """Assert that a library's constants and structures are those of this file."""
     ours = [f"{name} {number}" for name, number in CONSTANTS.items()]
     ours += [_struct_line(one) for one in STRUCTS]
-    ours += [
-        f"{name}({', '.join(map(_text, parameters))})" for name, parameters in FUNCTIONS.items()
-    ]
-    different = sorted(set(ours) ^ set(theirs.splitlines()))
+    described = {line for line in theirs.splitlines() if "(" not in line}
+    different = sorted(set(ours) ^ described)
     if different:
         lines = "\n".join(f"{'abi.py' if line in ours else 'C++':>6}: {line}" for line in different)
         raise AssertionError(f"abi.py and the native library differ:\n{lines}")
@@ -280,13 +231,10 @@ def check_abi(theirs: str) -> None:
 def _struct_line(struct: type[Structure]) -> str:
     """A structure in abi.h's format: its size, and each field's type and offset."""
     fields = ", ".join(
-        f"{name} {_text(kind)} {getattr(struct, name).offset}" for name, kind in _fields(struct)
+        f"{field[0]} {_text(field[1])} {getattr(struct, field[0]).offset}"
+        for field in struct._fields_
     )
     return f"{struct.__name__} {ctypes.sizeof(struct)}: {fields}"
-
-
-def _fields(struct: type[Structure]) -> list[tuple[str, type]]:
-    return [(field[0], field[1]) for field in struct._fields_]
 
 
 def _text(kind: Any) -> str:
