@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict, Unpack, cast
 
 from gptray.config import Config, RunFailed, load_config
 from gptray.evaluation.forgetting import Change, changes_of
@@ -41,20 +41,25 @@ _FIELDS: RowFields = {
 
 
 class TrialEvent(TypedDict, total=False):
-    """A line of trials.jsonl; which fields it has depends on `event`."""
+    """A line of trials.jsonl; which fields it has depends on `event`.
+
+    planned; started, again too; ended, also at a rung; promoted, so that it continues from a rung;
+    retried, to run after it failed or was skipped: of a trial. reopened: the winner is to be
+    decided again. enough: the sweep stops itself after `trials` of its trials. winner: it is over.
+    """
 
     event: str
     time: float
     trial: str
-    values: dict[str, object]  # planned: this and the next three
+    values: Mapping[str, object]  # planned: this and the next three
     max_steps: int
     replicate_of: str | None
-    point: dict[str, float]
-    outcome: str  # ended: this and the next three
+    point: Mapping[str, float]  # Optuna's suggestion
+    outcome: str  # ended: this, of OUTCOMES or SKIPPED, and the next three
     step: int
     message: str | None
-    passing: bool
-    num_samples: int  # reopened: this and the next
+    passing: bool  # the failure is transient
+    num_samples: int  # reopened, if samples were added: this and the next
     before: int
     trials: int  # enough: this and the next four
     of: int
@@ -228,70 +233,15 @@ class Record:
     def __init__(self, folder: Path) -> None:
         """Open the record of a folder; an incomplete last line is dropped.
 
-        Like all methods that write, raises RunFailed if the disk is full or not writable.
+        Like `write`, raises RunFailed if the disk is full or not writable.
         """
         self._path = folder / TRIALS
         with storing(self._path):
             append(self._path, b"", cut_torn=True, sync=True)
 
-    def planned(
-        self,
-        trial: str,
-        values: Mapping[str, object],
-        *,
-        max_steps: int,
-        replicate_of: str | None = None,
-        point: Mapping[str, float] | None = None,
-    ) -> None:
-        """A trial was planned; `point`: Optuna's suggestion."""
-        self._write(
-            "planned",
-            trial=trial,
-            values=dict(values),
-            max_steps=max_steps,
-            replicate_of=replicate_of,
-            **({"point": dict(point)} if point else {}),
-        )
-
-    def started(self, trial: str) -> None:
-        """The trial started, for the first time or again."""
-        self._write("started", trial=trial)
-
-    def ended(
-        self,
-        trial: str,
-        outcome: str,
-        *,
-        step: int,
-        message: str | None = None,
-        passing: bool = False,
-    ) -> None:
-        """The trial ended. outcome: of OUTCOMES or SKIPPED. passing: the failure is transient."""
-        assert outcome in (*OUTCOMES, SKIPPED), outcome
-        more = {"passing": True} if passing else {}
-        self._write("ended", trial=trial, outcome=outcome, step=step, message=message, **more)
-
-    def promoted(self, trial: str) -> None:
-        """The trial, which was stopped at a rung, continues from there."""
-        self._write("promoted", trial=trial)
-
-    def retried(self, trial: str) -> None:
-        """The trial, which failed or was skipped, is to run, from its checkpoints if any."""
-        self._write("retried", trial=trial)
-
-    def reopened(self, **why: int) -> None:
-        """The winner is to be decided again; num_samples, before: set if samples were added."""
-        self._write("reopened", **why)
-
-    def enough(self, *, trials: int, of: int, **gains: float) -> None:
-        """The sweep stopped itself after `trials` of its trials; gain, gain_at_most, min_gain."""
-        self._write("enough", trials=trials, of=of, **gains)
-
-    def winner(self, trial: str) -> None:
-        """The sweep is over, and this trial won."""
-        self._write("winner", trial=trial)
-
-    def _write(self, event: str, **fields: object) -> None:
+    def write(self, event: str, /, **fields: Unpack[TrialEvent]) -> None:
+        """Add an event with its fields and the time."""
+        assert fields.get("outcome", SKIPPED) in (*OUTCOMES, SKIPPED), fields
         line = {"event": event, **fields, "time": round(time.time(), 3)}
         with storing(self._path):
             append(self._path, json.dumps(line, allow_nan=False).encode() + b"\n", sync=True)

@@ -99,8 +99,8 @@ def test_a_bar_without_a_terminal_repeats_where_things_stand(lines: Lines) -> No
 
 def test_a_sweep_says_that_its_trials_build_the_kernels(lines: Lines, tmp_path: Path) -> None:
     record, folder = Record(tmp_path), trial_dir(tmp_path, "0000")
-    record.planned("0000", {}, max_steps=40)
-    record.started("0000")
+    record.write("planned", trial="0000", values={}, max_steps=40)
+    record.write("started", trial="0000")
     folder.mkdir(parents=True)
     write_event(folder, "building", message="building the C++ kernels")
     with watching_sweep(tmp_path, 1, on_change=lambda: None):

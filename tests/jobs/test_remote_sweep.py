@@ -59,7 +59,12 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
         known = [one.name for one in load_trials(folder)]
         for one in checked.trials:
             if one.name not in known:
-                record.planned(one.name, one.values, max_steps=one.config.train.max_steps)
+                record.write(
+                    "planned",
+                    trial=one.name,
+                    values=one.values,
+                    max_steps=one.config.train.max_steps,
+                )
 
         def report(metrics: dict[str, object], checkpoint: Path | None) -> None:
             publish()
@@ -74,16 +79,16 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
             run = trial_dir(folder, trial.name)
             run.mkdir(parents=True, exist_ok=True)
             save_config(own, run)
-            record.started(trial.name)
+            record.write("started", trial=trial.name)
             fit(
                 own, TokenData.open(data_dir), run, report=report, sample=lambda model: [],
                 device=torch.device("cpu"),
             )  # fmt: skip
-            record.ended(trial.name, "finished", step=own.train.max_steps)
+            record.write("ended", trial=trial.name, outcome="finished", step=own.train.max_steps)
         winner = choose_winner(load_trials(folder))
         assert winner
         exchange_model(trial_dir(folder, winner.name), folder)
-        record.winner(winner.name)
+        record.write("winner", trial=winner.name)
     return outcome(load_sweep(folder), seen_at(config))
 
 
@@ -143,7 +148,7 @@ def test_a_trial_that_waits_at_a_rung_may_go_on_on_another_machine(
     job(config)
     checked = check(config)
     with held(checked.folder), publishing(checked.config, checked.folder, sweep=True) as publish:
-        Record(checked.folder).ended("0000", "stopped", step=6)
+        Record(checked.folder).write("ended", trial="0000", outcome="stopped", step=6)
         publish()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other machine"))
     there = check(config).folder
@@ -171,8 +176,8 @@ def test_the_store_has_no_record_of_what_is_not_there(store: ObjectStore, tmp_pa
     publisher = SweepPublisher(RemoteFolder(SWEEP), folder, Sent())
     record = Record(folder)
     (folder / "config.yaml").write_text("{}")
-    record.planned("0000", {}, max_steps=3)
-    record.ended("0000", "finished", step=3)
+    record.write("planned", trial="0000", values={}, max_steps=3)
+    record.write("ended", trial="0000", outcome="finished", step=3)
     run = trial_dir(folder, "0000")
     (run / "model").mkdir(parents=True)
     for name in ("metrics.jsonl", "model/config.json", "model/model.safetensors"):
@@ -184,7 +189,7 @@ def test_the_store_has_no_record_of_what_is_not_there(store: ObjectStore, tmp_pa
         "trials/0000/model/config.json", "trials/0000/model/model.safetensors",
         "trials/0000/model/manifest.json", "trials.jsonl",
     ]  # fmt: skip
-    record.winner("0000")
+    record.write("winner", trial="0000")
     before = len(store.calls)
     publisher.publish()
     (call,) = [call for call in store.calls[before:] if call.startswith("PUT")]

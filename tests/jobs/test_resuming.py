@@ -219,9 +219,9 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     save_config(first.config, first.folder)
     record = Record(first.folder)
     for one in first.trials:
-        record.planned(one.name, one.values, max_steps=10)
-    record.planned("0005", {"seed": 9}, max_steps=10, replicate_of="0001")
-    record.winner("0001")
+        record.write("planned", trial=one.name, values=one.values, max_steps=10)
+    record.write("planned", trial="0005", values={"seed": 9}, max_steps=10, replicate_of="0001")
+    record.write("winner", trial="0001")
     more = sweep_of(tmp_path, "tune.num_samples=7")
     assert more.changes == [
         "tune.num_samples raised from 4 to 7: existing trials stay, and the winner is chosen again"
@@ -229,7 +229,7 @@ def test_more_trials_leave_those_that_are_there(tmp_path: Path) -> None:
     assert more.trials[:5] == first.trials
     # The name of a repetition is taken.
     assert [one.name for one in more.trials[5:]] == ["0006", "0007", "0008"]
-    record.reopened(before=4, num_samples=7)
+    record.write("reopened", before=4, num_samples=7)
     save_config(more.config, more.folder)
     assert load_sweep(more.folder).winner is None and len(load_trials(more.folder)) == 6
     assert published_dir(more.folder) == trial_dir(more.folder, "0001")
@@ -261,15 +261,15 @@ def test_a_sweep_that_stopped_itself_goes_on_with_another_min_gain(tmp_path: Pat
     first.folder.mkdir()
     record = opened(first)
     for one in first.trials:
-        record.planned(one.name, one.values, max_steps=10)
+        record.write("planned", trial=one.name, values=one.values, max_steps=10)
     for one in first.trials[:3]:
-        record.ended(one.name, "finished", step=10)
-    record.enough(trials=3, of=5, gain=0.001, gain_at_most=0.002, min_gain=0.01)
+        record.write("ended", trial=one.name, outcome="finished", step=10)
+    record.write("enough", trials=3, of=5, gain=0.001, gain_at_most=0.002, min_gain=0.01)
     for one in first.trials[3:]:
-        record.ended(one.name, "skipped", step=0)
+        record.write("ended", trial=one.name, outcome="skipped", step=0)
     opened(sweep_of(tmp_path, "tune.num_samples=4"))  # killed before there was a winner
     assert [one.outcome for one in load_trials(first.folder)][3:] == ["skipped"] * 2
-    record.winner("0001")
+    record.write("winner", trial="0001")
     assert len(load_sweep(first.folder).trials) == 3
     told = how_to_extend(sweep_of(tmp_path, "tune.num_samples=4"))
     assert "it stopped itself after 3 of 5 trials; to run the others: " in told
@@ -301,9 +301,9 @@ def test_more_trials_on_a_text_that_has_changed_are_refused(
     first = checked.trials[0]
     run(first.config, before, trial_dir(checked.folder, first.name))
     record = Record(checked.folder)
-    record.planned(first.name, first.values, max_steps=2)
+    record.write("planned", trial=first.name, values=first.values, max_steps=2)
     if outcome:
-        record.ended(first.name, outcome, step=2)
+        record.write("ended", trial=first.name, outcome=outcome, step=2)
     key = text_key(first.config)
     check_trials(checked, {key: before})
     with pytest.raises(UserError, match="trial 0000: the text or tokenizer of the run 0000 has ch"):

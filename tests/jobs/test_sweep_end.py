@@ -55,10 +55,10 @@ def test_line_report_and_terminal_say_why_a_sweep_stopped_itself(
     assert line["stopped_early"] is None and line["trials"] == 5
     record = Record(folder)
     for name in ("0005", "0006"):
-        record.planned(name, {"model.dropout": 0.1}, max_steps=120)
-        record.ended(name, "skipped", step=0)
+        record.write("planned", trial=name, values={"model.dropout": 0.1}, max_steps=120)
+        record.write("ended", trial=name, outcome="skipped", step=0)
     why = {"trials": 5, "of": 7, "gain": 0.0041, "gain_at_most": 0.0093, "min_gain": 0.01}
-    record.enough(trials=5, of=7, gain=0.0041, gain_at_most=0.0093, min_gain=0.01)
+    record.write("enough", trials=5, of=7, gain=0.0041, gain_at_most=0.0093, min_gain=0.01)
     sweep = load_sweep(folder)
     line = outcome(sweep, str(folder))
     assert line["stopped_early"] == why and line["trials"] == 5

@@ -51,7 +51,12 @@ def finish(
         for place, loss in enumerate(losses, start=1)
     ]
     (run / METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    record.ended(name, "finished" if len(losses) > 1 else "stopped", step=10 * len(rows))
+    record.write(
+        "ended",
+        trial=name,
+        outcome="finished" if len(losses) > 1 else "stopped",
+        step=10 * len(rows),
+    )
     suggestions.over(name)
 
 
@@ -83,7 +88,7 @@ def test_optuna_suggests_what_goes_together_and_learns_on(
         assert one.values.get("optim.step_size", 5) in range(5, 9)
     assert len({json.dumps(one.point) for one in trials}) == 10
     # A repetition is none of the ten, and has a name of its own.
-    record.planned("0010", {"seed": 2}, max_steps=60, replicate_of="0000")
+    record.write("planned", trial="0010", values={"seed": 2}, max_steps=60, replicate_of="0000")
     suggestions = Suggestions(suggesting, tmp_path, record, num_trials=11)
     suggestions.suggest()
     assert [one.name for one in load_trials(tmp_path)][-2:] == ["0010", "0011"]
@@ -103,7 +108,7 @@ def test_optuna_knows_one_value_of_a_trial_that_has_gone_on(tmp_path: Path) -> N
     for name, loss in losses.items():  # the last one runs
         finish(folder, name, suggestions, record, loss)
     for name in ("0000", "0005"):
-        record.promoted(name)
+        record.write("promoted", trial=name)
         finish(folder, name, suggestions, record, losses[name], 1.5)
     shutil.copytree(folder, copy)
     after_kill = Suggestions(config, copy, Record(copy), num_trials=30)

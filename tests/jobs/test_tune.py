@@ -171,8 +171,8 @@ def test_a_sweep_of_which_nothing_comes_fails_with_the_reasons(
     plan.folder.mkdir()
     save_config(plan.config, plan.folder)
     record = Record(plan.folder)
-    record.planned("0000", plan.trials[0].values, max_steps=30)
-    record.ended("0000", "diverged", step=7, message="step 8: loss nan")
+    record.write("planned", trial="0000", values=plan.trials[0].values, max_steps=30)
+    record.write("ended", trial="0000", outcome="diverged", step=7, message="step 8: loss nan")
     with pytest.raises(
         RunFailed, match="no trial produced a model:\n  0000 diverged: step 8: loss nan"
     ):

@@ -103,21 +103,24 @@ def write_sweep(
     (folder / "config.yaml").write_text(dump(config))
     record = Record(folder)
     for trial in trials:
-        record.planned(
-            trial.name,
-            trial.values,
+        record.write(
+            "planned",
+            trial=trial.name,
+            values=trial.values,
             max_steps=trial.values.get("train.max_steps", config.train.max_steps),
             replicate_of=trial.replicate_of,
         )
     for trial in trials:
         if trial.started:
-            record.started(trial.name)
+            record.write("started", trial=trial.name)
             write_metrics(folder, config, trial)
         if trial.outcome:
             step = len(trial.curve) * config.train.eval_interval
-            record.ended(trial.name, trial.outcome, step=step, message=trial.message)
+            record.write(
+                "ended", trial=trial.name, outcome=trial.outcome, step=step, message=trial.message
+            )
     if winner:
-        record.winner(winner)
+        record.write("winner", trial=winner)
     return folder
 
 

@@ -76,11 +76,11 @@ def test_nothing_is_told_twice_and_a_retried_trial_ends_anew(folder: Path) -> No
     record = Record(folder)
     for _ in range(2):
         write_hparams(folder)
-    record.ended("0001", "failed", step=30, passing=True)
+    record.write("ended", trial="0001", outcome="failed", step=30, passing=True)
     write_hparams(folder)
-    record.retried("0001")
+    record.write("retried", trial="0001")
     write_hparams(folder)
-    record.ended("0001", "finished", step=30)
+    record.write("ended", trial="0001", outcome="finished", step=30)
     write_hparams(folder)
     (_, end), scalars = session(folder, "0001")
     assert end.session_end_info.status == 1 and scalars["best_bpb"] == 2.25
@@ -88,11 +88,11 @@ def test_nothing_is_told_twice_and_a_retried_trial_ends_anew(folder: Path) -> No
 
 def test_a_trial_that_went_on_from_a_rung_has_its_last_end(folder: Path) -> None:
     record = Record(folder)
-    record.ended("0001", "stopped", step=30)
+    record.write("ended", trial="0001", outcome="stopped", step=30)
     write_hparams(folder)
-    record.promoted("0001")
+    record.write("promoted", trial="0001")
     write_metrics(folder, sweep_config(SPACE), Made("0001", VALUES, [*CURVE, (2.0, 0.5)]))
-    record.ended("0001", "finished", step=40)
+    record.write("ended", trial="0001", outcome="finished", step=40)
     write_hparams(folder)
     assert session(folder, "0001")[1]["best_bpb"] == 2.0
 

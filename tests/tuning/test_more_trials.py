@@ -105,14 +105,14 @@ def test_only_random_trials_are_judged() -> None:
 def test_why_a_sweep_stopped_is_read_from_its_record_until_it_is_reopened(tmp_path: Path) -> None:
     record = Record(tmp_path)
     assert StoppedEarly.of_sweep(tmp_path) is None
-    record.enough(trials=14, of=30, gain=0.0041, gain_at_most=0.0093, min_gain=0.01)
+    record.write("enough", trials=14, of=30, gain=0.0041, gain_at_most=0.0093, min_gain=0.01)
     stopped = StoppedEarly.of_sweep(tmp_path)
     assert stopped and json.loads(json.dumps(stopped.__dict__))["of"] == 30
     assert stopped.words == (
         "Stopped after 14 of 30 trials: 10 more would improve the best by 0.0041 bits per byte "
         "(95%: by 0.0093 at most), less than tune.min_gain=0.01; tune.min_gain=0 runs the others."
     )
-    record.winner("0000")
+    record.write("winner", trial="0000")
     assert StoppedEarly.of_sweep(tmp_path) == stopped
-    record.reopened()
+    record.write("reopened")
     assert StoppedEarly.of_sweep(tmp_path) is None

@@ -89,12 +89,12 @@ def test_lines_are_only_added_while_the_sweep_goes_on(tmp_path: Path) -> None:
     follower = JournalStorage(JournalFileBackend(str(path)))  # as a dashboard that is open
     assert follower.get_n_trials(0) == 2
     record = Record(folder)
-    record.ended("0001", "failed", step=10, message="no room", passing=True)
-    record.retried("0001")
+    record.write("ended", trial="0001", outcome="failed", step=10, message="no room", passing=True)
+    record.write("retried", trial="0001")
     write_optuna_file(folder)
-    record.started("0001")
+    record.write("started", trial="0001")
     write_metrics(folder, config, Made("0001", VALUES, CURVE))
-    record.ended("0001", "finished", step=30)
+    record.write("ended", trial="0001", outcome="finished", step=30)
     assert write_optuna_file(folder).read_bytes().startswith(before)
     states = [trial.state for trial in follower.get_all_trials(0)]
     assert states == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
@@ -108,15 +108,15 @@ def test_a_trial_that_waits_at_a_rung_is_pruned_when_the_sweep_is_over(tmp_path:
     before = path.read_bytes()
     assert [trial.state for trial in studied(path)] == [TrialState.RUNNING] * 2
     record = Record(folder)
-    record.promoted("0000")
-    record.started("0000")
+    record.write("promoted", trial="0000")
+    record.write("started", trial="0000")
     write_metrics(folder, config, Made("0000", VALUES, CURVE))
-    record.ended("0000", "finished", step=30)
-    record.winner("0000")
+    record.write("ended", trial="0000", outcome="finished", step=30)
+    record.write("winner", trial="0000")
     assert write_optuna_file(folder).read_bytes().startswith(before)
     assert [trial.state for trial in studied(path)] == [TrialState.COMPLETE, TrialState.PRUNED]
-    record.reopened()  # more samples, and what was pruned is promoted
-    record.promoted("0001")
+    record.write("reopened")  # more samples, and what was pruned is promoted
+    record.write("promoted", trial="0001")
     assert write_optuna_file(folder).read_bytes().startswith(before)
     assert [trial.state for trial in studied(path)][2:] == [TrialState.WAITING]
 

@@ -32,13 +32,15 @@ def write_rows(folder: Path, trial: str, *scores: float) -> None:
 
 def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
     record = Record(folder)
-    record.planned("0000", {}, max_steps=40)
-    record.planned("0001", {"optim.lr": 0.5, "data.split": [0.9, 0.1]}, max_steps=40)
-    record.started("0000")
-    record.ended("0000", "stopped", step=35)
-    record.planned("0002", {"seed": 7}, max_steps=40, replicate_of="0000")
-    record.started("0001")
-    record.winner("0000")
+    record.write("planned", trial="0000", values={}, max_steps=40)
+    record.write(
+        "planned", trial="0001", values={"optim.lr": 0.5, "data.split": [0.9, 0.1]}, max_steps=40
+    )
+    record.write("started", trial="0000")
+    record.write("ended", trial="0000", outcome="stopped", step=35)
+    record.write("planned", trial="0002", values={"seed": 7}, max_steps=40, replicate_of="0000")
+    record.write("started", trial="0001")
+    record.write("winner", trial="0000")
     write_rows(folder, "0000", 2.5, 2.0, 2.25)
     sweep = load_sweep(folder)
     first, second, third = sweep.trials
@@ -54,54 +56,56 @@ def test_a_sweep_is_read_as_it_was_written(folder: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 20, 60])
 def test_a_line_cut_off_is_no_event_and_is_written_over(folder: Path, cut: int) -> None:
     record = Record(folder)
-    record.planned("0000", {}, max_steps=40)
-    record.ended("0000", "finished", step=40)
+    record.write("planned", trial="0000", values={}, max_steps=40)
+    record.write("ended", trial="0000", outcome="finished", step=40)
     path = folder / TRIALS
     path.write_bytes(path.read_bytes()[:-cut])
     assert [trial.outcome for trial in load_sweep(folder).trials] == [None]
     record = Record(folder)
-    record.ended("0000", "diverged", step=7, message="loss nan")
+    record.write("ended", trial="0000", outcome="diverged", step=7, message="loss nan")
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.step, trial.message) == ("diverged", 7, "loss nan")
 
 
 def test_a_trial_that_is_retried_waits_again(folder: Path) -> None:
     record = Record(folder)
-    record.planned("0000", {}, max_steps=40)
-    record.started("0000")
-    record.ended("0000", "failed", step=10, message="cannot write", passing=True)
+    record.write("planned", trial="0000", values={}, max_steps=40)
+    record.write("started", trial="0000")
+    record.write(
+        "ended", trial="0000", outcome="failed", step=10, message="cannot write", passing=True
+    )
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.passing) == ("failed", True)
-    record.retried("0000")
+    record.write("retried", trial="0000")
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.passing, trial.started) == (None, False, True)
-    record.ended("0000", "finished", step=40)
+    record.write("ended", trial="0000", outcome="finished", step=40)
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.step) == ("finished", 40)
 
 
 def test_a_trial_that_is_promoted_goes_on(folder: Path) -> None:
     record = Record(folder)
-    record.planned("0000", {}, max_steps=40)
-    record.started("0000")
-    record.ended("0000", "stopped", step=10)
-    record.promoted("0000")
+    record.write("planned", trial="0000", values={}, max_steps=40)
+    record.write("started", trial="0000")
+    record.write("ended", trial="0000", outcome="stopped", step=10)
+    record.write("promoted", trial="0000")
     (trial,) = load_sweep(folder).trials
     assert (trial.outcome, trial.state) == (None, "running")
-    record.ended("0000", "finished", step=40)
+    record.write("ended", trial="0000", outcome="finished", step=40)
     assert [one.outcome for one in load_sweep(folder).trials] == ["finished"]
 
 
 def test_a_record_without_room_says_so_and_keeps_whole_lines(folder: Path) -> None:
     record = Record(folder)
-    record.planned("0000", {}, max_steps=40)
+    record.write("planned", trial="0000", values={}, max_steps=40)
     path = folder / TRIALS
     with (
         files_up_to(path.stat().st_size + 20),
         pytest.raises(RunFailed, match=f"cannot write {path}"),
     ):
-        record.started("0000")
-    record.winner("0000")
+        record.write("started", trial="0000")
+    record.write("winner", trial="0000")
     assert load_sweep(folder).winner == "0000" and not load_sweep(folder).trials[0].started
 
 

@@ -116,7 +116,8 @@ class SweepQueue:
         """Skip all new trials. Those that wait at a rung may still continue."""
         first = [one for one in load_trials(self._folder) if one.replicate_of is None]
         left = [one for one in first if one.name in self._fresh or one.outcome == SKIPPED]
-        self._record.enough(
+        self._record.write(
+            "enough",
             trials=len(first) - len(left),
             of=len(first),
             gain=gain.mean,
@@ -124,7 +125,7 @@ class SweepQueue:
             min_gain=self._config.tune.min_gain,
         )
         for name in sorted(self._fresh):
-            self._record.ended(name, SKIPPED, step=0)
+            self._record.write("ended", trial=name, outcome=SKIPPED, step=0)
         self._waiting = deque(one for one in self._waiting if one.name not in self._fresh)
         self._fresh.clear()
 
@@ -148,13 +149,13 @@ class SweepQueue:
         if name is None:
             return None
         self._stopped.remove(name)
-        self._record.promoted(name)
+        self._record.write("promoted", trial=name)
         (trial,) = (one for one in load_trials(self._folder) if one.name == name)
         return self._given(self._planned(trial))
 
     def started(self, name: str) -> None:
         """Record that a trial has started, for the first time or again."""
-        self._record.started(name)
+        self._record.write("started", trial=name)
 
     def ended(
         self,
@@ -166,7 +167,9 @@ class SweepQueue:
         passing: bool = False,
     ) -> None:
         """Record that a trial is over or waits at a rung. passing: the failure is transient."""
-        self._record.ended(name, outcome, step=step, message=message, passing=passing)
+        self._record.write(
+            "ended", trial=name, outcome=outcome, step=step, message=message, passing=passing
+        )
         self.halving.ended(name, outcome)
         if outcome == "stopped":
             self._stopped.add(name)
@@ -181,9 +184,10 @@ class SweepQueue:
         known = {trial.name for trial in load_trials(self._folder)}
         new = [planned for planned in trials if planned.name not in known]
         for planned in new:
-            self._record.planned(
-                planned.name,
-                planned.values,
+            self._record.write(
+                "planned",
+                trial=planned.name,
+                values=planned.values,
                 max_steps=planned.config.train.max_steps,
                 replicate_of=planned.replicate_of,
             )

@@ -152,7 +152,7 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
     path = folder / BEST
     with storing(path), replacing(path) as draft:
         draft.write_text(dump(best), "utf-8")
-    record.winner(winner.name)
+    record.write("winner", trial=winner.name)
 
 
 JOB = Job(check, plan, run)

@@ -41,16 +41,16 @@ def opened(checked: CheckedSweep) -> Record:
     if checked.changes:
         drawn = samples_drawn(folder)
         before = drawn[-1] if drawn else load_config(str(folder / CONFIG), []).tune.num_samples
-        record.reopened(before=before, num_samples=checked.config.tune.num_samples)
+        record.write("reopened", before=before, num_samples=checked.config.tune.num_samples)
     elif winner_dir(folder):
-        record.reopened()
+        record.write("reopened")
     else:
         skipped = []
     save_config(checked.config, folder)
     for change in checked.changes:
         log.info("%s", change)
     for trial in (*failed, *skipped):
-        record.retried(trial.name)
+        record.write("retried", trial=trial.name)
     if failed:
         log.info("rerunning %s: %s", count(len(failed), "trial"), failed[0].message)
     _share_texts(folder)

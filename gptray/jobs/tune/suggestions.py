@@ -54,10 +54,10 @@ class Suggestions:
             except ConfigError as error:
                 planned, why = None, str(error)
             steps = (planned.config if planned else self._config).train.max_steps
-            self._record.planned(name, values, max_steps=steps, point=point)
+            self._record.write("planned", trial=name, values=values, max_steps=steps, point=point)
             if planned:
                 return planned
-            self._record.ended(name, "failed", step=0, message=why)
+            self._record.write("ended", trial=name, outcome="failed", step=0, message=why)
             self.over(name)
 
     def over(self, name: str) -> None:
