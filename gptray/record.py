@@ -194,15 +194,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def base_event(events: Sequence[Event]) -> Event | None:
-    """The score before the first step; None if the run began with new weights."""
-    return next((one for one in reversed(events) if one["event"] == "base"), None)
-
-
-def base_val_loss(events: Sequence[Event]) -> float | None:
-    """The validation loss before the first step; None if the run began with new weights."""
-    base = base_event(events)
-    return base["val_loss"] if base else None
+def last_event(events: Sequence[Event], *kinds: str) -> Event | None:
+    """The last event of one of these kinds; None if there is none."""
+    return next((one for one in reversed(events) if one["event"] in kinds), None)
 
 
 def curves(row: MetricsRow) -> dict[str, float]:

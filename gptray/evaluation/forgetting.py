@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptray.record import Event, MetricsRow, base_event
+from gptray.record import Event, MetricsRow, last_event
 
 # A text is forgotten if its bits per byte rise by more than this share; less is noise.
 NOTICED = 0.01
@@ -43,7 +43,7 @@ def changes_of(rows: Sequence[MetricsRow], events: Sequence[Event]) -> list[Chan
     best = min(scored, key=lambda row: row["val_loss"], default=None)
     if best is None or "also" not in best:
         return []
-    base = base_event(events) or {"event": "", "time": 0.0}
+    base = last_event(events, "base") or {"event": "", "time": 0.0}
     before = {name: score["bpb"] for name, score in base.get("also", {}).items()}
     own = Change("", base.get("val_bpb"), best["val_bpb"])
     return [

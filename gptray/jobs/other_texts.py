@@ -17,7 +17,7 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.base import Mistakes
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.jobs.prepare.run import stored_text
-from gptray.record import read_events
+from gptray.record import last_event, read_events
 
 KEY = "evaluate.also"
 OtherTexts = Mapping[str, CheckedText]
@@ -76,5 +76,5 @@ def prepared_also(
 
 def _scored_before(run_dir: Path) -> dict[str, str]:
     """The fingerprints of the texts that a run has scored before, by name."""
-    starts = [event for event in read_events(run_dir) if event["event"] == "start"]
-    return starts[-1].get("also_data", {}) if starts else {}
+    start = last_event(read_events(run_dir), "start")
+    return start.get("also_data", {}) if start else {}

@@ -10,7 +10,7 @@ import pytest
 from gptray.data.tokens import TokenData
 from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.model.hf import load_pretrained
-from gptray.record import base_event, read_events, read_metrics
+from gptray.record import last_event, read_events, read_metrics
 from gptray.training.validation import score_split
 from gptray.training.workers import Workers
 from tests.data.prepared import whole_here
@@ -46,9 +46,9 @@ def test_what_a_run_does_to_other_texts_is_scored_before_and_after(
         run(config, with_others, tmp_path / "cut", kill_at=2)
     run(config, with_others, tmp_path / "cut")
     assert scored(tmp_path / "cut") == scored(tmp_path / "whole")
-    base = base_event(read_events(tmp_path / "cut"))
+    base = last_event(read_events(tmp_path / "cut"), "base")
     assert base
-    whole = base_event(read_events(tmp_path / "whole"))
+    whole = last_event(read_events(tmp_path / "whole"), "base")
     assert whole and base == {**whole, "time": base["time"]}
 
     changes = changes_of(read_metrics(tmp_path / "cut"), read_events(tmp_path / "cut"))

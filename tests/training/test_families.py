@@ -14,7 +14,7 @@ from gptray.data.tokens import TokenData
 from gptray.files import sha256_of
 from gptray.jobs.folders.run_folder import resolve
 from gptray.model.hf import load_pretrained
-from gptray.record import base_val_loss, read_events
+from gptray.record import last_event, read_events
 from tests.generation.models import needs_native
 from tests.model.foreign_models import FAMILIES, make_hf
 from tests.training.runs import Killed, rows, run
@@ -48,9 +48,8 @@ def test_a_run_learns_resumes_to_the_same_bits_and_opens_in_transformers(
     assert sha256_of(weights[0]) == sha256_of(weights[1])
     losses = [row["val_loss"] for row in rows(tmp_path / "cut") if "val_loss" in row]
     assert losses[0] > losses[-1]
-    base = base_val_loss(read_events(tmp_path / "cut"))
-    assert base == base_val_loss(read_events(tmp_path / "whole"))
-    assert base is not None and base > losses[0]
+    before, whole = (last_event(read_events(tmp_path / one), "base") for one in ("cut", "whole"))
+    assert before and whole and before["val_loss"] == whole["val_loss"] > losses[0]
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "cut" / "model", output_loading_info=True, trust_remote_code=False

@@ -24,7 +24,7 @@ from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
 from gptray.node_cache import storage_folder
-from gptray.record import METRICS, base_event, read_events, read_metrics, teachers_of
+from gptray.record import METRICS, last_event, read_events, read_metrics, teachers_of
 from gptray.remote_folder import RemoteFolder
 from gptray.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
@@ -140,7 +140,7 @@ def outcome(config: Config) -> dict[str, object]:
         raise RunFailed(f"{folder / METRICS} has no evaluation")
     best, last = min(evaluations, key=lambda row: row["val_loss"]), evaluations[-1]
     rates = sorted(row["tokens_per_sec"] for row in rows)
-    base = base_event(events)
+    base = last_event(events, "base")
     return {
         "run_dir": seen_at(config),
         "model_dir": f"{seen_at(config)}/model",

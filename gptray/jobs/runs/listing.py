@@ -112,7 +112,7 @@ def _run(place: RecordPlace, known: Listed) -> Listed:
         step=diagnosis.last_step,
         val_loss=best and _finite(best["val_loss"]),
         val_bpb=best and _finite(best["val_bpb"]),
-        parameters=diagnosis.facts.parameters,
+        parameters=diagnosis.parameters,
         next=follows,
     )
 

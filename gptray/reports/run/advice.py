@@ -136,7 +136,7 @@ def _lr(config: Config, lr: float) -> dict[str, object]:
 
 def _more_text(diagnosis: Diagnosis) -> Iterator[Advice]:
     """More data, depending on how often the text was read."""
-    epochs = diagnosis.facts.epochs_at_best
+    epochs = diagnosis.epochs_at_best
     if epochs and epochs > 1:
         yield Advice(
             "more data",

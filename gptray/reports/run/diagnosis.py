@@ -13,8 +13,8 @@ from statistics import fmean, median
 from typing import Literal
 
 from gptray.config import Config
-from gptray.record import Event, MetricsRow, base_val_loss
-from gptray.reports.run.landed import Landed, Point, begun_landing, landed_of, points_of
+from gptray.record import Event, MetricsRow, last_event
+from gptray.reports.run.landed import Landed, Point, landed_of, points_of
 from gptray.training.landing import rows_of, why_stopped
 
 # How many evaluations must follow a turn: one or two bad ones are not a trend.
@@ -23,20 +23,13 @@ FOLLOWING = 3
 NEGLIGIBLE = 0.002
 # A change above this part of it is one, however restless the curve.
 NOTABLE = 0.1
+# The events that show a run's state.
+STATES = ("start", "end", "failure")
 
 Verdict = Literal[
     "none", "single", "overfitting", "unsure", "unstable", "harmed", "stuck", "falling", "level"
 ]
 Ended = Literal["max_steps", "patience", "non_finite"]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Facts that the advice is based on; None if the run does not record them."""
-
-    parameters: int | None
-    train_tokens: int | None  # in the training split
-    epochs_at_best: float | None
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,9 @@ class Diagnosis:
     `turning_point`); None if it has not turned, or if it is too early to tell. `noise` is the
     standard deviation of validation loss around its trend, in nats. `pace` is seconds per step,
     including evaluations if the run's events tell. `ended` is None for a run that is still training
-    or was interrupted. `landed` is None before a landing's first evaluation. `base` is the
-    validation loss of `model.init_from`, None without one.
+    or was interrupted. `parameters` are those trained; None, like `epochs_at_best`, if the run does
+    not record them. `landed` is None before a landing's first evaluation. `base` is the validation
+    loss of `model.init_from`, None without one.
     """
 
     verdict: Verdict
@@ -60,7 +54,8 @@ class Diagnosis:
     last_step: int
     max_steps: int
     pace: float | None
-    facts: Facts
+    parameters: int | None
+    epochs_at_best: float | None
     landed: Landed | None = None
     base: float | None = None
 
@@ -107,7 +102,10 @@ def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]
     best = min(points, key=lambda point: point.val_loss) if points else None
     turn = turning_point([point.val_loss for point in points], min_delta=config.train.min_delta)
     ended = _ended(every, points, config, events)
-    base, lowest = base_val_loss(events), min((one.val_loss for one in points_of(every)), default=0)
+    start, before = last_event(events, "start"), last_event(events, "base")
+    base = before["val_loss"] if before else None
+    lowest = min((one.val_loss for one in points_of(every)), default=0)
+    epochs = {row["step"]: row["epoch"] for row in rows if row.get("epoch")}
     is_harmed = base is not None and bool(points) and lowest >= base and ended != "non_finite"
     verdict = "harmed" if is_harmed else _verdict(points, best, turn, ended, rows, config)
     return Diagnosis(
@@ -120,7 +118,8 @@ def diagnose(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]
         last_step=every[-1]["step"] if every else 0,
         max_steps=config.train.max_steps,
         pace=_pace(rows, config, events),
-        facts=_facts(rows, config, events, best),
+        parameters=start.get("trained", start["parameters"]) if start else None,
+        epochs_at_best=epochs.get(best.step) if best else None,
         landed=landed_of(every, best, events),
         base=base,
     )
@@ -230,13 +229,13 @@ def _ended(
     rows: Sequence[MetricsRow], points: Sequence[Point], config: Config, events: Sequence[Event]
 ) -> Ended | None:
     """How the run ended, preferably by its event, since min_delta affects what patience counts."""
-    told = _last_of(events)
+    told = last_event(events, *STATES)
     if told and told["event"] == "end":
         return told["stopped"]
     if has_failed(events):
         return None
     if config.optim.lands:
-        begun = begun_landing(events)
+        begun = last_event(events, "landing")
         if begun and rows_of("landing", rows) and rows[-1]["step"] >= begun["until"]:
             return why_stopped(rows, config)
         return None
@@ -251,14 +250,8 @@ def _ended(
 
 def has_failed(events: Sequence[Event]) -> bool:
     """Whether a run's last known state is a failure, so that even its last step may be unsaved."""
-    told = _last_of(events)
+    told = last_event(events, *STATES)
     return told is not None and told["event"] == "failure"
-
-
-def _last_of(events: Sequence[Event]) -> Event | None:
-    """The last event that shows a run's state."""
-    telling = ("start", "end", "failure")
-    return next((event for event in reversed(events) if event["event"] in telling), None)
 
 
 def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -> float | None:
@@ -279,16 +272,3 @@ def _pace(rows: Sequence[MetricsRow], config: Config, events: Sequence[Event]) -
     if paces:
         return median(paces)
     return config.tokens_per_step / median(rates) if rates else None
-
-
-def _facts(
-    rows: Sequence[MetricsRow], config: Config, events: Sequence[Event], best: Point | None
-) -> Facts:
-    starts = [event for event in events if event["event"] == "start"]
-    epochs = {row["step"]: row["epoch"] for row in rows if row.get("epoch")}
-    step, epoch = next(reversed(epochs.items()), (0, 0.0))
-    return Facts(
-        parameters=starts[-1].get("trained", starts[-1]["parameters"]) if starts else None,
-        train_tokens=round(step * config.tokens_per_step / epoch) if epoch else None,
-        epochs_at_best=epochs.get(best.step) if best else None,
-    )

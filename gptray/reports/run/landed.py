@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptray.record import Event, MetricsRow
+from gptray.record import Event, MetricsRow, last_event
 from gptray.training.landing import rows_of
 
 
@@ -48,14 +48,9 @@ def landed_of(
     rows: Sequence[MetricsRow], best: Point | None, events: Sequence[Event]
 ) -> Landed | None:
     """The landing in a run's rows. best: the best evaluation before it."""
-    points, begun = points_of(rows_of("landing", rows)), begun_landing(events)
+    points, begun = points_of(rows_of("landing", rows)), last_event(events, "landing")
     if not points or best is None:
         return None
     back_to = begun["back_to"] if begun else best.step
     gain = best.val_loss - min(point.val_loss for point in points)
     return Landed(rows_of("stable", rows)[-1]["step"], back_to, points, gain)
-
-
-def begun_landing(events: Sequence[Event]) -> Event | None:
-    """The event of a run's landing; None if it has not begun."""
-    return next((event for event in reversed(events) if event["event"] == "landing"), None)

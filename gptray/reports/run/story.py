@@ -13,13 +13,14 @@ from gptray.data.split import LONG_NAMES
 from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
-from gptray.record import Event, MetricsRow, base_val_loss, seconds_trained, teachers_of
+from gptray.record import Event, MetricsRow, last_event, seconds_trained, teachers_of
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis, has_failed
 from gptray.reports.run.findings import Gap, before_and_after, evaluation_tiles, gap_of, noise_of
 from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
+from gptray.training.landing import rows_of
 from gptray.wording import count, magnitude, perplexity, time_words
 
 Figure = Literal["val_loss", "train_loss", "val_ppl", "val_bpb", "epoch", "lr"]
@@ -183,10 +184,9 @@ def _of_the_run(run: RunRecord) -> Table:
     diagnosis, config = run.diagnosis, run.config
     steps = f"{diagnosis.last_step:,} of {diagnosis.max_steps:,}"
     rows = [Row("Steps", "optimizer updates, out of train.max_steps", (steps,))]
-    base = base_val_loss(run.events)
-    if base is not None:
+    if diagnosis.base is not None:
         how = "validation loss of model.init_from's weights, before the first step"
-        rows.append(Row("Loss of the base model", how, (f"{base:.4f}",)))
+        rows.append(Row("Loss of the base model", how, (f"{diagnosis.base:.4f}",)))
     if taught := teachers_of(run.events):
         names = ", ".join(f"{name} (sha256 {digest[:12]})" for name, digest in taught.items())
         how = f"{config.train.teacher_weight:g} of the loss is against their average: {names}"
@@ -199,18 +199,20 @@ def _of_the_run(run: RunRecord) -> Table:
         rows.append(Row("Tokens per second", "median of the rows, without evaluations", (rate,)))
     tokens = config.tokens_per_step * diagnosis.last_step
     rows.append(Row("Tokens trained on", "steps x tokens per step", (magnitude(tokens),)))
-    facts, start = diagnosis.facts, _latest_start(run.events)
+    start = last_event(run.events, "start")
     text = start.get("text", {}) if start else {}
     for name, words in text.items():
         how = "documents, size and share of all text, tokens"
         rows.append(Row(f"{LONG_NAMES[name].capitalize()} text", how, (words,)))
-    if facts.train_tokens and not text:
+    read = [row for row in rows_of("stable", run.rows) if row.get("epoch")]
+    if read and not text:
         how = "tokens trained on / epochs"
-        rows.append(Row("Training text", how, (f"about {magnitude(facts.train_tokens)} tokens",)))
-    if facts.parameters:
+        tokens = round(read[-1]["step"] * config.tokens_per_step / read[-1]["epoch"])
+        rows.append(Row("Training text", how, (f"about {magnitude(tokens)} tokens",)))
+    if diagnosis.parameters:
         adapter = f"an adapter of rank {config.lora.rank}"
         how = adapter if config.lora.rank else "tied weights counted once"
-        rows.append(Row("Parameters trained", how, (magnitude(facts.parameters),)))
+        rows.append(Row("Parameters trained", how, (magnitude(diagnosis.parameters),)))
     return Table([], rows + _landing_rows(diagnosis) + _cost(diagnosis))
 
 
@@ -241,7 +243,7 @@ def _cost(diagnosis: Diagnosis) -> list[Row]:
 
 def _happened(run: RunRecord) -> list[str]:
     """Warnings about the text, restarts, damaged checkpoints, failures."""
-    start = _latest_start(run.events)
+    start = last_event(run.events, "start")
     lines = list(start.get("warnings", [])) if start else []
     for event in run.events:
         if event["event"] == "start" and event["step"]:
@@ -249,10 +251,6 @@ def _happened(run: RunRecord) -> list[str]:
         elif event.get("message"):
             lines.append(event["message"])
     return lines
-
-
-def _latest_start(events: Sequence[Event]) -> Event | None:
-    return next((event for event in reversed(events) if event["event"] == "start"), None)
 
 
 def _config(config: Config) -> Table:
@@ -277,7 +275,7 @@ def _value(value: object) -> str:
 
 def _environment(run: RunRecord) -> Table:
     """The workers, devices and libraries of the run's last start."""
-    start = _latest_start(run.events)
+    start = last_event(run.events, "start")
     names = {"workers": "Workers", "device": "Device of each", "dtype": "Computed in"}
     if start is None:
         return Table([], [])
