@@ -15,10 +15,8 @@ from typing import Any
 from gptray.config import SampleConfig
 from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
 
+# Of the settings with bounds; the others take any real number.
 _WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "seed")
-_REAL = (
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-)  # fmt: skip
 _OPTIONAL = ("top_k", "top_p", "min_p", "logprobs")
 # Derived seeds stay exact in programs that store them as floats, such as JavaScript and pandas.
 _DERIVED_SEEDS = 2**53
@@ -57,10 +55,9 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _WHOLE:
-            _check(name, getattr(self, name), int)
-        for name in _REAL:
-            _check(name, getattr(self, name), float)
+        for name in SAMPLING:
+            if name != "logit_bias":
+                _check(name, getattr(self, name))
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens={self.min_new_tokens} is above "
@@ -82,7 +79,7 @@ class Sampling:
         for token, bias in self.logit_bias:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise ValueError(f"logit_bias names {token!r}, which is not a token id")
-            _check("logit_bias", bias, float)
+            _check("logit_bias", bias)
         if len(dict(self.logit_bias)) < len(self.logit_bias):
             raise ValueError("logit_bias names a token twice")
 
@@ -134,20 +131,20 @@ def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -
         )
 
 
-def _check(name: str, value: object, kind: type[int] | type[float]) -> None:
-    """Raise ValueError unless the value is off, or a number of that kind within its bounds."""
+def _check(name: str, value: object) -> None:
+    """Raise ValueError unless the value is off, or a number within the setting's bounds."""
     if value is None and name in _OPTIONAL:
         return
     low, high, is_open = SAMPLING[name]
-    kinds = (int,) if kind is int else (int, float)
+    is_whole = name in _WHOLE
     # NaN fails every comparison.
     if (
-        not isinstance(value, kinds)
+        not isinstance(value, int if is_whole else (int, float))
         or isinstance(value, bool)
         or not (low < value if is_open else low <= value)
         or not value <= high
     ):
-        what = "a whole number" if kind is int else "a number"
+        what = "a whole number" if is_whole else "a number"
         border = "above" if is_open else "from"
         raise ValueError(f"{name}={_short(value)} must be {what} {border} {low} to {high}")
 

@@ -71,7 +71,7 @@ class TextShares:
         if len({trial.values.get(SHARE, bare.data.fraction) for trial in sweep.trials}) < 2:
             return None
         own = _key(_settings(bare, sweep, {}))
-        found: dict[str, Recipe] = {_key(one.values): one for one in _recipes(bare, sweep)}
+        found = _recipes(bare, sweep)
         able = [one for one in found.values() if len(one.losses) >= ENOUGH_SHARES]
         plain = found.get(own)
         if plain not in able:
@@ -100,18 +100,17 @@ def _is_cut_off(trial: Trial) -> bool:
     return trial.outcome == "finished" and 4 * best["step"] >= 3 * rows[-1]["step"]
 
 
-def _recipes(bare: Config, sweep: Sweep) -> list[Recipe]:
-    """The sweep's recipes, in the order of their first trials."""
+def _recipes(bare: Config, sweep: Sweep) -> dict[str, Recipe]:
+    """The sweep's recipes by `_key`, in the order of their first trials."""
     values: dict[str, Mapping[str, object]] = {}
     trials: dict[str, dict[float, list[Trial]]] = {}
     for trial in sweep.trials:
         if trial.outcome in ("finished", "patience") and trial.best:
             settings = _settings(bare, sweep, trial.values)
             share = override(bare, trial.values).data.fraction
-            key = _key(settings)
-            values[key] = settings
+            values[key := _key(settings)] = settings
             trials.setdefault(key, {}).setdefault(share, []).append(trial)
-    return [Recipe(values[key], dict(sorted(by.items()))) for key, by in trials.items()]
+    return {key: Recipe(values[key], dict(sorted(by.items()))) for key, by in trials.items()}
 
 
 def _settings(bare: Config, sweep: Sweep, values: Mapping[str, object]) -> dict[str, object]:
