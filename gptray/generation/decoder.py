@@ -58,9 +58,12 @@ class Piece:
 
 
 class StepRows:
-    """A step's N tokens, a row each: the decoding sequences' first, then those of each piece.
+    """What a step reads: N tokens, a row each, the decoding sequences' first, then the pieces'.
 
-    asked: the rows whose logits are returned. alone: the step leaves all other slots as they are.
+    decoding: the newest (token, position) in slots 0 .. D - 1. adapters: one from `Network.pack`,
+    or None, for each of them; empty if none has any. alone: keep what all other slots hold; without
+    it, the cache keeps only this step's slots and those below them. asked: the rows whose logits
+    are returned.
     """
 
     def __init__(
@@ -71,7 +74,6 @@ class StepRows:
         *,
         alone: bool = False,
     ) -> None:
-        """As `Network.step`."""
         self.decoding, self.pieces, self.alone = decoding, pieces, alone
         self.tokens = [token for token, _ in decoding]
         self.positions = [position for _, position in decoding]
@@ -97,28 +99,14 @@ class Network(ABC):
     # Once a step carries this many prompt tokens, it takes no more pieces: decoding never stalls.
     prompt_tokens = PROMPT_TOKENS
 
-    @torch.no_grad()
-    def step(
-        self,
-        decoding: Sequence[tuple[int, int]],
-        pieces: Sequence[Piece],
-        *,
-        adapters: Sequence[PackedAdapter | None] = (),
-        alone: bool = False,
-    ) -> Tensor:
-        """Run the network over the newest token of each decoding sequence and pieces of prompts.
+    @abstractmethod
+    def step(self, rows: StepRows) -> Tensor:
+        """Run the network over rows.
 
         Returns the logits after each decoding token, then each piece's, (D + the pieces' `logits`,
         V), padded with -inf, valid until the next step; fp32, or the network's dtype if no piece is
-        scored. decoding: (token, position) of slots 0 .. D - 1. adapters: one from `pack`, or None,
-        for each of them; empty if none has any. The cache keeps this step's slots and those below
-        them; with `alone`, it keeps all.
+        scored.
         """
-        return self.logits(StepRows(decoding, pieces, adapters, alone=alone))
-
-    @abstractmethod
-    def logits(self, rows: StepRows) -> Tensor:
-        """The logits that `step` returns."""
 
     @abstractmethod
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
@@ -157,8 +145,9 @@ class Decoder(Network):
         self._heads = model.config.n_head + 2 * model.config.kv_heads
         self._windows = [model.config.window(layer) for layer in range(model.config.n_layer)]
 
+    @torch.no_grad()
     @own_fp32()
-    def logits(self, rows: StepRows) -> Tensor:
+    def step(self, rows: StepRows) -> Tensor:
         tokens, positions = (
             torch.tensor(numbers, device=self._device) for numbers in (rows.tokens, rows.positions)
         )

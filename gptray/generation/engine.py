@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import PROMPT_TOKENS, Piece
+from gptray.generation.decoder import PROMPT_TOKENS, Piece, StepRows
 from gptray.generation.decoders import make_decoder
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import check_context
@@ -144,9 +144,11 @@ class Engine:
             return []
         try:
             logits = self._network.step(
-                [(sequence.history[-1], len(sequence.history) - 1) for sequence in self._decoding],
-                [piece for _, piece in prefill],
-                adapters=[sequence.adapter for sequence in self._decoding],
+                StepRows(
+                    [(one.history[-1], len(one.history) - 1) for one in self._decoding],
+                    [piece for _, piece in prefill],
+                    [one.adapter for one in self._decoding],
+                )
             )
         except BaseException as error:
             return self._end_guilty(error, prefill)
@@ -244,7 +246,7 @@ class Engine:
     def _fault(self, sequence: Sequence | None, piece: Piece) -> Exception | None:
         """The error that a piece raises if run alone, or the token drawn after it; None if none."""
         try:
-            logits = self._network.step([], [piece], alone=True)
+            logits = self._network.step(StepRows([], [piece], alone=True))
             if sequence is not None and piece.stop >= sequence.prompt_tokens:
                 sequence.set_mask()
                 self._network.draw(logits[-1:], [sequence])

@@ -107,7 +107,8 @@ class GraphDecoder(Network):
         self._logits = self._decode()
         self._sampler = GraphSampler(self._logits, self._decoding.columns[0], graphs)
 
-    def logits(self, rows: StepRows) -> Tensor:
+    @torch.no_grad()
+    def step(self, rows: StepRows) -> Tensor:
         """See `Network`; slots never disturb each other here."""
         assert not any(rows.adapters), "graphs take no adapters"
         if (tokens := max(rows.positions) + 1) > self._room:

@@ -12,7 +12,7 @@ from gptray.config import Config, ModelConfig, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.vocabulary import needed_rows
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import Decoder
+from gptray.generation.decoder import Decoder, StepRows
 from gptray.generation.engine import Engine
 from gptray.generation.native_decoder import NativeDecoder
 from gptray.model.adapter import Base
@@ -152,7 +152,7 @@ def faster_decoder(
         part = part_of(shape)
         decoder = kind(part, max_batch_size, dtype=dtype, quantize=config.quantize.weights)
         decoding = [(0, part.config.n_positions // 2)] * max_batch_size
-        return lambda: decoder.top(decoder.step(decoding, []), TOP_K)
+        return lambda: decoder.top(decoder.step(StepRows(decoding, [])), TOP_K)
 
     makers = {
         "native": partial(decoding_step, NativeDecoder),

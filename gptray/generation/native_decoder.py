@@ -60,7 +60,7 @@ class NativeDecoder(Network):
         self._scratch, self._addresses = torch.empty(0), list[int]()
         self._planned = 0, 0
 
-    def logits(self, rows: StepRows) -> Tensor:
+    def step(self, rows: StepRows) -> Tensor:
         """See `Network`; every slot keeps its cache, `alone` or not."""
         tokens, positions, slots = rows.tokens, rows.positions, rows.slots
         # The C++ trusts its caller.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptray.generation.decoder import PIECE_TOKENS, PROMPT_TOKENS, Piece
+from gptray.generation.decoder import PIECE_TOKENS, PROMPT_TOKENS, Piece, StepRows
 from gptray.generation.decoders import make_decoder
 from gptray.model.gpt import GPT
 
@@ -36,7 +36,7 @@ class WindowReader:
             for start in range(0, idx.size(1), PIECE_TOKENS):
                 parts = [window[start : start + PIECE_TOKENS] for window in group]
                 pieces = [Piece(n, start, part, scored=True) for n, part in enumerate(parts)]
-                logits = self._network.step([], pieces)  # (len(group) * t, V)
+                logits = self._network.step(StepRows([], pieces))  # (len(group) * t, V)
                 place = slice(first, first + SLOTS), slice(start, start + PIECE_TOKENS)
                 wanted = targets[place]
                 nats = F.cross_entropy(logits, wanted.flatten(), reduction="none")

@@ -14,7 +14,7 @@ from torch import Tensor
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.decoder import Network, Piece
+from gptray.generation.decoder import Network, Piece, StepRows
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
@@ -99,8 +99,10 @@ def test_an_adapter_gives_the_merged_models_logits(
         expected = merged(torch.tensor([ids]))[0, :, : tokenizer.vocab_size]
     decoder = network(backend, load_pretrained(base.folder), 1, torch.float32)
     adapter = packed(decoder, base, name)
-    logits = decoder.step([], [Piece(0, 0, ids[:-1], scored=True, adapter=adapter)]).clone()
-    last = decoder.step([(ids[-1], 39)], [], adapters=[adapter])
+    logits = decoder.step(
+        StepRows([], [Piece(0, 0, ids[:-1], scored=True, adapter=adapter)])
+    ).clone()
+    last = decoder.step(StepRows([(ids[-1], 39)], [], adapters=[adapter]))
     found = torch.cat((logits, last))[:, : tokenizer.vocab_size]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -116,14 +118,16 @@ def test_two_adapters_and_the_base_in_one_batch_have_the_bits_that_each_has_alon
     def logits_of(rows: Many[int]) -> Tensor:
         """After each prompt, and after one token more."""
         pieces = [Piece(slot, 0, prompts[row], adapter=each[row]) for slot, row in enumerate(rows)]
-        first = decoder.step([], pieces).clone()
+        first = decoder.step(StepRows([], pieces)).clone()
         decoding = [(7, len(prompts[row])) for row in rows]
-        return torch.cat((first, decoder.step(decoding, [], adapters=[each[row] for row in rows])))
+        return torch.cat(
+            (first, decoder.step(StepRows(decoding, [], adapters=[each[row] for row in rows])))
+        )
 
     together = logits_of(range(6)).view(2, 6, -1)
     for row in range(6):
         assert torch.equal(together[:, row], logits_of([row])[:, :]), row
-    plain = decoder.step([], [Piece(0, 0, prompts[0])])
+    plain = decoder.step(StepRows([], [Piece(0, 0, prompts[0])]))
     assert not torch.equal(plain[0], together[0, 0])
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.decoder import Piece
+from gptray.generation.decoder import Piece, StepRows
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
@@ -129,13 +129,13 @@ def test_logits_equal_hugging_faces_at_every_position(
     V = tokenizer.vocab_size
     # A prompt in two pieces, then token after token; a neighbour decodes meanwhile.
     read = len(ids) // 3
-    first = decoder.step([], [Piece(0, 0, ids[: read - 2])]).clone()
-    second = decoder.step([], [Piece(0, read - 2, ids[read - 2 : read])])
+    first = decoder.step(StepRows([], [Piece(0, 0, ids[: read - 2])])).clone()
+    second = decoder.step(StepRows([], [Piece(0, read - 2, ids[read - 2 : read])]))
     torch.testing.assert_close(first[0, :V], expected[read - 3], atol=1e-4, rtol=0)
     torch.testing.assert_close(second[0, :V], expected[read - 1], atol=1e-4, rtol=0)
     for position in range(read, len(ids)):
         pieces = [Piece(1, 0, ids[:4])] if position == read else []
-        logits = decoder.step([(ids[position], position)], pieces)
+        logits = decoder.step(StepRows([(ids[position], position)], pieces))
         torch.testing.assert_close(logits[0, :V], expected[position], atol=1e-4, rtol=0)
         if pieces:
             torch.testing.assert_close(logits[1, :V], expected[3], atol=1e-4, rtol=0)
@@ -220,8 +220,8 @@ def test_logits_are_bit_for_bit_those_of_a_row_alone(
 
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
         decoder = network(backend, model, 5, dtype, quantize)
-        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)])
-        return decoder.step([(5, len(prompt)) for prompt in prompts], [])
+        decoder.step(StepRows([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)]))
+        return decoder.step(StepRows([(5, len(prompt)) for prompt in prompts], []))
 
     together = logits_of(prompts)
     for i, prompt in enumerate(prompts):
@@ -240,12 +240,12 @@ def test_native_logits_are_bit_for_bit_the_same_however_a_prompt_was_read(
     model = random_gpt(tokenizer, n_embd=44, n_head=4, n_positions=200, **choices)
     prompt = prompt_of(tokenizer, 120, seed=1)
     at_once, in_pieces, by_tokens = (network("native", model, 1, dtype, quantize) for _ in range(3))
-    (expected,) = at_once.step([], [Piece(0, 0, prompt)])
-    in_pieces.step([], [Piece(0, 0, prompt[:7])])
-    assert torch.equal(in_pieces.step([], [Piece(0, 7, prompt[7:])])[0], expected)
-    by_tokens.step([], [Piece(0, 0, prompt[:1])])
+    (expected,) = at_once.step(StepRows([], [Piece(0, 0, prompt)]))
+    in_pieces.step(StepRows([], [Piece(0, 0, prompt[:7])]))
+    assert torch.equal(in_pieces.step(StepRows([], [Piece(0, 7, prompt[7:])]))[0], expected)
+    by_tokens.step(StepRows([], [Piece(0, 0, prompt[:1])]))
     for position in range(1, len(prompt)):
-        logits = by_tokens.step([(prompt[position], position)], [])
+        logits = by_tokens.step(StepRows([(prompt[position], position)], []))
     assert torch.equal(logits[0], expected)
 
 
@@ -550,8 +550,8 @@ def test_bf16_and_quantized_weights_stay_close_to_fp32(
 
     def next_logits(backend: str, dtype: torch.dtype, quantize: str) -> torch.Tensor:
         decoder = network(backend, model, rows, dtype, quantize)
-        decoder.step([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)])
-        logits = decoder.step([(5, 20)] * rows, []).float()
+        decoder.step(StepRows([], [Piece(i, 0, prompt) for i, prompt in enumerate(prompts)]))
+        logits = decoder.step(StepRows([(5, 20)] * rows, [])).float()
         return logits[:, : tokenizer.vocab_size]
 
     exact = next_logits("torch", torch.float32, "none")
@@ -581,7 +581,7 @@ def test_4_bits_compute_with_what_the_stored_weights_are(
 
     def logits_of(model: GPT, backend: str, quantize: str) -> torch.Tensor:
         decoder = network(backend, model, 1, torch.float32, quantize)
-        return decoder.step([], [Piece(0, 0, prompt)])[:, : tokenizer.vocab_size].float()
+        return decoder.step(StepRows([], [Piece(0, 0, prompt)]))[:, : tokenizer.vocab_size].float()
 
     exact = logits_of(stored, "torch", "none")
     error = (logits_of(model, backend, kind) - exact).norm() / exact.norm()

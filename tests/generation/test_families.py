@@ -12,7 +12,7 @@ import torch
 from gptray.config import UserError, load_config
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.cache import FIRST_TOKENS
-from gptray.generation.decoder import Piece
+from gptray.generation.decoder import Piece, StepRows
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
 from gptray.generation.native_decoder import NativeDecoder
@@ -49,13 +49,13 @@ def test_logits_in_pieces_and_steps_are_the_whole_networks(
     ids = prompt_of(tokenizer, POSITIONS, seed=1)
     expected = model(torch.tensor([ids]))[0]
     decoder = network(backend, model, 2, torch.float32)
-    first = decoder.step([], [Piece(0, 0, ids[:30])]).clone()
-    second = decoder.step([], [Piece(0, 30, ids[30:45], scored=True)])
+    first = decoder.step(StepRows([], [Piece(0, 0, ids[:30])])).clone()
+    second = decoder.step(StepRows([], [Piece(0, 30, ids[30:45], scored=True)]))
     torch.testing.assert_close(first[:, :V], expected[29:30], atol=1e-4, rtol=0)
     torch.testing.assert_close(second[:, :V], expected[30:45], atol=1e-4, rtol=0)
     for position in range(45, POSITIONS):
         pieces = [Piece(1, 0, ids[:7])] if position == 50 else []
-        logits = decoder.step([(ids[position], position)], pieces)
+        logits = decoder.step(StepRows([(ids[position], position)], pieces))
         torch.testing.assert_close(logits[0, :V], expected[position], atol=1e-4, rtol=0)
         if pieces:
             torch.testing.assert_close(logits[1, :V], expected[6], atol=1e-4, rtol=0)
@@ -71,10 +71,12 @@ def test_any_mix_of_choices_is_decoded(
     ids = prompt_of(tokenizer, 40, seed=3)
     expected = model(torch.tensor([ids]))[0]
     decoder = network(backend, model, 1, torch.float32)
-    scored = decoder.step([], [Piece(0, 0, ids[:30], scored=True)])[:, : tokenizer.vocab_size]
+    scored = decoder.step(StepRows([], [Piece(0, 0, ids[:30], scored=True)]))[
+        :, : tokenizer.vocab_size
+    ]
     torch.testing.assert_close(scored, expected[:30], atol=1e-4, rtol=1e-5)
     for position in range(30, 40):
-        logits = decoder.step([(ids[position], position)], [])[0, : tokenizer.vocab_size]
+        logits = decoder.step(StepRows([(ids[position], position)], []))[0, : tokenizer.vocab_size]
         torch.testing.assert_close(logits, expected[position], atol=1e-4, rtol=1e-5)
 
 
@@ -112,7 +114,7 @@ def test_a_cache_grows_with_what_it_holds(backend: str, tokenizer: Tokenizer) ->
         expected = model(torch.tensor([ids]))[0]
     decoder = network(backend, model, 1, torch.float32)
     for start in range(0, len(ids), 90):
-        logits = decoder.step([], [Piece(0, start, ids[start : start + 90])])
+        logits = decoder.step(StepRows([], [Piece(0, start, ids[start : start + 90])]))
         last = min(start + 90, len(ids)) - 1
         torch.testing.assert_close(
             logits[0, : tokenizer.vocab_size], expected[last], atol=1e-4, rtol=0
@@ -126,7 +128,7 @@ def test_a_context_may_be_longer_than_memory_holds(backend: str, tokenizer: Toke
     ids = prompt_of(tokenizer, 5, seed=2)
     with torch.no_grad():
         expected = model(torch.tensor([ids]))[0, -1:]
-    logits = network(backend, model, 2**13, torch.float32).step([], [Piece(0, 0, ids)])
+    logits = network(backend, model, 2**13, torch.float32).step(StepRows([], [Piece(0, 0, ids)]))
     torch.testing.assert_close(logits[:, : tokenizer.vocab_size], expected, atol=1e-4, rtol=0)
 
 
@@ -183,5 +185,7 @@ def test_a_tied_embedding_is_that_of_an_own_head_of_the_same_numbers(
     own = random_gpt(tokenizer, **shape, tie_word_embeddings=False)
     own.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.head})
     prompt = Piece(0, 0, range(0, tokenizer.vocab_size, 9), scored=True)
-    logits = [NativeDecoder(model, 1, dtype=dtype).step([], [prompt]) for model in (tied, own)]
+    logits = [
+        NativeDecoder(model, 1, dtype=dtype).step(StepRows([], [prompt])) for model in (tied, own)
+    ]
     assert torch.equal(*logits)

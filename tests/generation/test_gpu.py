@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gptray.config import Config, RunFailed, override
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation import gpu_kernels as gpu
-from gptray.generation.decoder import Piece
+from gptray.generation.decoder import Piece, StepRows
 from gptray.generation.decoders import make_decoder
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
@@ -113,8 +113,8 @@ def test_logits_are_to_the_bit_those_of_a_row_alone(
     def logits_of(prompts: list[list[int]]) -> torch.Tensor:
         decoder = make_decoder("graph", model, 40, dtype)
         pieces = [Piece(i, 0, prompt[:20]) for i, prompt in enumerate(prompts)]
-        decoder.step([], pieces)
-        return decoder.step([(5, len(piece.tokens)) for piece in pieces], []).clone()
+        decoder.step(StepRows([], pieces))
+        return decoder.step(StepRows([(5, len(piece.tokens)) for piece in pieces], [])).clone()
 
     together = logits_of(prompts)
     for i in (0, 7, 39):

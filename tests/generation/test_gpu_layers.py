@@ -12,7 +12,7 @@ import torch
 
 from gptray.config import ModelConfig
 from gptray.generation import gpu_kernels as gpu
-from gptray.generation.decoder import Decoder, Piece
+from gptray.generation.decoder import Decoder, Piece, StepRows
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.queries import Queries
 from gptray.model.rotary import Rotary
@@ -181,8 +181,10 @@ def test_a_network_of_kernels_gives_pytorchs_logits(fields: dict[str, Any]) -> N
     for backend in ("graph", "torch"):
         decoder = network(backend, model, 3, torch.float32)
         assert isinstance(decoder, GraphDecoder if backend == "graph" else Decoder)
-        first = decoder.step([], [Piece(0, 0, ids[:80]), Piece(1, 0, ids[:5])]).clone()
-        second = decoder.step([(ids[80], 80), (ids[5], 5)], [Piece(2, 0, ids[:30])]).float()
+        first = decoder.step(StepRows([], [Piece(0, 0, ids[:80]), Piece(1, 0, ids[:5])])).clone()
+        second = decoder.step(
+            StepRows([(ids[80], 80), (ids[5], 5)], [Piece(2, 0, ids[:30])])
+        ).float()
         logits.append(torch.cat((first, second))[:, : tokenizer.vocab_size])
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptray.config import ModelConfig
 from gptray.generation import sequence as texts
+from gptray.generation.decoder import StepRows
 from gptray.generation.engine import Engine
 from gptray.generation.settings import Sampling
 from gptray.model.adapter_files import load_low_rank
@@ -153,7 +154,9 @@ def test_a_step_with_adapters_waits_for_no_layer(tmp_path: Path) -> None:
         for folder in (everywhere, queries)
     ]
     asked = [(3, 0), (4, 0), (5, 0), (6, 0)]
-    calls = recorded(lambda: decoder.step(asked, [], adapters=[*adapters, None, adapters[0]]))
+    calls = recorded(
+        lambda: decoder.step(StepRows(asked, [], adapters=[*adapters, None, adapters[0]]))
+    )
     assert len(calls) > 100
     assert not [operator for operator, args in calls if needs_the_host((operator, args))]
 
