@@ -6,7 +6,7 @@ enough trials to be compared. The report puts the effects into words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def effects_of(sweep: Sweep, settings: Sequence[Setting]) -> Effects:
     stages = [_stage(trials, step) for step in steps]
     reached = [int(stage.reached.sum()) for stage in stages]
     used = 1 + sum(count >= ENOUGH_AT_STEP for count in reached[1:])
-    comparison = _Comparison.of(trials, steps[:used], stages[:used], settings, sweep.config.seed)
+    comparison = _Comparison(trials, steps[:used], stages[:used], settings, sweep.config.seed)
     return Effects(
         steps=tuple(steps[:used]),
         reached=tuple(reached[:used]),
@@ -126,25 +126,18 @@ def _stage(trials: Sequence[Trial], step: int) -> Stage:
     return Stage(np.array([one is not None for one in found], bool), values)
 
 
-@dataclass(frozen=True)
 class _Comparison:
     """The regression's draws; `codes` maps each setting's levels to values of its columns."""
 
-    trials: Sequence[Trial]
-    steps: Sequence[int]
-    stages: Sequence[Stage]
-    codes: Mapping[str, Mapping[int, Floats]]
-    draws: Sequence[Floats]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         trials: Sequence[Trial],
         steps: Sequence[int],
         stages: Sequence[Stage],
         settings: Sequence[Setting],
         seed: int,
-    ) -> _Comparison:
+    ) -> None:
+        self.trials, self.steps, self.stages = trials, steps, stages
         codes, blocks, group = dict[str, dict[int, Floats]](), [], list[int]()
         for setting in settings:
             coded = _codes(setting, trials)
@@ -156,11 +149,10 @@ class _Comparison:
             blocks.append(np.array(rows))
             group += [len(codes)] * len(nothing)
             codes[setting.name] = coded
-        draws: list[Floats] = []
+        self.codes, self.draws = codes, list[Floats]()
         if len(trials) >= ENOUGH and blocks:
             design = np.concatenate(blocks, axis=1)
-            draws = sample_effects(design, np.array(group), stages, seed=seed)
-        return cls(trials, steps, stages, codes, draws)
+            self.draws = sample_effects(design, np.array(group), stages, seed=seed)
 
     def effect(self, setting: Setting, level: int) -> Effect:
         """A level of a setting compared with the setting's reference."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
@@ -13,28 +12,12 @@ from gptray.wording import count
 SHOWN, FOLDED = 5, 40
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the model wrote at one step: (prompt, continuation) pairs."""
+def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> dict[str, object]:
+    """The samples from the first evaluation to the last, for `run.html.j2`.
 
-    title: str
-    texts: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples that are shown at once, and those that a click unfolds."""
-
-    shown: Sequence[Written]
-    folded: Sequence[Written]
-
-    @property
-    def folded_title(self) -> str:
-        return f"{count(len(self.folded), 'evaluation')} between these"
-
-
-def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
-    """The samples to show, from the first evaluation to the last."""
+    shown at once, and folded, which a click unfolds: for each step its title, and the (prompt,
+    continuation) pairs.
+    """
     landed = diagnosis.landed.points if diagnosis.landed else ()
     evaluated = {point.step for point in (*diagnosis.points, *landed)}
     # A run resumed from an earlier checkpoint has sampled some steps twice; the later one counts.
@@ -48,11 +31,14 @@ def samples_of(events: Sequence[Event], diagnosis: Diagnosis) -> Samples:
     shown = _spread(steps, SHOWN, best)
     folded = _spread([step for step in steps if step not in shown], FOLDED, None)
 
-    def of(step: int) -> Written:
-        title = f"Step {step:,}" + (", the best" if step == best else "")
-        return Written(title, written[step])
+    def of(step: int) -> tuple[str, Sequence[Sequence[str]]]:
+        return f"Step {step:,}" + ", the best" * (step == best), written[step]
 
-    return Samples([of(step) for step in shown], [of(step) for step in folded])
+    return {
+        "shown": list(map(of, shown)),
+        "folded": list(map(of, folded)),
+        "folded_title": f"{count(len(folded), 'evaluation')} between these",
+    }
 
 
 def _spread(steps: Sequence[int], most: int, wanted: int | None) -> list[int]:
