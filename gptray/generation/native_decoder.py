@@ -116,7 +116,7 @@ class NativeDecoder(Network):
 
 
 class _Cache:
-    """The KV cache: keys and values of every layer, (slots, K, length, E) each.
+    """The KV cache: each layer's keys and values, (2, slots, K, length, E).
 
     shape: (n_layer, slots, K, n_positions, E). The length starts at FIRST_TOKENS and doubles as
     sequences grow: the whole context of every slot may be more than a machine's memory.
@@ -125,8 +125,8 @@ class _Cache:
     def __init__(self, shape: tuple[int, int, int, int, int], kind: int) -> None:
         layers, self.slots, heads, self.n_positions, width = shape
         self._kind, self._length = kind, min(self.n_positions, FIRST_TOKENS)
-        whole = layers, self.slots, heads, self._length, width
-        self._memory = [list(untouched(whole, DTYPES[kind]).unbind()) for _ in range(2)]
+        whole = layers, 2, self.slots, heads, self._length, width
+        self._layers = list(untouched(whole, DTYPES[kind]).unbind())
         self._view = self._make_view()
 
     def fit(self, tokens: int) -> abi.Cache:
@@ -135,25 +135,23 @@ class _Cache:
             kept, length = self._length, grown(self._length, tokens, self.n_positions)
             # All first: if one cannot be had, the cache stays as it is.
             wider = [
-                [untouched((*old.shape[:2], length, old.size(3)), old.dtype) for old in memory]
-                for memory in self._memory
+                untouched((*old.shape[:3], length, old.size(4)), old.dtype) for old in self._layers
             ]
-            for memory, fresh in zip(self._memory, wider, strict=True):
-                for layer, old in enumerate(memory):
-                    fresh[layer][:, :, :kept] = old
-                    memory[layer] = fresh[layer]
+            for layer, old in enumerate(self._layers):
+                wider[layer][..., :kept, :] = old
+                self._layers[layer] = wider[layer]
             self._length = length
             self._view = self._make_view()
         return self._view
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        for layer in (*self._memory[0], *self._memory[1]):
-            layer[target, :, :tokens] = layer[source, :, :tokens]
+        for layer in self._layers:
+            layer[:, target, :, :tokens] = layer[:, source, :, :tokens]
 
     def _make_view(self) -> abi.Cache:
         keys, values = (
-            (c_void_p * len(layers))(*(layer.data_ptr() for layer in layers))
-            for layers in self._memory
+            (c_void_p * len(self._layers))(*(layer[part].data_ptr() for layer in self._layers))
+            for part in range(2)
         )
         return abi.Cache(keys, values, self._length, self._kind)
 
