@@ -256,11 +256,9 @@ def _card(served: Served) -> dict[str, object]:
 
 
 async def _answer(_: Request, error: Exception) -> Response:
-    return (
-        Response(status_code=499)
-        if isinstance(error, ClientGone)
-        else as_api_error(error).response()
-    )
+    if isinstance(error, ClientGone):
+        return Response(status_code=499)
+    return as_api_error(error).response()
 
 
 def no_path(path: str, paths: Sequence[str]) -> str:
