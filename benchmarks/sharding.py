@@ -68,10 +68,10 @@ def worker(rank: int, config: Config, data_dir: Path, folder: Path, port: int, s
     row = step_row(run, [loss for loss, _ in numbers], 0.0, grad_norm=numbers[-1][1], lr=0.0)
     sample = partial(sample_texts, config, data)
     if rank:
-        BlockingEvaluation(run, None, lambda *_: None, sample).add(row)
+        BlockingEvaluation(run, lambda *_: None, sample).add(row)
     else:
-        with Journal(folder, step=0) as journal:
-            BlockingEvaluation(run, journal, lambda *_: None, sample).add(row)
+        with Journal(folder, step=0) as run.journal:
+            BlockingEvaluation(run, lambda *_: None, sample).add(row)
     found = {"training": training, "evaluated": peak(), "losses": [loss for loss, _ in numbers]}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), "utf-8")
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gptray.config import Config, UserError
 from gptray.model.gpt import GPT, Block
@@ -89,15 +89,3 @@ def compiled(
         model.head_loss = torch.compile(linear_cross_entropy)
         return model
     return torch.compile(model)  # type: ignore[return-value]
-
-
-def guard_updates(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | None:
-    """On a GPU, a flag that stops all updates by the optimizer once it is 1; None on a CPU.
-
-    It is GradScaler's flag: when it is set, fused AdamW leaves weights and moments unchanged.
-    """
-    if device.type != "cuda":
-        return None
-    found_inf = torch.zeros((), device=device)
-    optimizer.found_inf = found_inf  # type: ignore[attr-defined]
-    return found_inf

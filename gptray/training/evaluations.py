@@ -27,7 +27,6 @@ from gptray.training.checkpoint import (
     save_checkpoint,
     withdraw_checkpoint,
 )
-from gptray.training.journal import Journal
 from gptray.training.optim import save_optimizer
 from gptray.training.publishing import save_model
 from gptray.training.run import Run
@@ -51,14 +50,8 @@ class Validation:
 class BlockingEvaluation:
     """Evaluations that training waits for."""
 
-    def __init__(
-        self,
-        run: Run,
-        journal: Journal | None,
-        report: Report,
-        sample: Callable[[GPT], Samples],
-    ) -> None:
-        self._run, self._journal, self._report, self._sample = run, journal, report, sample
+    def __init__(self, run: Run, report: Report, sample: Callable[[GPT], Samples]) -> None:
+        self._run, self._report, self._sample = run, report, sample
 
     def add(self, row: Metrics) -> None:
         """Evaluate the model and add the score to the step's row.
@@ -66,19 +59,19 @@ class BlockingEvaluation:
         Raises, on every worker, NonFiniteLoss before anything is saved, or UserError or RunFailed
         if saving or sampling failed on the first.
         """
-        run, journal = self._run, self._journal
+        run = self._run
         scores = score_weights(run.model, run.average, run.config, run.data, run.workers)
         update_early_stopping(run, run.state.step, scores)
         row |= score_fields(scores, row["train_loss"])
 
         def keep() -> Path:
-            assert journal
-            journal.write(row)
-            checkpoint = save(run, journal)
-            publish_if_best(run, run.state.step)
+            assert run.journal
+            run.journal.write(row)
+            checkpoint = save(run)
+            run.publish_if_best(run.state.step)
             with run.average.exchanged() if run.average and scores.is_averaged else nullcontext():
                 samples = self._sample(run.model)
-            log_evaluation(run, journal, run.state.step, samples)
+            log_evaluation(run, run.state.step, samples)
             return checkpoint
 
         self._report(row, run.workers.from_first(keep))
@@ -94,17 +87,11 @@ class AsyncEvaluation:
     resumes. `report` starts the scoring; `validated(step)` waits for the result.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        journal: Journal | None,
-        report: Report,
-        validated: Callable[[int], Validation],
-    ) -> None:
-        self._run, self._journal = run, journal
-        self._report, self._validated = report, validated
+    def __init__(self, run: Run, report: Report, validated: Callable[[int], Validation]) -> None:
+        self._run, self._report, self._validated = run, report, validated
         self._pending: Metrics | None = None
         if step := run.state.evaluated:
+            journal = run.journal
             row = run.workers.from_first(lambda: journal.row(step) if journal else None)
             self._pending = row or {"step": step}
             report({"step": step}, checkpoint_folder(run.run_dir, step) if journal else None)
@@ -114,11 +101,11 @@ class AsyncEvaluation:
 
         If the pending score is not finite, raises NonFiniteLoss on every worker and saves nothing.
         """
-        run, journal = self._run, self._journal
-        if journal:
-            journal.write(row)
+        run = self._run
+        if run.journal:
+            run.journal.write(row)
         self.finish()
-        checkpoint = run.workers.from_first(lambda: save(run, journal) if journal else None)
+        checkpoint = run.workers.from_first(lambda: save(run))
         self._pending = row
         self._report(row, checkpoint)
 
@@ -140,11 +127,11 @@ class AsyncEvaluation:
             raise
 
         def keep() -> None:
-            assert self._journal
+            assert run.journal
             row.update(score_fields(validation.scores, row["train_loss"]))
-            publish_if_best(run, step)
-            self._journal.amend(row)
-            log_evaluation(run, self._journal, step, validation.samples)
+            run.publish_if_best(step)
+            run.journal.amend(row)
+            log_evaluation(run, step, validation.samples)
             remove_old(run)
 
         run.workers.from_first(keep)
@@ -211,9 +198,10 @@ def also_fields(scores: Scores) -> Metrics:
     return {"also": also} if also else {}
 
 
-def save(run: Run, journal: Journal) -> Path:
+def save(run: Run) -> Path:
     """Write this step's checkpoint once its rows are on disk; remove outdated checkpoints."""
-    journal.sync()
+    assert run.journal
+    run.journal.sync()
 
     def write_tensors(folder: Path) -> None:
         if run.base:
@@ -226,11 +214,9 @@ def save(run: Run, journal: Journal) -> Path:
         path = folder / "optimizer.safetensors"
         save_optimizer(path, run.model, run.optimizer, full_tensor=run.model.full_tensor)
 
+    config = dump(run.config)
     checkpoint = save_checkpoint(
-        run.run_dir,
-        run.state,
-        config_yaml=dump(run.config),
-        write_tensors=write_tensors,
+        run.run_dir, run.state, config_yaml=config, write_tensors=write_tensors
     )
     remove_old(run)
     return checkpoint
@@ -244,16 +230,9 @@ def remove_old(run: Run) -> None:
     prune(run.run_dir, run.config.compute.num_to_keep, spare=spare)
 
 
-def publish_if_best(run: Run, step: int) -> None:
-    """Publish a step's model, or its average, as the run's model if it is the best so far."""
-    progress = run.state.progress
-    if progress.best_step == step:
-        folder = checkpoint_folder(run.run_dir, step)
-        run.publish(folder, averaged=progress.averaged)
-
-
-def log_evaluation(run: Run, journal: Journal, step: int, samples: Samples) -> None:
+def log_evaluation(run: Run, step: int, samples: Samples) -> None:
     """Log that a step has been evaluated, with text samples from its model."""
-    journal.write_samples(step, samples)
+    assert run.journal
+    run.journal.write_samples(step, samples)
     is_best = run.state.progress.best_step == step
     write_event(run.run_dir, "evaluated", step=step, best=is_best, samples=samples)

@@ -84,17 +84,16 @@ def fit(
             workers.from_first(lambda: stack.enter_context(writing(run_dir)))
             run = start(config, data, run_dir, workers=workers, device=device)
             step = run.state.step
-            run.fetch = fetch
-            if timed:
-                run.laps.tell = timed
+            run.fetch, run.laps.tell = fetch, timed
             evaluate_base(run)
             journal = workers.from_first(lambda: stack.enter_context(Journal(run_dir, step=step)))
+            run.journal = journal
             evaluations: Evaluations
             if validated:
-                evaluations = AsyncEvaluation(run, journal, report, validated)
+                evaluations = AsyncEvaluation(run, report, validated)
             else:
-                evaluations = BlockingEvaluation(run, journal, report, sample)
-            return train(run, journal, evaluations, request)
+                evaluations = BlockingEvaluation(run, report, sample)
+            return train(run, evaluations, request)
         except NonFiniteLoss as error:
             return {"step": run.state.step, "stopped": "non_finite", "message": str(error)}
         except (UserError, RunFailed) as error:
@@ -113,23 +112,19 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
     return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
-def train(
-    run: Run, journal: Journal | None, evaluations: Evaluations, request: Callable[[], Request]
-) -> Metrics:
+def train(run: Run, evaluations: Evaluations, request: Callable[[], Request]) -> Metrics:
     """Train to the end of the run; return the last logged row and why training stopped.
 
     Raises NonFiniteLoss on every worker; every checkpoint that is left has a finite score.
     """
-    result = train_phase(run, journal, evaluations, request)
+    result = train_phase(run, evaluations, request)
     if result["stopped"] != "left" and not run.state.is_over(run.config):
         begin_landing(run, result["stopped"])
-        result = train_phase(run, journal, evaluations, request)
+        result = train_phase(run, evaluations, request)
     return result
 
 
-def train_phase(
-    run: Run, journal: Journal | None, evaluations: Evaluations, request: Callable[[], Request]
-) -> Metrics:
+def train_phase(run: Run, evaluations: Evaluations, request: Callable[[], Request]) -> Metrics:
     """Run training steps to the end of the current phase: the whole run, unless it lands.
 
     Returns and raises like `train`. On a GPU, a step's numbers are read while the next step runs,
@@ -141,21 +136,21 @@ def train_phase(
     unread: deque[StepNumbers] = deque()
     logged, clock = run.state.step, time.perf_counter()
     while not (stopped := run.state.why_stop(config)):
+        unread.append(train_step(run, request()))
+        evaluates = is_due(run, config.train.eval_interval)
+        logs = evaluates or is_due(run, config.train.log_interval)
         requested = Request.NONE
         try:
-            unread.append(train_step(run, request()))
-            evaluates = is_due(run, config.train.eval_interval)
-            logs = evaluates or is_due(run, config.train.log_interval)
-            behind = 0 if logs or run.found_inf is None else 1
-            while len(unread) > (0 if requested else behind):
+            while len(unread) > (0 if logs or requested else run.lag):
                 numbers = unread.popleft()
-                loss, grad_norm, agreed = read(run, numbers)
+                loss, grad_norm, agreed = numbers.read()
                 losses.append(loss)
                 requested = max(requested, agreed)
-            run.laps.end("wait")
         except NonFiniteLoss:
+            run.state = replace(run.state, step=numbers.step - 1)  # the last to update the weights
             evaluations.finish()
             raise
+        run.laps.end("wait")
         if logs:
             steps = run.state.step - logged
             tokens_per_sec = config.tokens_per_step * steps / (time.perf_counter() - clock)
@@ -164,32 +159,19 @@ def train_phase(
             if evaluates:
                 run.state = replace(run.state, evaluated=run.state.step, losses=())
                 evaluations.add(row)
-            elif journal:
-                journal.write(row)
+            elif run.journal:
+                run.journal.write(row)
             run.laps.end("evaluation" if evaluates else "log")
             run.laps.report(steps)
             logged, clock = run.state.step, time.perf_counter()
         if requested:
             if not evaluates:  # an evaluation has just saved a checkpoint
                 run.state = replace(run.state, losses=tuple(losses))
-                run.workers.from_first(lambda: save(run, journal) if journal else None)
+                run.workers.from_first(lambda: save(run))
             if requested is Request.LEAVE and not run.state.why_stop(config):
                 return {**row, "step": run.state.step, "stopped": "left"}
     evaluations.finish()
     return {**row, "stopped": stopped}
-
-
-def read(run: Run, numbers: StepNumbers) -> tuple[float, float, Request]:
-    """The loss and gradient norm of a step, and what the workers asked for at it.
-
-    If they are not finite, sets the run back to the last step that updated the weights and raises
-    NonFiniteLoss.
-    """
-    try:
-        return numbers.read()
-    except NonFiniteLoss:
-        run.state = replace(run.state, step=numbers.step - 1)
-        raise
 
 
 def is_due(run: Run, interval: int) -> bool:
@@ -200,9 +182,8 @@ def is_due(run: Run, interval: int) -> bool:
 def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
     """Make one update; return its numbers, which on a GPU may still be in flight.
 
-    If any worker's loss or gradient norm is not finite, no weight is updated. On a GPU, later steps
-    do not update any either, because its fused AdamW reads `run.found_inf`.
-    Raises NonFiniteLoss on a CPU; on a GPU, reading the numbers raises it.
+    If any worker's loss or gradient norm is not finite, neither this step nor a later one updates a
+    weight, and reading the numbers raises NonFiniteLoss.
     """
     config, step, lr = run.config, run.state.step + 1, run.learning_rate
     run.model.train()
@@ -213,11 +194,8 @@ def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
     requests = [loss.new_full((), float(request is one)) for one in (Request.SAVE, Request.LEAVE)]
     sums = run.workers.sum(torch.stack([loss, *requests]))
     of_step = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
+    run.optimizer.found_inf.logical_or_(~of_step.isfinite().all())
     numbers = StepNumbers.send(step, lr, of_step)
-    if run.found_inf is None:
-        numbers.read()
-    else:
-        run.found_inf.logical_or_(~of_step.isfinite().all())
     decay = weight_decay(run.state.cooled(config), config.optim)
     set_rates(run.optimizer, lr=lr, weight_decay=decay)
     run.optimizer.step()

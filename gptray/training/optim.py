@@ -19,18 +19,21 @@ from gptray.training.sharding import placed_as
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class _AdamW(torch.optim.AdamW):
-    """torch's AdamW without decorators that import torch._dynamo, which takes a second.
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, which updates nothing any more once `found_inf` is 1, as in GradScaler.
 
-    They keep torch.compile out of these methods, which no compiled code calls.
+    Without torch's decorators, which import torch._dynamo, and that takes a second: they only keep
+    torch.compile out of these methods.
     """
+
+    found_inf: Tensor
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> AdamW:
     """AdamW that decays matrices but not biases and norms (Loshchilov & Hutter 2019).
 
     The groups, in order: parameters of two or more dimensions, then the others. Frozen ones are
@@ -45,14 +48,15 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         }
         for decays in (True, False)
     ]
-    # fused: one kernel over all parameters, on CPU and CUDA.
-    return _AdamW(
+    optimizer = AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
+    optimizer.found_inf = torch.zeros((), device=trained[0].device)
+    return optimizer
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:

@@ -33,12 +33,13 @@ from gptray.training.checkpoint import (
     checkpoint_step,
     newest_intact,
 )
-from gptray.training.device import compiled, compiles, device_name, guard_updates, use_device
+from gptray.training.device import compiled, compiles, device_name, use_device
 from gptray.training.global_batch import GlobalBatch
+from gptray.training.journal import Journal
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.laps import Laps
 from gptray.training.mfu import tokens_per_sec_at_peak
-from gptray.training.optim import learning_rate, load_optimizer, make_optimizer
+from gptray.training.optim import AdamW, learning_rate, load_optimizer, make_optimizer
 from gptray.training.publishing import publish_best
 from gptray.training.sharding import ShardedWorkers, shard
 from gptray.training.stopping import EarlyStopping
@@ -59,12 +60,11 @@ class Run:
     model: GPT
     # The model wrapped to compute the loss: compiled and data-parallel, as the config says.
     loss_model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     order: BatchOrder
     state: TrainerState
-    # On a GPU, the flag that the optimizer reads: 1 once a step's numbers were not finite. None on
-    # a CPU, where they are checked before the update.
-    found_inf: Tensor | None
+    # Steps that are launched before one's numbers are read: 1 on a GPU, which then never waits.
+    lag: int
     # Tokens per second of all workers at an MFU of 1, if the GPU's peak is known.
     peak_rate: float | None
     # With train.ema.
@@ -76,6 +76,8 @@ class Run:
     laps: Laps = field(default_factory=Laps)
     # Copies a checkpoint to this worker's node.
     fetch: Callable[[Path], None] = lambda checkpoint: None
+    # Only the first worker has one.
+    journal: Journal | None = None
 
     @property
     def learning_rate(self) -> float:
@@ -101,9 +103,15 @@ class Run:
         both: Tensor = self.loss_model(idx, targets, self.teachers.soft_targets(idx))
         return both[0], both[1].detach()
 
-    def publish(self, checkpoint: Path, *, averaged: bool) -> None:
-        """Publish a checkpoint's model, or its average, as the run's. Raises RunFailed."""
-        publish_best(checkpoint, self.run_dir, self.data, self.base, averaged=averaged)
+    def publish_if_best(self, step: int) -> None:
+        """Publish a step's model, or its average, as the run's if it is the best so far.
+
+        Raises RunFailed.
+        """
+        best = self.state.progress
+        if best.best_step == step:
+            folder = checkpoint_folder(self.run_dir, step)
+            publish_best(folder, self.run_dir, self.data, self.base, averaged=best.averaged)
 
     def seed_dropout(self, number: int) -> None:
         """Make dropout a function of (seed, updates so far, number of the micro-batch).
@@ -156,7 +164,7 @@ def start(
         optimizer=optimizer,
         order=BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed),
         state=state,
-        found_inf=guard_updates(optimizer, device),
+        lag=1 if device.type == "cuda" else 0,
         peak_rate=tokens_per_sec_at_peak(
             config, model.num_params, model.compute_dtype, device_name(device), workers=workers.size
         ),
@@ -166,9 +174,8 @@ def start(
     )
 
     def begin() -> None:
-        if folder and state.progress.best_step == step:
-            # A kill may have struck between saving and publishing.
-            run.publish(folder, averaged=state.progress.averaged)
+        if folder:  # a kill may have struck between saving and publishing
+            run.publish_if_best(step)
         _write_start(run, choice, compiled=is_compiled)
 
     workers.from_first(begin)
@@ -212,7 +219,7 @@ def _place(
     device: torch.device,
     *,
     compiled: bool,
-) -> tuple[torch.optim.Optimizer, Workers]:
+) -> tuple[AdamW, Workers]:
     """Put the model on its device, sharded if asked for; return its optimizer and workers."""
     compute = config.compute
     is_sharded = compute.strategy == "fsdp" and workers.size > 1

@@ -35,20 +35,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
 def started(config: Config, data: TokenData, run_dir: Path, *, late: bool) -> Run:
     run_dir.mkdir()
     run = start(config, data, run_dir, workers=Workers(0, 1), device=torch.device("cpu"))
-    if late:
-        run.found_inf = torch.zeros(())
-        run.optimizer.found_inf = run.found_inf  # type: ignore[attr-defined]
+    run.lag = int(late)
     return run
 
 
 def trained(run: Run) -> Any:
-    with Journal(run.run_dir, step=0) as journal:
-        return train(
-            run,
-            journal,
-            BlockingEvaluation(run, journal, lambda *_: None, lambda model: []),
-            lambda: Request.NONE,
-        )
+    with Journal(run.run_dir, step=0) as run.journal:
+        evaluations = BlockingEvaluation(run, lambda *_: None, lambda model: [])
+        return train(run, evaluations, lambda: Request.NONE)
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:
