@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError
 from yaml import YAMLError
 
 from gptray.config.compute import ComputeConfig
-from gptray.config.errors import UserError
+from gptray.config.errors import ConfigError, UserError
 from gptray.config.keys import EntriesError
 from gptray.config.lora_section import LEARNING_RATE_FACTOR, LoraConfig
 from gptray.config.model_section import ModelConfig
@@ -65,6 +65,18 @@ class Config(Section):
     tune: TuneConfig = TuneConfig()
     serve: ServeConfig = ServeConfig()
     export: ExportConfig = ExportConfig()
+
+    if not TYPE_CHECKING:  # type checkers know the keys from the fields
+
+        def __init__(self, **given: object) -> None:
+            """Raises ConfigError as `load_config` does, with all mistakes at once."""
+            try:
+                super().__init__(**given)
+            except ValidationError as error:
+                raise _explained(given, error) from None
+
+        # Otherwise pydantic would also call it to validate what `Reader` has read.
+        __init__.__pydantic_base_init__ = True
 
     @property
     def micro_batch_size(self) -> int:
@@ -195,6 +207,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return reader.build(Config)
 
 
+def _explained(given: Mapping[str, object], error: ValidationError) -> ValueError:
+    """The ConfigError for values that pydantic refuses; `error` itself if all of them are valid."""
+    reader = Reader(Config)
+    for key, value in _dotted(given).items():
+        reader.read_value(key, value)
+    try:
+        reader.build(Config)
+    except ConfigError as mistakes:
+        return mistakes
+    return error
+
+
 def expect_config(given: object) -> Config:
     """The argument of a public function, if it is a Config. Raises UserError."""
     if not isinstance(given, Config):
@@ -247,10 +271,16 @@ def dump_differences(config: Config) -> str:
 
 def flatten(config: Config, *, given: bool = False) -> dict[str, object]:
     """Return every dotted key of the config with its value; with `given`, only those given."""
+    return _dotted(config.model_dump(exclude_unset=given))
+
+
+def _dotted(tree: Mapping[str, object]) -> dict[str, object]:
+    """The values of a tree by dotted keys; its sections are mappings, or sections of a Config."""
     flat: dict[str, object] = {}
-    for name, value in config.model_dump(exclude_unset=given).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+    for name, value in tree.items():
+        inside = value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+        if isinstance(inside, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in inside.items()}
         else:
-            flat[name] = value
+            flat[name] = inside
     return flat

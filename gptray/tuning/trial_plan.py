@@ -275,7 +275,8 @@ def _rates(config: Config, values: Mapping[str, object]) -> dict[str, object]:
         return {}
     factor = LEARNING_RATE_FACTOR if is_adapter else 1 / LEARNING_RATE_FACTOR
     rates = {"optim.lr": config.optim.lr, "optim.min_lr": config.optim.min_lr}
-    return {key: factor * rate for key, rate in rates.items() if rate}
+    # Rounded, so that a tenth of 0.017 is 0.0017.
+    return {key: float(f"{factor * rate:.12g}") for key, rate in rates.items() if rate}
 
 
 def _as_text(values: Mapping[str, object]) -> str:

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 import gptray
-from gptray.config import Config, ConfigError, UserError, differences, dump, load_config, override
+from gptray.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    UserError,
+    differences,
+    dump,
+    load_config,
+    override,
+)
 from gptray.config.keys import field_specs
 
 Write = Callable[[str], str]
@@ -366,6 +375,26 @@ def test_override_sets_dotted_keys_and_leaves_the_source() -> None:
 def test_override_validates(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         override(Config(), values)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nme": "book"}, "unknown key nme; did you mean name?"),
+        ({"model": {"n_layr": 3}}, "unknown key model.n_layr; did you mean model.n_layer?"),
+        ({"model": ModelConfig(n_layer=3), "seed": -1}, "seed: must be at least 0, got -1"),
+        ({"train": {"block_size": 999}}, "train.block_size=999 must not be above model.n_posi"),
+    ],
+)
+def test_a_config_made_in_python_tells_mistakes_as_a_file_does(
+    given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**given)
+    (problem,) = caught.value.problems
+    assert problem.startswith(message)
+    made = Config(model=ModelConfig(n_layer=3), seed=5)
+    assert made == load_config(None, ["model.n_layer=3", "seed=5"])
 
 
 def test_dump_is_a_config_file_of_an_equal_config(write: Write) -> None:

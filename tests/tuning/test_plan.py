@@ -82,13 +82,13 @@ def test_a_grid_is_visited_once_for_each_draw() -> None:
 
 
 def test_a_trial_without_the_sweeps_adapter_trains_at_a_tenth_of_its_rate() -> None:
-    given = {"model.init_from": "base", "lora.rank": 8, "optim.lr": 4e-3}
+    given = {"model.init_from": "base", "lora.rank": 8, "optim.lr": 17e-3}
     for least in (None, 1e-3):
         config = override(sweep({"path": "lora.rank", "choice": [None]}), given)
         _, whole = plan_trials(override(config, {"optim.min_lr": least}), "/s/a")
         optim = whole.config.optim
-        assert optim.lr == pytest.approx(4e-4)
-        assert optim.final_lr == pytest.approx((4e-4 if least is None else least) / 10)
+        assert optim.lr == 0.0017
+        assert optim.final_lr == pytest.approx((0.0017 if least is None else least) / 10)
 
 
 def test_values_that_do_not_go_together_are_refused_with_the_trial() -> None:
