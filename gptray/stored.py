@@ -23,18 +23,25 @@ class Unreadable(ValueError):
     """A file with invalid contents. The message says why; the caller adds the path."""
 
 
+class Locked(Unreadable):
+    """A file that this user may not read, whatever its contents."""
+
+
 def open_stored(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
         FileNotFoundError: it does not exist.
-        Unreadable: it is a folder, a pipe or a device, or cannot be opened.
+        Unreadable: it is a folder, a pipe or a device, or cannot be opened; Locked: this user may
+            not read it.
         OSError: the storage failed.
     """
     try:
         return BufferedReader(open_regular(path))
     except FileNotFoundError:
         raise
+    except PermissionError as error:
+        raise Locked(error.strerror) from None
     except OSError as error:
         if is_storage(error):
             raise

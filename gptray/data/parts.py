@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from gptray.config import RunFailed
 from gptray.files import replacing, sha256_of, storing
-from gptray.stored import Unreadable, read_bytes
+from gptray.stored import Locked, Unreadable, read_bytes
 
 COMPRESSION = "zstd"
 SCRATCH = ".gptray"
@@ -57,6 +57,8 @@ def part_sha256(path: Path) -> str:
         found = sha256_of(path)
     except FileNotFoundError:
         raise _damaged(path, "it was not written by this job") from None
+    except (PermissionError, Locked) as error:
+        raise RunFailed(f"{path} cannot be read: {error}") from None
     except (OSError, Unreadable) as error:
         raise _damaged(path, f"{error}") from None
     if written != found.encode():

@@ -23,7 +23,7 @@ from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import NotOnHub, cached_model, download_model, first_line
 from gptray.node_cache import fetched_holder
-from gptray.stored import read_foreign, read_object
+from gptray.stored import Locked, read_foreign, read_object
 
 log = logging.getLogger("gptray")
 
@@ -186,6 +186,8 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
             check_vocabulary(backend)
             return backend
+    except Locked as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a tokenizer: {error}") from None
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptray.config import UserError
-from gptray.stored import Unreadable, is_whole, open_stored, parse_json
+from gptray.stored import Locked, Unreadable, is_whole, open_stored, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,8 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except Locked as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     except Unreadable as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
 

@@ -9,25 +9,30 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from gptray.config import Config, UserError, dump, load_config
+from gptray.config import Config, RunFailed, UserError, dump, load_config
+from gptray.data.parts import part_name, part_sha256, write_part
+from gptray.data.tokenizer import Tokenizer
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.check import check_model
-from gptray.jobs.models import find_model, with_tokenizer
+from gptray.jobs.models import find_model, open_model, with_tokenizer
 from gptray.jobs.prepare.check import check as check_preparation
 from gptray.jobs.prepare.check import plan as preparation_plan
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import user_config
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.tune.check import check as check_sweep
+from tests.damage import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 # Every key that names a model.
@@ -292,3 +297,24 @@ def test_without_a_hub_its_cache_is_used(
     assert done.returncode == 0, done.stderr
     folder, size = json.loads(done.stdout)
     assert folder == str(repository / "snapshots" / "abc") and size > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_file_of_another_user_is_not_called_damaged(name: str, model_dir: Path) -> None:
+    with tempfile.TemporaryDirectory() as there:  # not below a folder of root's own
+        folder = Path(shutil.copytree(model_dir, Path(there) / "model"))
+        for path in (Path(there), folder):
+            path.chmod(0o755)
+        with locked(folder / name), pytest.raises(UserError) as told:
+            open_model(folder, key="generate.model")
+            Tokenizer.load(folder)
+    assert str(told.value).endswith(f"{folder / name}: cannot be read: Permission denied")
+
+
+def test_a_part_of_another_user_is_not_to_be_deleted(tmp_path: Path) -> None:
+    write_part(pa.table({"a": [1]}), part := tmp_path / part_name(0))
+    with locked(part), pytest.raises(RunFailed, match=r"cannot be read: .*Permission denied") as no:
+        part_sha256(part)
+    assert "delete" not in str(no.value)

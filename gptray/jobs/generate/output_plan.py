@@ -36,7 +36,7 @@ from gptray.files import (
 from gptray.jobs.adapters import adapter_sha256
 from gptray.jobs.folders.driver_lock import LOCK, is_held
 from gptray.model.usage import Usage
-from gptray.stored import Unreadable, read_object
+from gptray.stored import Locked, Unreadable, read_object
 
 # A plan, a manifest or a summary.
 Record = dict[str, Any]
@@ -221,7 +221,7 @@ def _read_plan(path: Path) -> Record | None:
     """Read a plan; None if it is damaged."""
     try:
         return valid_plan(read_object(path))
-    except OSError as error:
+    except (OSError, Locked) as error:
         raise UserError(f"generate.output_path: {path} cannot be read: {error}") from None
     except Unreadable:
         return None
