@@ -74,6 +74,7 @@ def _convert(draft: Path, path: Path, size: int) -> None:
     log.info("reading %s", path)
     try:
         fields, entries = read_header(path)
+        _check_kind(fields)
         check_entries(entries, size)
         tied, factors = not has_own_head(path, entries), rotary_tensors(path, entries)
         network = network_json(fields, entries, tied=tied, factors=factors)
@@ -87,6 +88,16 @@ def _convert(draft: Path, path: Path, size: int) -> None:
             write_weights(draft / _WEIGHTS, path, weights)
     except (UserError, Unreadable) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _check_kind(fields: Mapping[str, object]) -> None:
+    """Raise UserError for a part of a model, and for other things in the same format."""
+    kind, parts = fields.get("general.type", "model"), fields.get("split.count", 1)
+    if kind != "model":
+        raise UserError(f"its general.type is {kind!r:.40}; only a 'model' can be opened")
+    if parts != 1:
+        tool = "llama.cpp's llama-gguf-split --merge"
+        raise UserError(f"it is one of {parts} parts of a model; {tool} joins them")
 
 
 def _files(fields: Mapping[str, object], network: Mapping[str, object]) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -142,6 +143,32 @@ def test_a_folder_is_made_once_for_each_state_of_a_file(tmp_path: Path) -> None:
     exported_again.mkdir()
     exported(exported_again, small_tokenizer(), "fp16").rename(path)
     assert model_folder(path) != first
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept", "said"),
+    [
+        ({"split.count": 3, "split.no": 0}, slice(9), "it is one of 3 parts of a model; llama.cpp"),
+        ({"split.count": 3, "split.no": 1}, slice(9, 12), "llama-gguf-split --merge joins them"),
+        ({"general.type": "mmproj"}, slice(4), "general.type is 'mmproj'; only a 'model' can be"),
+    ],
+)
+def test_what_is_no_whole_model_is_told_as_that(
+    tmp_path: Path, fields: dict[str, object], kept: slice, said: str
+) -> None:
+    path = tmp_path / "part.gguf"
+    with copying(exported(tmp_path, small_tokenizer()), path, fields) as (reader, writer):
+        for tensor in list(reader.tensors)[kept]:
+            writer.add_tensor(tensor.name, np.array(tensor.data))
+    with pytest.raises(UserError, match=re.escape(f"{path}: it")) as told:
+        model_folder(path)
+    assert said in str(told.value)
+
+
+def test_a_folder_of_gguf_files_says_how_one_is_named(tmp_path: Path) -> None:
+    exported(tmp_path, small_tokenizer()).rename(folder(tmp_path, "hub") / "m-Q8_0.gguf")
+    with pytest.raises(UserError, match=r"this is not a model; name a file in it: m-Q8_0.gguf$"):
+        model_folder(tmp_path / "hub")
 
 
 def test_what_cannot_be_read_is_one_line(

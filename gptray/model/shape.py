@@ -46,7 +46,9 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
         what = f"a file, but not a model: a model is a folder or a file ending in {SUFFIX}"
         raise UserError(f"{folder}: {what}")
     if folder.exists():
-        raise UserError(f"{folder}: no config.json in it or in its model/, so this is not a model")
+        what = "no config.json in it or in its model/, so this is not a model"
+        files = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
+        raise UserError(f"{folder}: {what}{f'; name a file in it: {files[0]}' if files else ''}")
     return _download(str(source), weights=weights)
 
 
