@@ -16,6 +16,8 @@ from gptray.config import UserError
 from gptray.data.encoding import UTF8, stream_encoding
 from gptray.data.sources import SourceFile
 
+UNIT_PIECES = 1000  # at most in a unit: opening many small files takes longer than reading them
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -48,7 +50,7 @@ def plan_pieces(
     room = 0
     for file in files:
         for piece, size in _pieces(file, reading, piece_bytes, cut_text=cut_text):
-            if not units or size > room:
+            if not units or size > room or len(units[-1]) == UNIT_PIECES:
                 units.append([])
                 room = piece_bytes
             units[-1].append(piece)

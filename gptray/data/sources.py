@@ -63,7 +63,7 @@ class SourceFile:
 
     @property
     def compression(self) -> str | None:
-        return COMPRESSIONS.get(PurePosixPath(self.path).suffix.lower())
+        return COMPRESSIONS.get(os.path.splitext(self.path)[1].lower())
 
     @property
     def format(self) -> str:

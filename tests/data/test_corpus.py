@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from pyarrow import parquet
 from gptray.config import UserError
 from gptray.data.corpus import first_look, read_parts
 from gptray.data.documents import EMPTY_ROW
-from gptray.data.pieces import Reading, plan_pieces
+from gptray.data.pieces import UNIT_PIECES, Reading, plan_pieces
 from gptray.data.sources import find_files
 from tests.data.texts import CHINESE, DOCUMENTS, ENGLISH, KOREAN, write_bytes, write_rows
 
@@ -93,9 +94,12 @@ def test_small_files_share_a_unit_and_large_ones_are_cut(tmp_path: Path) -> None
         [("c.txt", 200, 250)],
         [("d.csv", 0, 250)],
     ]
-    files = find_files(str(tmp_path / "c.txt"))
+    one, *_ = files = find_files(str(tmp_path / "c.txt"))
     whole = plan_pieces(files, TEXT, piece_bytes=100, cut_text=False)
     assert [(piece.start, piece.stop) for unit in whole for piece in unit] == [(0, 250)]
+    tiny = [replace(one, path=f"{number}.txt", size=1) for number in range(2 * UNIT_PIECES + 1)]
+    many = plan_pieces(tiny, TEXT, piece_bytes=16 << 20, cut_text=True)
+    assert [len(unit) for unit in many] == [UNIT_PIECES, UNIT_PIECES, 1]
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "r.jsonl", "r.csv"])

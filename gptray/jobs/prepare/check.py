@@ -25,6 +25,7 @@ from gptray.hub import NotOnHub
 from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.folders.places import check_storage
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
+from gptray.jobs.progress.doing import doing
 from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")
@@ -110,7 +111,7 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
     Logs warnings about the files. Raises UserError with all mistakes.
     """
     mistakes, request = Mistakes(), None
-    with mistakes:
+    with mistakes, doing("finding the text"):
         request = find(config)
         for warning in request.warnings:
             _warn(warning)
