@@ -17,7 +17,7 @@ from pyarrow import compute, parquet
 from gptray.config import UserError
 from gptray.data.json_columns import holds_json, json_text
 from gptray.data.pieces import open_parquet
-from gptray.data.rows import csv_rows, json_object, json_rows, text_lines
+from gptray.data.rows import csv_rows, json_object, json_rows, several_columns, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20
@@ -133,7 +133,7 @@ def declared_schema(file: SourceFile, prompt_column: str) -> pa.Schema | None:
         return None
     duplicate = _first_duplicate(schema.names)
     if duplicate is not None:
-        raise UserError(f"{file.name}: two columns are named {duplicate!r}; rename one")
+        raise UserError(f"{file.name}: {several_columns(duplicate)}")
     return schema
 
 

@@ -25,6 +25,7 @@ from gptray.data.rows import (
     json_rows,
     kind_of,
     no_column,
+    several_columns,
     text_lines,
 )
 from gptray.data.sources import SourceFile
@@ -171,7 +172,7 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
     if name not in header:
         raise UserError(f"{file.name}:{line}: {no_column(name, header)}")
     if header.count(name) > 1:
-        raise UserError(f"{file.name}:{line}: several columns are called {name!r}; rename one")
+        raise UserError(f"{file.name}:{line}: {several_columns(name)}")
     place = header.index(name)
     return _parts(file, rows, lambda row: _row(row[place], name) if row else EMPTY_ROW)
 
@@ -196,7 +197,7 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
     row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
     try:
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[text_column]):
-            for value in batch.column(0):
+            for value in batch.column(text_column):
                 row += 1
                 yield _row(value.as_py(), text_column)
     except UserError:
@@ -225,9 +226,11 @@ def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> No
 
 
 def check_parquet_column(file: SourceFile, schema: pa.Schema, text_column: str) -> None:
-    """Raise UserError unless the column exists and holds text."""
+    """Raise UserError unless there is one such column, and it holds text or nothing but nulls."""
     if text_column not in schema.names:
         raise UserError(f"{file.name}: {no_column(text_column, schema.names)}")
+    if schema.names.count(text_column) > 1:
+        raise UserError(f"{file.name}: {several_columns(text_column)}")
     kind = schema.field(text_column).type
-    if not is_text(kind):
+    if not is_text(kind) and not pa.types.is_null(kind):
         raise UserError(f"{file.name}: column {text_column!r} holds {kind}, not text")

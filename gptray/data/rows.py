@@ -229,6 +229,11 @@ def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text
     return f"no column {text_column!r}; columns: {listed} (set {key} to choose one)"
 
 
+def several_columns(name: str) -> str:
+    """The message about two columns or more of one name."""
+    return f"several columns are named {name!r}; rename all but one"
+
+
 def kind_of(value: object) -> str:
     """The kind of a JSON value, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}

@@ -179,8 +179,8 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a", "x": 1, "x": 2}\n')
     (tmp_path / "q.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "m": {"x": 1, "x": 2}}\n')
     for name, message in (
-        ("p.parquet", "p.parquet: two columns are named 'x'"),
-        ("p.csv", "p.csv: two columns are named 'x'"),
+        ("p.parquet", "p.parquet: several columns are named 'x'"),
+        ("p.csv", "p.csv: several columns are named 'x'"),
         ("p.jsonl", "p.jsonl:1: duplicate key 'x'"),
         ("q.jsonl", "q.jsonl:2: duplicate key 'x'"),
     ):

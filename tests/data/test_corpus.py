@@ -166,7 +166,7 @@ def test_bad_csv_row_is_named_by_its_first_line(tmp_path: Path, row: bytes, mess
 
 def test_two_csv_columns_of_the_same_name_are_no_text_column(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "r.csv", b"text,text\na,b\n")
-    with pytest.raises(UserError, match=r"r\.csv:1: several columns are called 'text'"):
+    with pytest.raises(UserError, match=r"r\.csv:1: several columns are named 'text'"):
         read(path)
 
 
@@ -223,6 +223,17 @@ def test_first_look_refuses_numbers_in_parquet(tmp_path: Path) -> None:
         first_look(file, TEXT)
 
 
+def test_a_parquet_column_is_found_by_its_whole_name(tmp_path: Path) -> None:
+    name, path = "doc.text", tmp_path / "r.parquet"
+    parquet.write_table(pa.table({"doc": [{"text": "inner"}], name: ["whole"]}), path)
+    assert read(path, reading=Reading(name)) == ["whole"]
+    doubled = pa.Table.from_arrays([pa.array(["one"]), pa.array(["two"])], names=["text", "text"])
+    parquet.write_table(doubled, path)
+    (file,) = find_files(str(path))
+    with pytest.raises(UserError, match="several columns are named 'text'; rename all but one"):
+        first_look(file, TEXT)
+
+
 def test_csv_cell_may_be_long(tmp_path: Path) -> None:
     text = "long, " * 100_000
     assert read(write_rows(tmp_path / "r.csv", [text, json.dumps(text)])) == [
@@ -246,6 +257,9 @@ def test_missing_text_is_an_empty_row_in_every_format(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
     for name in [*contents, "r.parquet"]:
         assert read(tmp_path / name) == ["one", "", "", "two"], name
+    parquet.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "nulls.parquet")
+    assert read(tmp_path / "nulls.parquet") == ["", ""]
+    first_look(find_files(str(tmp_path / "nulls.parquet"))[0], TEXT)
 
 
 JSON_FORMS = [
