@@ -15,7 +15,7 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.boundary import byte_boundary, separator_border
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
-from gptray.data.encoding import BLOCK_BYTES, UTF8, decoded, stream_encoding
+from gptray.data.encoding import BLOCK_BYTES, UTF8, check_head, decoded, stream_encoding
 from gptray.data.pieces import Piece, Reading, open_parquet
 from gptray.data.rows import (
     BOM,
@@ -110,6 +110,8 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
         position = begin
         if piece.start:
             position += _skip_line(stream, piece.stop - begin)
+        else:
+            check_head(file.name, stream.peek())
         line = 0
         while (stop is None or position < stop) and (raw := stream.readline()):
             line += 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from io import BufferedReader
 
 from gptray.config import UserError
+from gptray.data.file_kinds import refuse_other_kind
 
 BLOCK_BYTES = 1 << 20
 UTF8 = "utf-8"
@@ -74,6 +75,8 @@ def decoded(
     decoder = codecs.getincrementaldecoder(encoding)()
     while True:
         block = stream.read(BLOCK_BYTES if size < 0 else min(BLOCK_BYTES, size))
+        if first:
+            check_head(name, block, encoding)
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
@@ -85,8 +88,6 @@ def decoded(
             raise UserError(f"{name}: not {encoding}: {error}{told}") from None
         if first and text:
             text, first = text.removeprefix("\ufeff"), False
-            if encoding == UTF8:
-                refuse_wide_characters(name, block)
         lines += text.count("\n")
         size -= len(block) if size > 0 else 0
         if text:
@@ -151,7 +152,14 @@ def _scripts(sample: bytes, encoding: str) -> Counter[str]:
     return Counter("ASCII" if c.isascii() else unicodedata.name(c, "?").split()[0] for c in letters)
 
 
-def refuse_wide_characters(name: str, head: bytes) -> None:
+def check_head(name: str, head: bytes, encoding: str = UTF8) -> None:
+    """Raise UserError for a file whose first bytes are not text in `encoding`, but another kind."""
+    refuse_other_kind(name, head)
+    if encoding == UTF8:
+        _refuse_wide_characters(name, head)
+
+
+def _refuse_wide_characters(name: str, head: bytes) -> None:
     """Raise UserError for UTF-16 or UTF-32 without a byte order mark.
 
     Its ASCII letters are valid UTF-8, with a zero in every other byte. Zeros alone are not text.

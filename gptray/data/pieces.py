@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from gptray.config import UserError
 from gptray.data.encoding import UTF8, stream_encoding
+from gptray.data.file_kinds import PARQUET, refuse_other_kind
 from gptray.data.sources import SourceFile
 
 UNIT_PIECES = 1000  # at most in a unit: opening many small files takes longer than reading them
@@ -99,4 +100,8 @@ def open_parquet(file: SourceFile) -> parquet.ParquetFile:
     try:
         return parquet.ParquetFile(file.open_stored())
     except (pa.ArrowInvalid, OSError) as error:
+        with file.open() as stream:
+            head = stream.peek()
+        if not head.startswith(PARQUET):
+            refuse_other_kind(file.name, head)
         raise UserError(f"{file.name}: not a complete Parquet file: {error}") from None

@@ -18,7 +18,7 @@ from typing import TypedDict, Unpack
 import pyarrow as pa
 
 from gptray.config import UserError
-from gptray.data.encoding import UTF8, decoded, refuse_wide_characters, stream_encoding, undecodable
+from gptray.data.encoding import UTF8, check_head, decoded, stream_encoding, undecodable
 from gptray.data.sources import SourceFile
 from gptray.wording import count
 
@@ -34,7 +34,7 @@ def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
     if codec != UTF8:
         yield from _lines(decoded(file.name, stream, codec))
         return
-    refuse_wide_characters(file.name, stream.peek())
+    check_head(file.name, stream.peek())
     for number, raw in enumerate(stream, start=1):
         try:
             yield (raw.removeprefix(BOM) if number == 1 else raw).decode()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -140,3 +141,24 @@ def test_damaged_utf8_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
 def test_a_byte_order_mark_of_utf8_holds_whatever_is_asked_for(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "t.txt", b"\xef\xbb\xbf" + KOREAN.encode())
     assert read(path, "cp949") == KOREAN
+
+
+OTHER_KINDS = {
+    "gzip": (gzip.compress(b"text"), "a gzip file; add .gz to its name"),
+    "zip": (b"PK\3\4\x14" + bytes(30), "a zip archive"),
+    "pdf": (b"%PDF-1.7\n", "a PDF document; extract its text"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+    "tar": (b"a.txt".ljust(257, b"\0") + b"ustar\0", "a tar archive; unpack it"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("name", ["t.txt", "r.jsonl", "r.json", "r.csv", "r.parquet"])
+def test_a_file_of_another_kind_is_told_whatever_its_name(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    content, words = OTHER_KINDS[kind]
+    path = write_bytes(tmp_path / name, content)
+    for encoding in (None, "cp949") if name != "r.parquet" else (None,):
+        with pytest.raises(UserError, match=f"{name}: this is .*{words}"):
+            read(path, encoding)
