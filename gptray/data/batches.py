@@ -15,9 +15,10 @@ import pyarrow as pa
 from pyarrow import compute, parquet
 
 from gptray.config import UserError
+from gptray.data.csv_text import csv_rows
 from gptray.data.json_columns import holds_json, json_text
 from gptray.data.pieces import open_parquet
-from gptray.data.rows import csv_rows, json_object, json_rows, several_columns, text_lines
+from gptray.data.rows import json_object, json_rows, several_columns, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from gptray.config import GenerateConfig, UserError
 from gptray.data.batches import ArrowBatch, Batch, ObjectBatch, declared_schema, first_row, is_json
+from gptray.data.csv_text import separator_hint
 from gptray.data.json_columns import Shape, holds_json, is_utf8, json_field, json_text
 from gptray.data.own_columns import passed_names, setting_columns
 from gptray.data.parts import unwritable
@@ -188,6 +189,7 @@ class FoundColumns:
         prompt = self.prompt_column
         if prompt is not None and prompt not in schema.names:
             problem = no_column(prompt, schema.names, key="generate.prompt_column")
+            problem += separator_hint(schema.names) if file.format == "csv" else ""
             raise UserError(f"{file.name}: {problem}")
         kinds = dict(zip(schema.names, schema.types, strict=True))
         kind = kinds.get(prompt, pa.null())

@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from gptray.config import UserError
 from gptray.data.boundary import byte_boundary, separator_border
+from gptray.data.csv_text import csv_rows, separator_hint
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
 from gptray.data.encoding import BLOCK_BYTES, UTF8, check_head, decoded, stream_encoding
 from gptray.data.pieces import Piece, Reading, open_parquet
 from gptray.data.rows import (
     BOM,
-    csv_rows,
     is_text,
     json_object,
     json_rows,
@@ -172,7 +172,8 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
     rows = csv_rows(file)
     line, header = next(rows, (1, []))
     if name not in header:
-        raise UserError(f"{file.name}:{line}: {no_column(name, header)}")
+        problem = no_column(name, header) + separator_hint(header)
+        raise UserError(f"{file.name}:{line}: {problem}")
     if header.count(name) > 1:
         raise UserError(f"{file.name}:{line}: {several_columns(name)}")
     place = header.index(name)

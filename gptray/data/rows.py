@@ -1,4 +1,4 @@
-"""Reads rows of text files: lines, JSON objects or CSV fields, with messages for invalid ones.
+"""Reads rows of text files: lines or JSON objects, with messages for invalid ones.
 
 Text is decoded by its file's `encoding`.
 """
@@ -6,7 +6,6 @@ Text is decoded by its file's `encoding`.
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
 import sys
@@ -20,11 +19,12 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.encoding import UTF8, check_head, decoded, stream_encoding, undecodable
 from gptray.data.sources import SourceFile
-from gptray.wording import count
 
 BOM = codecs.BOM_UTF8
 # Python reads no longer integers.
 MAX_DIGITS = sys.get_int_max_str_digits()
+# How many columns a message lists, and how much of each name.
+_LISTED_COLUMNS, _NAME_CHARACTERS = 30, 40
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -199,34 +199,20 @@ class _JsonValues:
         return True
 
 
-def csv_rows(file: SourceFile) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields) of every row, the header first; a blank line has no fields.
-
-    Tabs separate the fields of a .tsv file. Raises UserError, naming the line, for invalid CSV or a
-    row with another number of fields than the header.
-    """
-    csv.field_size_limit(2**31 - 1)  # a cell is a document: no limit of 128 kB
-    with file.open() as stream:
-        lines = text_lines(file, stream)
-        rows = csv.reader(lines, strict=True, delimiter="\t" if file.has_tabs else ",")
-        line, width = 1, -1
-        try:
-            for row in rows:
-                width = len(row) if width < 0 else width
-                if row and len(row) != width:
-                    found = count(len(row), "field")
-                    raise UserError(f"{file.name}:{line}: {found}, but the header has {width}")
-                yield line, row
-                line = rows.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{file.name}:{line}: {error}") from None
-
-
 def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text_column") -> str:
     """The message about a missing column, listing the existing ones, the most similar first."""
     likeness = {name: SequenceMatcher(None, text_column, name).ratio() for name in columns}
-    listed = ", ".join(sorted(columns, key=lambda name: -likeness[name])) or "none at all"
+    names = sorted(columns, key=lambda name: -likeness[name])
+    listed = ", ".join(map(_column_name, names[:_LISTED_COLUMNS])) or "none at all"
+    if len(names) > _LISTED_COLUMNS:
+        listed += f" and {len(names) - _LISTED_COLUMNS:,} more"
     return f"no column {text_column!r}; columns: {listed} (set {key} to choose one)"
+
+
+def _column_name(name: str) -> str:
+    """A column's name for a list, quoted if it would be misread; a text in its place is cut."""
+    name = name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}\u2026"
+    return name if name.isprintable() and name.strip() == name != "" else repr(name)
 
 
 def several_columns(name: str) -> str:

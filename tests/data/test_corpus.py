@@ -151,8 +151,8 @@ def test_bad_json_line_is_named(
 BAD_CSV = [
     (b"8,one,two", "3 fields, but the header has 2"),
     (b"8", "1 field, but the header has 2"),
-    (b'8,"a"b', "expected after"),
-    (b'8,"open', "unexpected end of data"),
+    (b'8,"a"b', "text follows a closing quotation mark; double the marks"),
+    (b'8,"open', "a field of this row begins with a quotation mark but never ends with one"),
     (b"8,\xff", "not UTF-8"),
 ]
 
@@ -162,6 +162,32 @@ def test_bad_csv_row_is_named_by_its_first_line(tmp_path: Path, row: bytes, mess
     content = b'id,text\n1,"two\nlines"\n2,x\n' + row + b"\n"
     with pytest.raises(UserError, match=rf"r\.csv:5: .*{message}"):
         read(write_bytes(tmp_path / "r.csv", content))
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_csv_lines_may_end_in_any_way(tmp_path: Path, end: str) -> None:
+    content = end.join(["id,text", "1,one", f'2,"two{end}lines"', "3,th\u2028ree", ""])
+    path = write_bytes(tmp_path / "r.csv", content.encode())
+    assert read(path) == ["one", f"two{end}lines", "th\u2028ree"]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("id;text", r"columns: id;text \(.*\); semicolons seem to separate the columns"),
+        ("id\ttext", r"columns: 'id\\ttext' \(.*\); tabs seem to separate the columns"),
+        ("id, text", r"columns: ' text', id \("),
+        (f"0,{'a long text ' * 999}", r"columns: 0, a long text a long text a long text a l\S+ \("),
+        (",".join(map(str, range(99))), r"columns: 0, 1, 2.* and 69 more \("),
+    ],
+)
+def test_the_columns_of_a_header_are_listed_to_be_read(
+    tmp_path: Path, header: str, message: str
+) -> None:
+    (file,) = find_files(str(write_bytes(tmp_path / "r.csv", f"{header}\n".encode())))
+    with pytest.raises(UserError, match=f"no column 'text'; {message}") as caught:
+        first_look(file, TEXT)
+    assert len(str(caught.value)) < 400
 
 
 def test_two_csv_columns_of_the_same_name_are_no_text_column(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 
 from gptray.config import ConfigError, UserError, load_config
 from gptray.data.corpus import first_look, read_parts
+from gptray.data.csv_text import csv_rows
 from gptray.data.encoding import likely_encoding
 from gptray.data.pieces import Reading, plan_pieces
-from gptray.data.rows import csv_rows, text_lines
+from gptray.data.rows import text_lines
 from gptray.data.sources import find_files
 from tests.data.texts import write_bytes
 
