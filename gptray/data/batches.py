@@ -18,7 +18,7 @@ from gptray.config import UserError
 from gptray.data.csv_text import csv_rows
 from gptray.data.json_columns import holds_json, json_text
 from gptray.data.pieces import open_parquet
-from gptray.data.rows import json_object, json_rows, several_columns, text_lines
+from gptray.data.rows import json_line, json_rows, several_columns, text_lines
 from gptray.data.sources import SourceFile
 
 BATCH_ROWS, BATCH_BYTES = 1024, 64 << 20
@@ -186,7 +186,7 @@ def _json_rows(file: SourceFile) -> Iterator[tuple[int, Values]]:
             if not line.strip():
                 continue
             try:
-                yield number, json_object(line, object_pairs_hook=_object)
+                yield number, json_line(line, object_pairs_hook=_object)
             except ValueError as error:
                 raise UserError(f"{file.name}:{number}: {error}") from None
 

@@ -21,7 +21,7 @@ from gptray.data.pieces import Piece, Reading, open_parquet
 from gptray.data.rows import (
     BOM,
     is_text,
-    json_object,
+    json_line,
     json_rows,
     kind_of,
     no_column,
@@ -136,7 +136,7 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
 def _json_text(raw: bytes | str, text_column: str) -> Part:
     if not raw.strip():
         return EMPTY_ROW
-    return _json_row(json_object(raw), text_column)
+    return _json_row(json_line(raw), text_column)
 
 
 def _json_row(row: dict[str, object], text_column: str) -> Part:

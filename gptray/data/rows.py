@@ -25,6 +25,8 @@ BOM = codecs.BOM_UTF8
 MAX_DIGITS = sys.get_int_max_str_digits()
 # How many columns a message lists, and how much of each name.
 _LISTED_COLUMNS, _NAME_CHARACTERS = 30, 40
+# How much of a text that is not JSON a message shows.
+_FOUND_CHARACTERS = 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -64,6 +66,17 @@ class JsonHooks(TypedDict, total=False):
     parse_int: Callable[[str], object]
 
 
+def json_line(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, object]:
+    """As `json_object`, for a line of a file whose rows are lines."""
+    try:
+        return json_object(raw, **hooks)
+    except ValueError as error:
+        first = raw.strip() if isinstance(raw, str) else raw.decode("utf-8", "replace").strip()
+        if first.startswith("[") or first == "{":
+            raise ValueError(f"{error}; {_NOT_LINES}") from None
+        raise
+
+
 def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, object]:
     """The JSON object on a line. Raises ValueError without the place, which the caller adds.
 
@@ -89,11 +102,14 @@ def _unreadable(error: ValueError) -> str:
     return f"a number has more than {MAX_DIGITS:,} digits" if is_long else str(error)
 
 
+_NOT_LINES = "an array, or rows of several lines each, are read from a file named .json"
 _TOO_DEEP = "cannot be read as JSON: nested too deeply"
 
 
 def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not JSON: {error.msg} (column {error.colno})"
+    line = error.doc[error.pos :].partition("\n")[0].rstrip()
+    found = line if len(line) <= _FOUND_CHARACTERS else f"{line[:_FOUND_CHARACTERS]}\u2026"
+    return f"not JSON: {error.msg} (column {error.colno}{f': {found}' if found else ''})"
 
 
 def _checked_object(row: object) -> dict[str, object]:

@@ -148,6 +148,27 @@ def test_bad_json_line_is_named(
         read(path, piece_bytes=piece_bytes)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<!DOCTYPE html>\n", r"not JSON: Expecting value \(column 1: <!DOCTYPE html>\)$"),
+        ("{'text': 'a'}\n", r"not JSON: .* \(column 2: 'text': 'a'\}\)$"),
+        ('[{"text": "a"}]\n', "expected a JSON object, found a list; an array, .* named .json"),
+        ('[\n{"text": "a"}\n]\n', r"not JSON: Expecting value \(column 2\); .* named .json"),
+        (
+            '{\n "text": "a"\n}\n',
+            ".*; an array, or rows of several lines each, are read from .* named .json",
+        ),
+    ],
+)
+def test_lines_that_are_not_rows_are_told_with_what_they_are(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = write_bytes(tmp_path / "r.jsonl", content.encode())
+    with pytest.raises(UserError, match=rf"r\.jsonl:1: {message}"):
+        read(path)
+
+
 BAD_CSV = [
     (b"8,one,two", "3 fields, but the header has 2"),
     (b"8", "1 field, but the header has 2"),
