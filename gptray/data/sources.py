@@ -32,6 +32,7 @@ from gptray.data.folders import (
 )
 from gptray.files import absolute
 from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
+from gptray.wording import count
 
 BUILTIN = "builtin"
 FORMATS = {
@@ -40,6 +41,9 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BUFFER_BYTES = 1 << 20
+# Files by which a folder of `save_to_disk` of Hugging Face's datasets is known.
+_SAVED_DATA = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
+_TO_PARQUET = "write its data with to_parquet, a file per split"
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,9 @@ def _from_folder(entry: str, path: str) -> list[SourceFile]:
     except OSError as error:
         where = shown(str(error.filename or path))
         raise UserError(f"{shown(entry)}: {where} cannot be listed: {_reason(error)}") from None
+    names = set(os.listdir(path))
+    if any(mark <= names for mark in _SAVED_DATA):
+        raise UserError(f"{shown(entry)}: datasets.save_to_disk wrote this folder; {_TO_PARQUET}")
     readable = [one for one in found if _format(one) is not None]
     return _readable(entry, _of_folder(entry, [_local(one) for one in readable], len(found)))
 
@@ -224,11 +231,11 @@ def _local(path: str) -> SourceFile:
     return SourceFile(*file)
 
 
-def _of_folder(entry: str, readable: list[SourceFile], count: int) -> list[SourceFile]:
+def _of_folder(entry: str, readable: list[SourceFile], others: int) -> list[SourceFile]:
     if not readable:
         raise UserError(
             f"{shown(entry)}: the folder holds no file that can be read ({_extensions()}); "
-            f"it holds {count} other files"
+            f"it holds {count(others, 'other file')}"
         )
     return readable
 
@@ -248,7 +255,9 @@ def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
     for file in files:
         if _format(file.path) is None:
             suffix = PurePosixPath(file.path).suffix
-            near = did_you_mean(nearest(suffix, FORMATS)) if suffix not in COMPRESSIONS else ""
+            near = did_you_mean(nearest(suffix, FORMATS))
+            if file.compression:
+                suffix, near = "".join(PurePosixPath(file.path).suffixes[-2:]), ""
             raise UserError(
                 f"{file.name}: cannot read {shown(suffix) or 'a name without extension'}"
                 f"{near} ({_extensions()})"

@@ -90,14 +90,20 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
             r"cannot read \.docx .*\.txt \.md \.jsonl \.ndjson \.json \.csv \.tsv \.parquet",
         ),
         ("table.xsv", r"cannot read \.xsv; did you mean \.[ct]sv\?"),
-        ("p.parquet.gz", r"cannot read \.gz"),
+        ("p.parquet.gz", r"cannot read \.parquet\.gz \("),
+        ("a.tar.gz", r"cannot read \.tar\.gz \("),
         ("plain", "a name without extension"),
-        ("empty", "holds no file that can be read"),
+        ("empty", "holds no file that can be read .* 0 other files"),
+        ("saved", r"saved: datasets\.save_to_disk wrote this folder; .*to_parquet"),
+        ("saved/train", r"train: datasets\.save_to_disk wrote this folder"),
     ],
 )
 def test_what_cannot_be_read_is_named(folder: Path, source: str, message: str) -> None:
-    for name in ("table.xsv", "p.parquet.gz", "plain"):
-        (folder / name).write_text("x")
+    (folder / "saved/train").mkdir(parents=True)
+    saved = ("dataset_dict.json", "train/dataset_info.json", "train/state.json")
+    others = [f"saved/{name}" for name in saved]
+    for name in ("table.xsv", "p.parquet.gz", "a.tar.gz", "plain", *others):
+        (folder / name).write_text("{}")
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         find_files(str(folder / source))
