@@ -213,19 +213,24 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
         raise UserError(f"{file.name}: row {row}: {error}") from None
 
 
-def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> None:
+def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> bool:
     """Read the file's beginning, or all of it: raise UserError if that fails.
 
-    Finds a missing column, a wrong encoding, and a bad row among those read.
+    Finds a missing column, a wrong encoding, and a bad row among those read. Returns whether there
+    is text as far as is known; of Parquet, only the metadata is read.
     """
     if file.format == "parquet":
-        check_parquet_column(file, open_parquet(file).schema_arrow, reading.text_column)
-        return
-    seen = 0
+        table = open_parquet(file)
+        check_parquet_column(file, table.schema_arrow, reading.text_column)
+        is_null = pa.types.is_null(table.schema_arrow.field(reading.text_column).type)
+        return bool(table.metadata.num_rows) and not is_null
+    seen, has_text = 0, False
     for part in read_parts(Piece(file, 0, file.size, reading)):
         seen += len(part.text) + 1
+        has_text |= part != EMPTY_ROW
         if seen > _FIRST_LOOK and not whole:
-            return
+            return True
+    return has_text
 
 
 def check_parquet_column(file: SourceFile, schema: pa.Schema, text_column: str) -> None:

@@ -67,7 +67,7 @@ class SplitPlan:
 def plan_split(texts: Sequence[ScannedText], *, fraction: float, seed: int) -> SplitPlan:
     """Assign every document, or every region of one, to a split.
 
-    Raises UserError if a text is empty, or too short for so many splits.
+    Raises UserError if a source holds no text, or too little for so many splits.
     """
     units: list[list[PiecePlan]] = []
     labels = max(label for text in texts for label in text.shares) + 1
@@ -77,7 +77,7 @@ def plan_split(texts: Sequence[ScannedText], *, fraction: float, seed: int) -> S
         scans = list(chain.from_iterable(text.scans))
         firsts, sizes, characters = _documents(scans)
         if not len(sizes):
-            raise UserError(f"{text.key} is empty")
+            raise UserError(f"{text.key} holds no text")
         assigned = assign(sizes, characters, text.shares, fraction=fraction, seed=seed)
         units += _piece_plans(text.units, scans, firsts, assigned)
         documents = [documents[label] + assigned.documents(label) for label in range(labels)]

@@ -157,9 +157,9 @@ def test_sample_is_training_text_only_and_a_share_of_it(tmp_path: Path) -> None:
 
 
 def test_source_without_text_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="holds no text"):
         planned(write_rows(tmp_path / "r.jsonl", ["", " "]), 1 << 20)
-    with pytest.raises(UserError, match="is empty"):
+    with pytest.raises(UserError, match="holds no text"):
         planned(write_bytes(tmp_path / "t.txt", b""), 1 << 20)
 
 

@@ -319,7 +319,7 @@ def test_text_that_is_too_short_or_not_the_models_is_refused(
         evaluate(config_of(tmp_path, *short))
     (tmp_path / "empty.txt").write_text("\n")
     empty = [f"evaluate.model={folder}", f"evaluate.source={tmp_path / 'empty.txt'}"]
-    with pytest.raises(UserError, match="evaluate.source is empty"):
+    with pytest.raises(UserError, match="evaluate.source holds no text"):
         evaluate(config_of(tmp_path, *empty))
     # A character tokenizer is made anew of another text: it is not the one of the run.
     named = [f"evaluate.model={trained[0] / 'run'}", "data.tokenizer=char", "train.block_size=16"]

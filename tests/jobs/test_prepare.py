@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.config.schema import differences
@@ -281,12 +283,36 @@ def test_check_text_tells_everything_at_once_without_ray(tmp_path: Path) -> None
     assert "data.tokenizer=./nowhere" in lines[2]
 
 
-def test_a_row_too_wide_far_down_a_csv_file_is_told_without_ray(tmp_path: Path) -> None:
-    lines = ["text,b", *(f"hello world {number},x" for number in range(20_000)), "hello,x,y"]
-    (tmp_path / "t.csv").write_text("\n".join(lines))
-    config = config_for(tmp_path / "t.csv", tmp_path / "s", tokenizer="char")
-    with pytest.raises(UserError, match=r"t\.csv:20002: 3 fields, but the header has 2"):
+FAR_DOWN = {
+    "t.csv": ("text,b\n" + "hello world,x\n" * 20_000 + "a,b,c", "20002: 3 fields"),
+    "t.jsonl": ('{"text": "hello world"}\n' * 20_000 + '{"text": 1}', "20001: .* a number, not"),
+    "t.json": ('{"text": "hello world"}\n' * 20_000 + '{"body": ""}', "20001: no column 'text'"),
+    "t.txt": ("hello world\n" * 20_000 + "caf\udce9", "20001: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", FAR_DOWN)
+def test_a_bad_row_far_down_a_small_file_is_told_without_ray(tmp_path: Path, name: str) -> None:
+    content, message = FAR_DOWN[name]
+    (tmp_path / name).write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=f"{name}:{message}"):
+        check_text(config_for(tmp_path / name, tmp_path / "s", tokenizer="char"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.txt", " \n"), ("t.csv", "text\n"), ("t.json", "[]"), ("t.jsonl", '{"text": null}\n')],
+)
+def test_a_source_without_text_is_told_without_ray(tmp_path: Path, name: str, content: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / name).write_text(content)
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), source / "none.parquet")
+    config = config_for(source, tmp_path / "s", tokenizer="char")
+    with pytest.raises(UserError, match=r"data\.source holds no text"):
         check_text(config)
+    (source / "more.txt").write_text("text")
+    check_text(config)
 
 
 def test_check_text_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from gptray.wording import count, size_words
 log = logging.getLogger("gptray")
 
 _SAID_BYTES = 1 << 30  # verifying more tokens takes long enough to announce
-_LOOKED_BYTES = 8 << 20  # how much CSV to read in full before Ray starts
+_LOOKED_BYTES = 8 << 20  # how much text to read in full before Ray starts
 _CHECKED_FILES = 100  # how many files to check before Ray starts; the scan checks all
 # Finds a config's text: `make_request`, or a function for another of its texts.
 FindSources = Callable[[Config], Request]
@@ -143,14 +143,21 @@ def _check_tokenizer(config: Config, request: Request | None) -> None:
 
 
 def _look_at_files(request: Request, mistakes: Mistakes) -> None:
-    left = _LOOKED_BYTES
-    files = [file for source, _ in request.sources for file in source.files]
-    for file in files[:_CHECKED_FILES]:
-        # A CSV row with too many columns may be anywhere, and small files are quick to read.
-        whole = file.format == "csv" and file.compression is None and file.size <= left
-        left -= file.size if whole else 0
-        with mistakes:
-            first_look(file, request.reading, whole=whole)
+    left, checked = _LOOKED_BYTES, _CHECKED_FILES
+    for source, _ in request.sources:
+        files = source.files[:checked]
+        checked -= len(files)
+        may_hold_text = len(files) < len(source.files)
+        for file in files:
+            # A bad row may be anywhere, and small files are quick to read.
+            whole = file.compression is None and file.size <= left
+            left -= file.size if whole else 0
+            has_text = True
+            with mistakes:
+                has_text = first_look(file, request.reading, whole=whole)
+            may_hold_text |= has_text
+        if source.files and not may_hold_text:
+            mistakes.add(f"{source.key} holds no text")
 
 
 @lru_cache
