@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined, OpenPort
+from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined
 from gptray.wording import count, time_words
 
 # With less free space than this, Ray's processes and checkpoints soon fail. Above this used share
@@ -20,48 +20,61 @@ CLOCK_S = 2.0
 OLDEST_DRIVER = {12: 525, 13: 580}
 
 
+# warn: jobs run, but something should change.
+Level = Literal["ok", "warn", "fail"]
+
+
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. warn: jobs run, but something should change."""
+    """The result of one check."""
 
     check: str
-    level: Literal["ok", "warn", "fail"]
+    level: Level
     message: str
 
     @property
+    def words(self) -> str:
+        """What was checked and found."""
+        return f"{self.check}: {self.message}"
+
+    @property
     def line(self) -> str:
-        """The finding as a line of text."""
-        return f"{self.level:4}  {self.check}: {self.message}"
+        """The same as a line of the log."""
+        return f"{self.level:4}  {self.words}"
 
 
 def judge(facts: ClusterFacts) -> list[Finding]:
     """One finding for each check, in a fixed order."""
-    return [
-        nodes(facts),
-        versions(facts),
-        packages(facts),
-        gpus(facts),
-        nccl(facts),
-        storage(facts),
-        disks(facts),
-        shared_memory(facts),
-        authentication(facts),
-        ports(facts),
-        clocks(facts),
-    ]
+    checks = {
+        "nodes": nodes,
+        "versions": versions,
+        "packages": packages,
+        "gpus": gpus,
+        "nccl": nccl,
+        "storage": storage,
+        "disk": disks,
+        "shared memory": shared_memory,
+        "authentication": authentication,
+        "ports": ports,
+        "clocks": clocks,
+    }
+    return [Finding(name, *check(facts)) for name, check in checks.items()]
 
 
-def nodes(facts: ClusterFacts) -> Finding:
+def nodes(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether every node answers."""
     silent = [f"{node.address} {answer.reason}" for node, answer in facts.silent]
     if silent:
         remedy = "install the same gptray on every node, or remove the node from the cluster"
-        return Finding("nodes", "fail", f"{'; '.join(silent)}; {remedy}")
-    offers = [f"{one.node.address} ({_offer(one)})" for one in facts.nodes]
-    return Finding("nodes", "ok", ", ".join(offers))
+        return "fail", f"{'; '.join(silent)}; {remedy}"
+    offers = []
+    for one in facts.nodes:
+        gpus = f", {count(round(one.node.gpus), 'GPU')}" if one.node.gpus else ""
+        offers.append(f"{one.node.address} ({count(round(one.node.cpus), 'core')}{gpus})")
+    return "ok", ", ".join(offers)
 
 
-def versions(facts: ClusterFacts) -> Finding:
+def versions(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether all nodes run the same versions."""
     names = [name for one in facts.nodes[:1] for name in one.facts.versions]
     differing = []
@@ -72,16 +85,16 @@ def versions(facts: ClusterFacts) -> Finding:
             differing.append(f"{name} {told}")
     if differing:
         remedy = "install the same versions on every node"
-        return Finding("versions", "fail", f"{'; '.join(differing)}; {remedy}")
+        return "fail", f"{'; '.join(differing)}; {remedy}"
     same = [
         f"{name} {version or 'not installed as a package'}"
         for one in facts.nodes[:1]
         for name, version in one.facts.versions.items()
     ]
-    return Finding("versions", "ok", f"{', '.join(same)} on {count(len(facts.nodes), 'node')}")
+    return "ok", f"{', '.join(same)} on {count(len(facts.nodes), 'node')}"
 
 
-def packages(facts: ClusterFacts) -> Finding:
+def packages(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether every node has what gptray requires."""
     missing = [
         f"{one.node.address} lacks {', '.join(one.facts.missing)}"
@@ -90,23 +103,23 @@ def packages(facts: ClusterFacts) -> Finding:
     ]
     if missing:
         remedy = "install gptray there with pip, which installs them"
-        return Finding("packages", "fail", f"{'; '.join(missing)}; {remedy}")
-    return Finding("packages", "ok", "every node has what gptray requires")
+        return "fail", f"{'; '.join(missing)}; {remedy}"
+    return "ok", "every node has what gptray requires"
 
 
-def gpus(facts: ClusterFacts) -> Finding:
+def gpus(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether GPUs, driver, CUDA build and the GPUs offered to Ray fit together."""
     problems = [problem for one in facts.nodes for problem in _gpu_problems(one)]
     if problems:
-        level: Literal["warn", "fail"] = "fail" if any(bad for bad, _ in problems) else "warn"
-        return Finding("gpus", level, "; ".join(words for _, words in problems))
+        level: Level = "fail" if any(bad for bad, _ in problems) else "warn"
+        return level, "; ".join(words for _, words in problems)
     there = [
         f"{one.node.address}: {len(one.facts.gpus)} x {one.facts.gpus[0]}, driver "
         f"{one.facts.driver or 'unknown'}, PyTorch for CUDA {one.facts.torch_cuda}"
         for one in facts.nodes
         if one.facts.gpus
     ]
-    return Finding("gpus", "ok", "; ".join(there) or "none")
+    return "ok", "; ".join(there) or "none"
 
 
 def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
@@ -135,27 +148,25 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
     return problems
 
 
-def nccl(facts: ClusterFacts) -> Finding:
+def nccl(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether two GPUs reach each other."""
     if facts.nccl is None:
-        return Finding("nccl", "ok", "not tested: it takes two GPUs")
+        return "ok", "not tested: it takes two GPUs"
     if facts.nccl:
         remedy = "set NCCL_DEBUG=INFO for details, or NCCL_SOCKET_IFNAME to choose the network"
-        return Finding("nccl", "fail", f"two GPUs cannot communicate: {facts.nccl}; {remedy}")
-    return Finding("nccl", "ok", "two GPUs can communicate")
+        return "fail", f"two GPUs cannot communicate: {facts.nccl}; {remedy}"
+    return "ok", "two GPUs can communicate"
 
 
-def storage(facts: ClusterFacts) -> Finding:
+def storage(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether all nodes share storage_path."""
     if facts.blind:
-        return Finding("storage", "fail", "; ".join(facts.blind))
+        return "fail", "; ".join(facts.blind)
     on = "every node" if len(facts.nodes) > 1 else "the only node"
-    return Finding(
-        "storage", "ok", f"storage_path={facts.storage_path} is readable and writable on {on}"
-    )
+    return "ok", f"storage_path={facts.storage_path} is readable and writable on {on}"
 
 
-def disks(facts: ClusterFacts) -> Finding:
+def disks(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether there is space for Ray's files and for runs."""
     full, filling = [], []
     for one in facts.nodes:
@@ -166,19 +177,15 @@ def disks(facts: ClusterFacts) -> Finding:
             elif disk.free < (1 - FULL) * disk.total:
                 filling.append(f"{words}, {1 - disk.free / disk.total:.0%} used")
     if full:
-        return Finding("disk", "fail", f"{'; '.join([*full, *filling])}; make room")
+        return "fail", f"{'; '.join([*full, *filling])}; make room"
     if filling:
-        told = "; ".join(filling)
-        return Finding(
-            "disk",
-            "warn",
-            f"{told}; Ray stores no objects on a disk that is more than {FULL:.0%} full",
-        )
+        remedy = f"Ray stores no objects on a disk that is more than {FULL:.0%} full"
+        return "warn", f"{'; '.join(filling)}; {remedy}"
     every = [disk for one in facts.nodes for disk in one.facts.disks]
-    return Finding("disk", "ok", f"at least {_size(_least_free(every))} free everywhere")
+    return "ok", f"at least {_size(_least_free(every))} free everywhere"
 
 
-def shared_memory(facts: ClusterFacts) -> Finding:
+def shared_memory(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether /dev/shm has room for Ray's objects and for NCCL."""
     levels = []
     for one in facts.nodes:
@@ -189,34 +196,30 @@ def shared_memory(facts: ClusterFacts) -> Finding:
             words = f"{_size(shm.total)} in {shm.path} on {one.node.address}, where Ray wants "
             levels.append(("warn", f"{words}{_size(wanted)}"))
     if levels:
-        level: Literal["warn", "fail"] = "fail" if ("fail" in dict(levels)) else "warn"
+        level: Level = "fail" if "fail" in dict(levels) else "warn"
         remedy = "give containers more (docker run --shm-size, or an emptyDir in memory)"
-        return Finding("shared memory", level, f"{'; '.join(w for _, w in levels)}; {remedy}")
+        return level, f"{'; '.join(w for _, w in levels)}; {remedy}"
     every = [one.facts.shared_memory for one in facts.nodes if one.facts.shared_memory]
-    return Finding("shared memory", "ok", f"at least {_size(_least_free(every))} free in /dev/shm")
+    return "ok", f"at least {_size(_least_free(every))} free in /dev/shm"
 
 
-def authentication(facts: ClusterFacts) -> Finding:
+def authentication(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether Ray asks for a token."""
     open_nodes = [one.node.address for one in facts.nodes if not one.facts.needs_token]
     if open_nodes:
         remedy = "set RAY_AUTH_MODE=token and create a token with ray get-auth-token --generate"
         reach = "anyone who can reach Ray's ports can run code"
         told = f"Ray does not require a token on {', '.join(open_nodes)}: {reach}; {remedy}"
-        return Finding("authentication", "warn", told)
-    return Finding("authentication", "ok", "Ray requires a token")
+        return "warn", told
+    return "ok", "Ray requires a token"
 
 
-def ports(facts: ClusterFacts) -> Finding:
+def ports(facts: ClusterFacts) -> tuple[Level, str]:
     """Which ports others can reach, above all the dashboard's, which lets anyone run code."""
-    by_node = [
-        f"{one.node.address} {_ports(one.facts.open_ports)}"
-        for one in facts.nodes
-        if one.facts.open_ports
-    ]
+    reachable = [one for one in facts.nodes if one.facts.open_ports]
     dashboards = [
         (one, port)
-        for one in facts.nodes
+        for one in reachable
         for port in one.facts.open_ports
         if port.process == DASHBOARD
     ]
@@ -225,17 +228,21 @@ def ports(facts: ClusterFacts) -> Finding:
         reach = "anyone who can reach it can run code"
         told = f"the dashboard listens on {at} and does not require a token: {reach}"
         remedy = "start Ray with --dashboard-host=127.0.0.1, or with RAY_AUTH_MODE=token"
-        return Finding("ports", "fail", f"{told}; {remedy}")
-    if not by_node:
-        return Finding("ports", "ok", "Ray listens only on this machine's loopback address")
+        return "fail", f"{told}; {remedy}"
+    if not reachable:
+        return "ok", "Ray listens only on this machine's loopback address"
+    by_node = []
+    for one in reachable:
+        listening = ", ".join(f"{port.process} {port.port}" for port in one.facts.open_ports)
+        by_node.append(f"{one.node.address} {listening}")
     told = f"open beyond loopback: {'; '.join(by_node)}"
-    if any(not one.facts.needs_token for one in facts.nodes if one.facts.open_ports):
+    if not all(one.facts.needs_token for one in reachable):
         remedy = "without a token, keep them behind a firewall"
-        return Finding("ports", "warn", f"{told}; {remedy}")
-    return Finding("ports", "ok", f"{told}; all except the metrics ports require the token")
+        return "warn", f"{told}; {remedy}"
+    return "ok", f"{told}; all except the metrics ports require the token"
 
 
-def clocks(facts: ClusterFacts) -> Finding:
+def clocks(facts: ClusterFacts) -> tuple[Level, str]:
     """Whether the nodes' clocks agree with the driver's."""
     apart = [
         f"{one.node.address} is {time_words(abs(one.clock_s))} "
@@ -245,17 +252,8 @@ def clocks(facts: ClusterFacts) -> Finding:
     ]
     if apart:
         remedy = "synchronize every node's clock (chrony, systemd-timesyncd)"
-        return Finding("clocks", "fail", f"{'; '.join(apart)}; {remedy}")
-    return Finding("clocks", "ok", f"within {CLOCK_S:g} s of this machine's")
-
-
-def _offer(one: Examined) -> str:
-    gpu = f", {count(round(one.node.gpus), 'GPU')}" if one.node.gpus else ""
-    return f"{count(round(one.node.cpus), 'core')}{gpu}"
-
-
-def _ports(found: Sequence[OpenPort]) -> str:
-    return ", ".join(f"{one.process} {one.port}" for one in found)
+        return "fail", f"{'; '.join(apart)}; {remedy}"
+    return "ok", f"within {CLOCK_S:g} s of this machine's"
 
 
 def _least_free(found: Iterable[Disk]) -> int:

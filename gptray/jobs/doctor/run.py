@@ -93,15 +93,11 @@ def outcome(facts: ClusterFacts, findings: Sequence[Finding]) -> dict[str, objec
     """The job's JSON line."""
     return {
         "ok": all(finding.level != "fail" for finding in findings),
-        "problems": [_words(finding) for finding in findings if finding.level == "fail"],
-        "warnings": [_words(finding) for finding in findings if finding.level == "warn"],
+        "problems": [finding.words for finding in findings if finding.level == "fail"],
+        "warnings": [finding.words for finding in findings if finding.level == "warn"],
         "checks": [asdict(finding) for finding in findings],
         "nodes": [asdict(one) for one in facts.nodes],
     }
-
-
-def _words(finding: Finding) -> str:
-    return f"{finding.check}: {finding.message}"
 
 
 JOB = Job(check, plan, run)
