@@ -145,12 +145,9 @@ def _free_space(path: Path) -> str:
 
 
 def check_writable(folder: Path, *, key: str) -> None:
-    """Check that a folder can be written or created; leaves nothing behind.
+    """Raise UserError if a folder cannot be written or created; leaves nothing behind.
 
     key: the key or variable that names the folder.
-
-    Raises:
-        UserError: names the key, the folder and the reason.
     """
     try:
         there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
@@ -233,9 +230,7 @@ def open_lock(path: Path) -> FileIO:
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> FileIO:
     """Open a regular file; for writing, refuse a link, which would write another file.
 
-    Raises:
-        OSError: it cannot be opened, or is a folder, or a pipe or device that may block or never
-            end.
+    Raises OSError, also for a folder, and for a pipe or device, which may block or never end.
     """
     reads = flags & os.O_ACCMODE == os.O_RDONLY
     flags |= 0 if reads else os.O_NOFOLLOW

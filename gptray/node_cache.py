@@ -54,10 +54,8 @@ def fetched(place: RemoteFolder, wanted: re.Pattern[str], *, most: int | None = 
     """A local copy of the files of `place` whose names match `wanted` entirely.
 
     most: bytes that the cache may take; by default a quarter of the disk.
-
-    Raises:
-        UserError: the folder cannot be read, or its files do not match its manifest.
-        RunFailed: the disk is full.
+    Raises UserError if the folder cannot be read, or its files do not match its manifest; RunFailed
+    if the disk is full.
     """
     listed = place.files()
     files = [file for name, file in sorted(listed.items()) if wanted.fullmatch(name)]

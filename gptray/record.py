@@ -116,10 +116,8 @@ def read_rows(path: Path, fields: RowFields | None = None) -> list[dict[str, Any
     """The rows of a JSON-lines file, without an incomplete last line, which a kill leaves.
 
     fields: the required fields; by default those for a file of that name. Blank lines, and the NULs
-    that a crash of the machine leaves, are skipped.
-
-    Raises:
-        RunFailed: a row is damaged; names its line.
+    that a crash of the machine leaves, are skipped. Raises RunFailed, naming the line, for a
+    damaged row.
     """
     fields = fields or (METRIC_FIELDS if path.name == METRICS else EVENT_FIELDS)
     try:
@@ -166,11 +164,7 @@ def parse_row(line: bytes, fields: RowFields) -> dict[str, Any]:
 
 
 def write_event(run_dir: Path, event: str, **fields: object) -> None:
-    """Append one event to `events.jsonl` atomically.
-
-    Raises:
-        RunFailed: the disk is full or cannot be written.
-    """
+    """Append one event to `events.jsonl` atomically. Raises RunFailed, such as for a full disk."""
     line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
     path = run_dir / EVENTS
     with storing(path):

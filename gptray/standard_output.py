@@ -20,9 +20,7 @@ class Unread(Exception):
 def write_out(text: str) -> None:
     """Write a text to standard output and flush it.
 
-    Raises:
-        Unread: its reader has closed it.
-        RunFailed: it cannot be written, such as a file on a full disk.
+    Raises Unread if its reader has closed it; RunFailed for others, such as a file on a full disk.
     """
     try:
         sys.stdout.write(text)

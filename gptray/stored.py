@@ -30,11 +30,8 @@ class Locked(Unreadable):
 def open_stored(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
-    Raises:
-        FileNotFoundError: it does not exist.
-        Unreadable: it is a folder, a pipe or a device, or cannot be opened; Locked: this user may
-            not read it.
-        OSError: the storage failed.
+    Raises FileNotFoundError; Unreadable for a folder, a pipe, a device or a file that cannot be
+    opened; Locked for a file that this user may not read; OSError if the storage failed.
     """
     try:
         return BufferedReader(open_regular(path))

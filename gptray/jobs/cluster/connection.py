@@ -75,9 +75,7 @@ def ray_cluster(
 
     environment: variables for the processes of the job's own Ray.
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
-
-    Raises:
-        RunFailed: Ray does not start or answer, or the wait for resources took too long.
+    Raises RunFailed if Ray does not start or answer, or the wait took too long.
     """
     if _is_connected():
         with telling_waits(wait_s):
@@ -178,13 +176,10 @@ def check_training(config: Config) -> None:
 def check_resources(
     compute: ComputeConfig, *, compiling: bool = False, beside: str | None = None
 ) -> None:
-    """Refuse resources that this machine does not have; a cluster (RAY_ADDRESS) may still grow.
+    """Raise UserError for resources that this machine lacks; a cluster (RAY_ADDRESS) may grow.
 
-    compiling: whether the training step is compiled.
-    beside: the key, if any, that needs one more worker than compute.num_workers.
-
-    Raises:
-        UserError: names the key, what it asks for and what there is.
+    compiling: whether the training step is compiled. beside: the key, if any, that needs one more
+    worker than compute.num_workers.
     """
     if os.environ.get("RAY_ADDRESS"):
         return

@@ -53,10 +53,8 @@ os.register_at_fork(after_in_child=_leave_session)
 def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]:
     """Run Ray on this machine during the block; options are ray.init's.
 
-    environment: variables that Ray's processes get in addition to this process's.
-
-    Raises:
-        RunFailed: one of Ray's processes died; replaces the exception that this caused.
+    environment: variables that Ray's processes get in addition to this process's. If one of these
+    died, the exception that this caused becomes a RunFailed.
     """
     global _is_starting, _is_running
     with _environment(environment):

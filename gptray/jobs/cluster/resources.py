@@ -31,10 +31,7 @@ def worker_resources(
 
     spare: how many more workers than compute.num_workers must fit.
     together: whether all workers (the minimum, if elastic) must run at the same time; otherwise any
-        number is useful.
-
-    Raises:
-        UserError: the cluster could not provide this even if idle.
+    number is useful. Raises UserError if the cluster could not provide this even if idle.
     """
     nodes = labelled_nodes(compute)
     has = [node.resources for node in nodes]

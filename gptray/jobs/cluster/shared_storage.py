@@ -59,15 +59,12 @@ def check_shared(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> None:
-    """Refuse paths that a node with workers does not see. Needs Ray.
+    """Raise UserError for paths that a node with workers does not see, and RunFailed for a silent
+    node. Needs Ray.
 
     written: folders by how the user names them, such as storage_path=/x; they are created if
     needed, and nothing is left behind. read: files and folders by key. stores: object stores that
     must answer, as the user names them. use_gpu: whether only nodes with GPUs will work.
-
-    Raises:
-        UserError: names key, path and the nodes' addresses.
-        RunFailed: a node did not answer: it hangs, or cannot run gptray.
     """
     found = blind_nodes(written=written, read=read, stores=stores, use_gpu=use_gpu)
     if found:

@@ -53,10 +53,7 @@ class Demand(NamedTuple):
 def telling_waits(wait_s: float | None) -> Iterator[None]:
     """In the block, log when the job or some of its workers start and stop waiting for resources.
 
-    wait_s: how long the whole job may wait before the block fails; None: forever.
-
-    Raises:
-        RunFailed: a wait took longer than `wait_s`.
+    wait_s: how long the whole job may wait before the block raises RunFailed; None: forever.
     """
     if _Watch.is_watching or is_own_ray():
         yield  # nobody else can hold the resources of the job's own Ray
@@ -221,10 +218,8 @@ def _actors(state: str) -> list[tuple[Resources, bool]]:
 def await_core() -> None:
     """Return once a core is free for this job's tasks; at once on its own Ray.
 
-    Pending tasks are in none of Ray's tables, so a placement group waits in their place.
-
-    Raises:
-        UserError: no node has a core, and none can be added.
+    Pending tasks are in none of Ray's tables, so a placement group waits in their place. Raises
+    UserError if no node has a core, and none can be added.
     """
     import ray
 

@@ -19,9 +19,8 @@ def held(folder: Path, *, busy: str | None = None) -> Iterator[None]:
 
     A folder created here is removed at the end if it holds nothing else, as after a failed start.
 
-    Raises:
-        UserError: another process holds it; `busy` is the message, by default that of training.
-        RunFailed: the disk is full or not writable.
+    Raises UserError, with the message `busy`, if another process holds it; RunFailed if the disk
+    is full or not writable.
     """
     lock = folder / LOCK
     with no_empty_folders(folder):

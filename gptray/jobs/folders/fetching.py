@@ -43,9 +43,7 @@ def fetch_run(
     A checkpoint without a manifest is not fetched. ended: called when all other files are here;
     returns the runs below the folder whose checkpoints are not needed.
 
-    Raises:
-        UserError: `home` cannot be read.
-        RunFailed: the disk is full.
+    Raises UserError if `home` cannot be read, RunFailed if the disk is full.
     """
     checkpoints = {one for name in names if (one := checkpoint_of(name))}
     wholes = {one for one in checkpoints if f"{one}/{MANIFEST}" in names}

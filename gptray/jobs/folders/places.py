@@ -83,11 +83,7 @@ def _absolute(source: str | list[str], *, key: str | None = None) -> str | list[
 
 
 def check_storage(config: Config) -> None:
-    """Refuse a storage_path that is not writable, or whose files would be read as text.
-
-    Raises:
-        UserError: names storage_path, and the source that would read it.
-    """
+    """Raise UserError for a storage_path that is not writable, or that a source would read."""
     storage = storage_folder(config.storage_path)
     folder = storage / config.name if config.name else storage
     for key, sources in (

@@ -41,9 +41,8 @@ def download_run(config: Config, *, busy: str | None = None) -> None:
     Checkpoints of a sweep's ended trials stay in the store, except of those that wait at a rung.
     busy: as for `held`.
 
-    Raises:
-        UserError: the store cannot be read, or a local process is training the run.
-        RunFailed: the disk is full, or a sweep's record is damaged.
+    Raises UserError if the store cannot be read or a local process is training the run, RunFailed
+    if the disk is full or a sweep's record is damaged.
     """
     if not is_uri(config.storage_path):
         return

@@ -44,13 +44,10 @@ _ENDING = ("linear", "cosine")
 
 
 def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
-    """Refuse to resume a run (or a sweep) that was started with another config.
+    """A sentence for each key of LONGER or MORE that has changed since a run or a sweep started.
 
-    Returns a sentence for each key of LONGER or MORE that has changed.
-
-    Raises:
-        UserError: names every key that differs, or says that the folder belongs to something else,
-            or that the checkpoints are gone.
+    Raises UserError, naming every other key that differs, or if the folder belongs to something
+    else or the checkpoints are gone.
     """
     folder, place, what = run_dir(config), seen_at(config), "sweep" if sweep else "run"
     refuse_links(folder, _WRITTEN, what=f"the {what}")
@@ -178,12 +175,9 @@ def check_free(folder: Path, *, busy: str | None = None) -> None:
 
 
 def check_records(folder: Path, state: TrainerState | None, *, log_interval: int) -> None:
-    """Refuse a run whose records, the basis of reports and results, are damaged.
+    """Raise RunFailed for damaged records of a run, the basis of reports and results.
 
     Lost rows that only curves need cause a warning.
-
-    Raises:
-        RunFailed: names the line, or the step whose row is lost.
     """
     read_rows(folder / EVENTS)
     path, steps = folder / METRICS, [row["step"] for row in read_rows(folder / METRICS)]
@@ -211,10 +205,7 @@ def save_config(config: Config, folder: Path) -> None:
     """Write the config.yaml of a new run, or of one whose keys have changed, atomically.
 
     Paths are made absolute, so that the run can be resumed from any folder. Previous configs are
-    kept next to it as config.1.yaml, config.2.yaml and so on.
-
-    Raises:
-        RunFailed: the disk is full or not writable.
+    kept next to it as config.1.yaml, config.2.yaml and so on. Raises RunFailed if the disk is full.
     """
     path, text = folder / CONFIG, dump(with_absolute_paths(config))
     with storing(path):

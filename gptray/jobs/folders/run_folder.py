@@ -64,12 +64,9 @@ def free_keys(config: Config, *, sweep: bool = False) -> tuple[str, ...]:
 
 
 def resolve(config: Config, *, sweep: bool = False) -> Config:
-    """Complete the config: shape, tokenizer, storage path and name.
+    """Complete the config: shape, tokenizer, storage path and, for a run or a sweep, name.
 
-    sweep: whether the name is for a sweep.
-
-    Raises:
-        UserError: model.init_from is not a model, or a given key contradicts its shape.
+    Raises UserError if model.init_from is not a model, or a given key contradicts its shape.
     """
     config = with_tokenizer(config)
     values: dict[str, object] = {

@@ -54,11 +54,8 @@ Fit = Callable[[int], dict[str, object]]
 def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> dict[str, object]:
     """Call `fit(workers)` until the workers do not leave early; return its last result.
 
-    If elastic, the number of workers is as high as there is room for.
-
-    Raises:
-        ray.train.WorkerGroupError: workers died more often than compute.max_failures, or would
-            fail again.
+    If elastic, the number of workers is as high as there is room for. Raises WorkerGroupError if
+    workers died more often than compute.max_failures, or would fail again.
     """
     if not config.compute.is_elastic:
         while (result := fit(config.compute.max_workers))["stopped"] == "left":

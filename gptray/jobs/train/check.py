@@ -78,9 +78,7 @@ class CheckedTraining:
 def check(config: Config) -> CheckedTraining:
     """Resolve the config and find every mistake that can be found without torch and Ray.
 
-    Raises:
-        UserError: a mistake in the config, the text or the run folder.
-        RunFailed: the run has checkpoints, but none is intact.
+    Raises UserError for mistakes; RunFailed if the run has checkpoints, but none is intact.
     """
     config = resolve(config)
     folder, busy = run_dir(config), BUSY.format(seen_at(config))
@@ -126,11 +124,7 @@ def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
 
 
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
-    """Refuse token data that is unfit for training, or differs from that of the run with `state`.
-
-    Raises:
-        UserError: names the split, tokenizer, prompt or text, and what to change.
-    """
+    """Raise UserError for tokens unfit for training, or that differ from those of the run."""
     check_tokenizer(config, data.tokenizer)
     try:
         BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)

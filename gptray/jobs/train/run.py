@@ -228,13 +228,7 @@ def _validation_config(
 
 @contextmanager
 def ray_failures(config: Config, folder: Path) -> Iterator[None]:
-    """Turn Ray Train's exceptions into one-sentence errors.
-
-    Raises:
-        UserError, RunFailed: the error with which all workers left the loop.
-        RunFailed: the workers or the controller failed, the folder is not writable, or Ray does not
-            answer.
-    """
+    """Turn Ray Train's exceptions, and those of writing to the folder, into a RunFailed."""
     import ray.train
 
     try:

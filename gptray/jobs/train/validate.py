@@ -70,9 +70,7 @@ class Validations:
     def wait(self, step: int) -> Validation:
         """Wait until a step's checkpoint, which this worker has reported, is validated.
 
-        Raises:
-            RunFailed: validation failed; says why.
-            UserError: validation failed because of a mistake in the config.
+        Raises RunFailed, or UserError for a mistake in the config, if validation failed.
         """
         results = self._finished(step)
         validated = ray.train.ReportedCheckpointStatus.VALIDATED

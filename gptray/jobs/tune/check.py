@@ -72,8 +72,7 @@ class CheckedSweep:
 def check(config: Config) -> CheckedSweep:
     """Resolve the config and find every mistake that can be found without torch and Ray.
 
-    Raises:
-        UserError: lists all problems with the space, the text, the machine or the folder.
+    Raises UserError with all problems of the space, the text, the machine and the folder.
     """
     config = resolve(config, sweep=True)
     if config.tune.search_alg == "optuna" and importlib.util.find_spec("optuna") is None:
