@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, amount_words, ask
+from gptray.jobs.cluster.cluster_nodes import NoAnswer, Resources, alive_nodes, amount_words, ask
 
 log = logging.getLogger("gptray")
 
@@ -25,7 +25,7 @@ _GROUP_LABEL = "ray.io/node-group"
 class NodeType(NamedTuple):
     """Nodes that an autoscaler may add. resources: of each. most: how many; None: no limit."""
 
-    resources: Mapping[str, float]
+    resources: Resources
     most: int | None
 
 

@@ -19,14 +19,16 @@ _NAMED = 3  # how many of several like nodes a message names
 DEADLINE_S, POLL_S = 90.0, 1.0
 
 T = TypeVar("T")
+# Amounts as Ray counts them, such as CPU and GPU.
+Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Node:
-    """An alive node. resources: as Ray counts them, such as CPU and GPU. id, labels: Ray's."""
+    """An alive node. id, labels: Ray's."""
 
     address: str
-    resources: Mapping[str, float]
+    resources: Resources
     id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,11 +70,11 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
     return True
 
 
-def free_resources() -> dict[str, Mapping[str, float]]:
+def free_resources() -> dict[str, Resources]:
     """Free resources of each alive node, by its id."""
     import ray
 
-    free: dict[str, Mapping[str, float]] = ray._private.state.available_resources_per_node()
+    free: dict[str, Resources] = ray._private.state.available_resources_per_node()
     return free
 
 
@@ -84,7 +86,7 @@ def nodes_being_preempted() -> dict[str, float]:
     return {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
 
 
-def amount_words(resources: Mapping[str, float]) -> str:
+def amount_words(resources: Resources) -> str:
     """GPUs and cores in words, such as "1 GPU and 4 cores" or "0.5 cores"."""
     gpus, cores = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
     words = _amount(cores, "core")
@@ -95,7 +97,7 @@ def _amount(number: float, noun: str) -> str:
     return f"{number:,.4g} {noun}" + ("" if number == 1 else "s")
 
 
-def total(all_resources: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def total(all_resources: Iterable[Resources]) -> dict[str, float]:
     """The sum of resources over nodes or workers."""
     summed: dict[str, float] = {}
     for resources in all_resources:
@@ -111,12 +113,11 @@ def nodes_words(nodes: Iterable[Node]) -> str:
 
 def labels_words(nodes: Iterable[Node]) -> str:
     """The nodes grouped by labels: "10.0.0.1 has zone=a; 10.0.0.2, 10.0.0.3 have none"."""
-    return _grouped((node.address, _labels(node)) for node in nodes)
-
-
-def _labels(node: Node) -> str:
-    names = sorted(node.labels.keys() - {_ID_LABEL})
-    return ", ".join(f"{name}={node.labels[name]}" for name in names) or "none"
+    pairs = []
+    for node in nodes:
+        labels = [f"{name}={one}" for name, one in sorted(node.labels.items()) if name != _ID_LABEL]
+        pairs.append((node.address, ", ".join(labels) or "none"))
+    return _grouped(pairs)
 
 
 def _grouped(pairs: Iterable[tuple[str, str]], *, each: str = "") -> str:
@@ -160,7 +161,13 @@ def ask(
         try:
             given_back: T = ray.get(call)
         except ray.exceptions.RayError as error:
-            return NoAnswer(f"fails to run a task: {_cause(error)}")
+            # A full memory, or the line of the error that names the cause: the last exception's.
+            lines = [line.strip() for line in str(error).splitlines()]
+            named = [
+                one for one in lines if one.partition(":")[0].endswith("Error") and ": " in one
+            ]
+            cause = why_ended(error, otherwise=named[-1] if named else first_line(error))
+            return NoAnswer(f"fails to run a task: {cause}")
         return given_back
 
     task = ray.remote(question)
@@ -185,10 +192,3 @@ def ask(
         NoAnswer(one.reason, is_gone=node.id not in alive) if isinstance(one, NoAnswer) else one
         for node, one in zip(nodes, answers, strict=True)
     ]
-
-
-def _cause(error: Exception) -> str:
-    """A full memory, or the line of a Ray error that names the cause: the last exception's."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = [line for line in lines if line.partition(":")[0].endswith("Error") and ": " in line]
-    return why_ended(error, otherwise=named[-1] if named else first_line(error))

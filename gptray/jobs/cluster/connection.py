@@ -77,7 +77,8 @@ def ray_cluster(
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
     Raises RunFailed if Ray does not start or answer, or the wait took too long.
     """
-    if _is_connected():
+    ray = sys.modules.get("ray")  # not imported here, since that reads os.environ
+    if ray is not None and ray.is_initialized():
         with telling_waits(wait_s):
             yield False
         return
@@ -104,12 +105,6 @@ def ray_cluster(
                     stack.enter_context(own_ray(environment or {}, **options))
         with telling_waits(wait_s):
             yield not address
-
-
-def _is_connected() -> bool:
-    """Whether this process is connected to Ray. Does not import ray, which reads os.environ."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 @contextmanager

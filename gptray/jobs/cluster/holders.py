@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptray.jobs.cluster.cluster_nodes import amount_words, total
+from gptray.jobs.cluster.cluster_nodes import Resources, amount_words, total
 
 if TYPE_CHECKING:
     from ray.core.generated.gcs_pb2 import ActorTableData
@@ -18,8 +17,6 @@ WIDTH = 60
 _RUNS_COMMAND = "_ray_internal_job_actor_"
 # Ray sets this for such a command.
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-
-Resources = Mapping[str, float]
 
 
 class _Held(NamedTuple):

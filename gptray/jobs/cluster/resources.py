@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gptray.config import ComputeConfig, UserError
 from gptray.jobs.cluster.autoscaler import NodeType, grows, node_types, types_words
 from gptray.jobs.cluster.cluster_nodes import (
     Node,
+    Resources,
     alive_nodes,
     amount_words,
     has_labels,
@@ -20,8 +21,6 @@ from gptray.jobs.cluster.own_ray import is_own_ray
 
 # A worker's cores on a cluster that others use too, unless compute.cpus_per_worker says otherwise.
 MODERATE = 4
-
-Resources = Mapping[str, float]
 
 
 def worker_resources(

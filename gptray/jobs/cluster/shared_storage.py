@@ -77,26 +77,22 @@ def check_shared_by_training(config: Config, folder: Path) -> None:
     """Refuse paths that workers of a run or sweep would not see. Raises like `check_shared`."""
     init_from = [config.model.init_from] if config.model.init_from else []
     read = {"model.init_from": init_from, "train.teachers": config.train.teachers}
+    paths = {key: [expanded(one) for one in models] for key, models in read.items()}
+    check_shared_by_job(config, folder, read=paths)
+
+
+def check_shared_by_job(
+    config: Config, folder: Path, *, read: Mapping[str, Sequence[Path]]
+) -> None:
+    """Like `check_shared`, for a job that writes to a folder of storage_path, or to its store."""
+    words = f"storage_path={config.storage_path}"
+    in_store = is_uri(config.storage_path)
     check_shared(
-        written=written_by_all(config, folder),
-        read={key: [expanded(one) for one in models] for key, models in read.items()},
-        stores=stores_of(config),
+        written={} if in_store else {words: folder},
+        read=read,
+        stores=[words] if in_store else [],
         use_gpu=config.compute.use_gpu,
     )
-
-
-def written_by_all(config: Config, folder: Path) -> dict[str, Path]:
-    """The folder by how the user names it, if all nodes must see it; {} for an object store."""
-    return {} if is_uri(config.storage_path) else {_words(config): folder}
-
-
-def stores_of(config: Config) -> list[str]:
-    """storage_path as the user names it, if it is an object store, which all nodes must reach."""
-    return [_words(config)] if is_uri(config.storage_path) else []
-
-
-def _words(config: Config) -> str:
-    return f"storage_path={config.storage_path}"
 
 
 def check_seen(folder: Path, *, storage_path: str) -> None:

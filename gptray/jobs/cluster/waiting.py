@@ -19,13 +19,14 @@ from gptray import signals
 from gptray.config import RunFailed, UserError
 from gptray.jobs.cluster.autoscaler import grows
 from gptray.jobs.cluster.cluster_nodes import (
+    Resources,
     alive_nodes,
     amount_words,
     free_resources,
     nodes_words,
     total,
 )
-from gptray.jobs.cluster.holders import Resources, actors_in, counted, holders
+from gptray.jobs.cluster.holders import actors_in, counted, holders
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.progress.doing import OF_WAIT, following
 from gptray.jobs.train.attempts import PLACE

@@ -16,7 +16,7 @@ from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
 from gptray.files import storing
 from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
-from gptray.jobs.cluster.shared_storage import check_shared, stores_of, written_by_all
+from gptray.jobs.cluster.shared_storage import check_shared_by_job
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
@@ -41,12 +41,8 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     config = checked.config
     log.info("evaluating %s", checked.model)
     with ray_cluster(wait_s=config.compute.wait_s):
-        check_shared(
-            written=written_by_all(config, checked.folder),
-            read={"evaluate.model": [Path(model) for model in checked.models]},
-            stores=stores_of(config),
-            use_gpu=config.compute.use_gpu,
-        )
+        models = {"evaluate.model": [Path(model) for model in checked.models]}
+        check_shared_by_job(config, checked.folder, read=models)
         text = stored_text(config, checked.text.request)
         check_tokens(checked, text)
         also = prepared_also(checked.also, config, text)

@@ -21,9 +21,10 @@ from gptray.generation.batch import Progress
 from gptray.generation.loading import faster_decoder
 from gptray.hub import first_line
 from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
+from gptray.jobs.cluster.cluster_nodes import Resources
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.ray_metrics import Exporter
-from gptray.jobs.cluster.resources import Resources, labelled_nodes, worker_resources
+from gptray.jobs.cluster.resources import labelled_nodes, worker_resources
 from gptray.jobs.cluster.tasks import Failure, attempt, result_of
 from gptray.jobs.generate.check import engine_compute
 from gptray.jobs.generate.output import Output
@@ -217,7 +218,8 @@ def chosen_backend(config: Config, shape: ModelConfig, reserved: Resources) -> s
     """
     threads = max(1, int(reserved["CPU"]))
     with doing("choosing between the native kernels and PyTorch"):
-        if _all_run_here(config):
+        nodes = [node.id for node in labelled_nodes(config.compute)]
+        if nodes == [ray.get_runtime_context().get_node_id()]:
             outcome = Chooser().choose(config, shape, threads)
         else:
             outcome = _chosen_elsewhere(config, shape, threads, reserved)
@@ -240,12 +242,6 @@ class Chooser:
             )
         finally:
             torch.set_num_threads(before)
-
-
-def _all_run_here(config: Config) -> bool:
-    """Whether engines can currently run only on this machine."""
-    nodes = [node.id for node in labelled_nodes(config.compute)]
-    return nodes == [ray.get_runtime_context().get_node_id()]
 
 
 def _chosen_elsewhere(

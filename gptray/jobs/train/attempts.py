@@ -78,7 +78,8 @@ def _fit_where_there_is_room(
         except ray.train.PreemptionError:
             pass  # the notice left no time to leave in order
         except ray.train.ControllerError as error:
-            if not _failed_to_start(error):
+            # Workers fail to start if, say, the node with room for them is lost meanwhile.
+            if type(error.controller_failure).__name__ not in _NOT_STARTED:
                 raise
         except ray.train.WorkerGroupError as error:
             deaths += not _is_preemption(error)
@@ -87,11 +88,6 @@ def _fit_where_there_is_room(
         else:
             if result["stopped"] != "left":
                 return result
-
-
-def _failed_to_start(error: ray.train.ControllerError) -> bool:
-    """Whether workers failed to start, as when the node with room for them is lost meanwhile."""
-    return type(error.controller_failure).__name__ in _NOT_STARTED
 
 
 def _is_preemption(error: ray.train.WorkerGroupError) -> bool:
