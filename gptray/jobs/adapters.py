@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from gptray.config import Config, UserError
+from gptray.config.errors import naming
 from gptray.files import absolute, is_uri, sha256_of
 from gptray.jobs.models import run_named
 from gptray.model.adapter import ADAPTER, CONFIG, WEIGHTS, Base, adapted_name
@@ -58,7 +59,7 @@ def with_adapters(config: Config, section: WithAdapters) -> Config:
 def check_adapter(source: str | None, model: Path, *, key: str) -> None:
     """Raise UserError, with the key, for an adapter that does not fit the model in a folder."""
     if source is not None:
-        with _named(key):
+        with naming(key):
             open_adapter(source, Base(str(model), model))
 
 
@@ -69,7 +70,7 @@ def check_adapters(sources: Mapping[str, str] | str | None, model: Path, *, key:
     """
     base = Base(str(model), model)
     for source in sources.values() if isinstance(sources, Mapping) else ():
-        with _named(key):
+        with naming(key):
             check_products(open_adapter(source, base))
 
 
@@ -99,15 +100,6 @@ def _name(source: str) -> str:
     """An adapter's name, after its run or folder."""
     folder = Path(source)
     return folder.parent.name if folder.name == ADAPTER else folder.name
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Prefix the messages of UserErrors with the key."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
 
 
 def _folder_of_adapters(source: str, *, key: str) -> Path:
@@ -148,5 +140,5 @@ def _found(config: Config, source: str, *, key: str) -> Path:
     run = None if is_uri(config.storage_path) else run_named(config, source)
     if run and not place.exists() and (run / ADAPTER / CONFIG).is_file():
         place = run
-    with _named(key):
+    with naming(key):
         return adapter_folder(place)

@@ -77,8 +77,8 @@ def ray_cluster(
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
     Raises RunFailed if Ray does not start or answer, or the wait took too long.
     """
-    ray = sys.modules.get("ray")  # not imported here, since that reads os.environ
-    if ray is not None and ray.is_initialized():
+    # Ray is imported only once its environment is set.
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         with telling_waits(wait_s):
             yield False
         return

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, ExportConfig, UserError
+from gptray.config.errors import naming
 from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
@@ -98,11 +99,9 @@ def check(config: Config) -> CheckedExport:
     model, content = None, None
     with mistakes:
         folder, name = find_model(config, settings.model, key="export.model")
-        try:
+        with naming(f"export.model={name}"):
             model = stored_model(folder)
             content = _content(settings, folder, name, model)
-        except UserError as error:
-            raise UserError(f"export.model={name}: {error}") from None
     with mistakes:
         output = _output(settings, name)
     mistakes.tell()

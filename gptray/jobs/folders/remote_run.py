@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
+from gptray.config.errors import naming
 from gptray.files import is_uri
 from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.fetching import fetch_run
@@ -49,10 +50,8 @@ def download_run(config: Config, *, busy: str | None = None) -> None:
     folder, home = run_dir(config), RemoteFolder(seen_at(config))
     hold(folder)
     make_room()
-    try:
+    with naming("storage_path"):
         there = _listed(home)
-    except UserError as error:
-        raise UserError(f"storage_path: {error}") from None
     names = [name for name in there if not name.endswith(_MODEL_MANIFEST)]
     with held(folder, busy=busy):
         sent = fetch_run(home, folder, names, ended=lambda: _ended(folder))

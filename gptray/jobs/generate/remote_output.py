@@ -15,6 +15,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError
+from gptray.config.errors import naming
 from gptray.data.parts import SCRATCH, digest_file, part_name
 from gptray.files import is_uri, sha256_of
 from gptray.jobs.generate.check import CheckedBatch
@@ -48,10 +49,8 @@ class RemoteOutput(Output):
 
     @classmethod
     def existing_plan(cls, job: CheckedBatch) -> Record | None:
-        try:
+        with naming("generate.output_path"):
             return _plan_in(RemoteFolder(job.output))
-        except UserError as error:
-            raise UserError(f"generate.output_path: {error}") from None
 
     @classmethod
     @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import Config, UserError, override
+from gptray.config.errors import naming
 from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
@@ -117,10 +118,8 @@ def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
         return
     prompts = config.sample.prompt or []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
-        try:
+        with naming(f"sample.prompt={prompt!r}"):
             tokenizer.prompt_ids(prompt, parse_special=config.sample.parse_special)
-        except UserError as error:
-            raise UserError(f"sample.prompt={prompt!r}: {error}") from None
 
 
 def check_data(config: Config, data: TokenData, state: TrainerState | None) -> None:
