@@ -59,22 +59,18 @@ def prepared_also(
     resumed: a run that may have scored them. Raises UserError if a text has changed since or is too
     short, and like `stored_text`.
     """
+    start = last_event(read_events(resumed), "start") if resumed else None
+    scored = start.get("also_data", {}) if start else {}  # fingerprints by name
     folders = {}
     for name, text in texts.items():
         own = str(data.data_dir / "tokenizer")
         also = stored_text(config, replace(text.request, tokenizer=own, eos_token=None))
         if len(also.splits["test"]) < 2:
             raise UserError(f"{KEY}: {name} has fewer than 2 tokens; give more text")
-        if resumed and _scored_before(resumed).get(name) not in (None, also.fingerprint):
+        if resumed and scored.get(name) not in (None, also.fingerprint):
             raise UserError(
                 f"{KEY}: the text {name} has changed since the run {resumed.name} started; choose "
                 "another name for the run"
             )
         folders[name] = also.data_dir
     return folders
-
-
-def _scored_before(run_dir: Path) -> dict[str, str]:
-    """The fingerprints of the texts that a run has scored before, by name."""
-    start = last_event(read_events(run_dir), "start")
-    return start.get("also_data", {}) if start else {}

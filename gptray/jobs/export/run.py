@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gptray.config import RunFailed
 from gptray.files import no_empty_folders, replacing, storing
@@ -23,9 +22,6 @@ from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
 from gptray.model.rounding import check_tied
 from gptray.wording import size_words
-
-if TYPE_CHECKING:
-    from gptray.model.importance import Quantizer
 
 log = logging.getLogger("gptray")
 
@@ -70,9 +66,12 @@ def run(checked: CheckedExport) -> dict[str, object]:
 
 
 def _write(checked: CheckedExport) -> None:
+    from gptray.model.importance import quantizer  # imports torch, which a plan does not need
+
     content, precision = checked.content, checked.settings.precision
     check_tied(checked.model)
-    quantized = _quantizer(checked)
+    kind = FOUR_BITS.get(precision, precision)
+    quantized = quantizer(checked.folder, checked.model, kind)
     if isinstance(content, GgufContent):
         with replacing(checked.output) as file:
             write_gguf(
@@ -92,14 +91,6 @@ def _write(checked: CheckedExport) -> None:
             )
             for path in content.copied:
                 shutil.copyfile(path, folder / path.name)
-
-
-def _quantizer(checked: CheckedExport) -> Quantizer:
-    """The quantizer. It imports torch, which a plan does not need."""
-    from gptray.model.importance import quantizer
-
-    precision = checked.settings.precision
-    return quantizer(checked.folder, checked.model, FOUR_BITS.get(precision, precision))
 
 
 @contextmanager

@@ -125,8 +125,9 @@ def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: 
     if fetches and is_on_first_node:
         with writing(folder):  # a worker of a killed job may run for some more seconds
             sent = fetch_run(place, folder, needed_by_writer(place))
-    elif fetches:
-        _fetch_newest(place, folder, origin.call("newest", name))
+    elif fetches and isinstance(newest := origin.call("newest", name), str):
+        names = place.files(deep=True)
+        fetch_run(place, folder, [one for one in names if checkpoint_of(one) == newest])
     here = replace(_with_tokens(task, origin, fetches=fetches), run_dir=folder)
     publisher = NodePublisher(place, folder, sent) if is_writer else None
     return RunOnNode(here, publisher, place if fetches and not is_on_first_node else None)
@@ -140,13 +141,6 @@ def needed_by_writer(place: FolderAtDriver) -> list[str]:
     """
     files = place.files(deep=True)
     return [name for name in files if name in (METRICS, EVENTS) or checkpoint_of(name)]
-
-
-def _fetch_newest(place: FolderAtDriver, folder: Path, checkpoint: object) -> None:
-    """Fetch the checkpoint, if there is one, that workers other than the writer resume from."""
-    if isinstance(checkpoint, str):
-        names = place.files(deep=True)
-        fetch_run(place, folder, [name for name in names if checkpoint_of(name) == checkpoint])
 
 
 def _with_tokens(task: TrainTask, origin: Origin, *, fetches: bool = True) -> TrainTask:

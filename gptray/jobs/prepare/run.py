@@ -108,22 +108,19 @@ def prepare_text(
     """
     with doing(f"verifying {request.data_dir}"):
         data = opened(request.data_dir, verify=True)
-    data = data or _prepare(request, piece_bytes=piece_bytes, wait_s=wait_s)
+    if data is None:
+        tokenizer = None
+        if request.tokenizer not in KINDS:
+            tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
+        with building(request.data_dir) as folder, ray_cluster(wait_s=wait_s):
+            if not request.is_of_node:
+                words = f"storage_path={request.root.parent}"
+                check_shared(written={words: request.root}, read=request.local_files)
+            _build(request, tokenizer, folder, piece_bytes=piece_bytes)
+        data = TokenData.open(request.data_dir)
     if data.loses:
         log.warning("%s; losses and bits per byte count 8 bits for each lost byte", data.loses)
     return data
-
-
-def _prepare(request: Request, *, piece_bytes: int, wait_s: float | None) -> TokenData:
-    tokenizer = None
-    if request.tokenizer not in KINDS:
-        tokenizer = Tokenizer.load(request.tokenizer, eos_token=request.eos_token)
-    with building(request.data_dir) as folder, ray_cluster(wait_s=wait_s):
-        if not request.is_of_node:
-            words = f"storage_path={request.root.parent}"
-            check_shared(written={words: request.root}, read=request.local_files)
-        _build(request, tokenizer, folder, piece_bytes=piece_bytes)
-    return TokenData.open(request.data_dir)
 
 
 def _build(

@@ -130,7 +130,8 @@ class _Watch:
         for event in events:
             if event["event"] == "evaluated":
                 for prompt, output in event["samples"][:1]:
-                    log.info("    %s", _one_line(prompt, output))
+                    text = f"{prompt}|{output}".replace("\n", "\\n")
+                    log.info("    %s", text if len(text) <= 110 else f"{text[:107]}...")
         if any(event["event"] in ("start", "evaluated") for event in events):
             self._on_evaluation()
 
@@ -170,8 +171,10 @@ class _Watch:
 
     def _start(self, event: Event) -> None:
         workers = count(event["workers"], "worker")
+        total, trained = event["parameters"], event.get("trained", event["parameters"])
+        parameters = f"{total:,}" if trained == total else f"{trained:,} of {total:,}"
         begins = f"resuming after step {event['step']:,}" if event["step"] else "training"
-        log.info("%s: %s parameters, %s, %s", begins, _parameters(event), workers, event["dtype"])
+        log.info("%s: %s parameters, %s, %s", begins, parameters, workers, event["dtype"])
         if chosen := event.get("chosen"):
             log.info("%s", chosen)
         self._started, self._doing = True, ("the first steps", time.monotonic())
@@ -262,19 +265,7 @@ def _base_text(event: Event) -> str:
     return text
 
 
-def _one_line(prompt: str, output: str) -> str:
-    text = f"{prompt}|{output}".replace("\n", "\\n")
-    return text if len(text) <= 110 else f"{text[:107]}..."
-
-
 def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def _parameters(start: Event) -> str:
-    """How many parameters a run trains, and of how many if not all."""
-    count = start["parameters"]
-    trained = start.get("trained", count)
-    return f"{count:,}" if trained == count else f"{trained:,} of {count:,}"

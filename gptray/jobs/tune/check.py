@@ -181,7 +181,9 @@ def plan(checked: CheckedSweep) -> Plan:
         *(("lost", f"{data.loses} ({data.data_dir})") for data in ready if data.loses),
     ]
     if judges(config) and sum(bool(one.values) for one in checked.trials) > ENOUGH:
-        rows.append(("may stop", _may_stop(config)))
+        little = f"{shown(config.tune.min_gain)} bits per byte (95%)"
+        when = f"once {MORE} more trials would improve the best by less than {little}"
+        rows.append(("may stop", when))
     if checked.also:
         rows.append(("scored too", ", ".join(checked.also)))
     if checked.changes:
@@ -218,13 +220,6 @@ def _trials(checked: CheckedSweep) -> str:
         parts.append(f"{checked.num_replicates} repetitions of the best at most")
     in_all = checked.num_trials + checked.num_replicates
     return f"{in_all:,}: {', '.join(parts)}" if len(parts) > 1 else parts[0]
-
-
-def _may_stop(config: Config) -> str:
-    return (
-        f"once {MORE} more trials would improve the best by less than "
-        f"{shown(config.tune.min_gain)} bits per byte (95%)"
-    )
 
 
 def _at_once(config: Config) -> str:
