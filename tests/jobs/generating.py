@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gptray.config import Config, load_config
 from gptray.jobs.base import Plan
 from gptray.jobs.generate.check import check
-from gptray.jobs.generate.run import plan
+from gptray.jobs.generate.run import plan, run
 
 
 def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:
@@ -24,6 +25,11 @@ def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> 
     values = {key: str(value) for key, value in defaults.items()}
     values |= dict(pair.split("=", 1) for pair in overrides)
     return load_config(None, [f"{key}={value}" for key, value in values.items()])
+
+
+def generate(config: Config) -> dict[str, Any]:
+    """Run the job."""
+    return run(check(config))
 
 
 def planned(config: Config) -> Plan:

@@ -25,7 +25,6 @@ from gptray.jobs.adapters import name_with
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
-from gptray.jobs.generate.run import generate
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.progress.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
@@ -36,6 +35,7 @@ from gptray.model.adapter import CONFIG, WEIGHTS, Base
 from gptray.model.adapter_files import adapted_network, load_merged, save_adapter
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.hf import save_pretrained
+from tests.jobs.generating import generate
 from tests.model.damaged_adapters import edit_config, edit_weights, only_pickle
 
 

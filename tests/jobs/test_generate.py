@@ -20,11 +20,10 @@ from pyarrow import parquet
 
 from gptray.config import UserError, dump, load_config
 from gptray.generation.settings import derived_seed
-from gptray.jobs.generate.run import generate
 from gptray.model.hf import save_pretrained
 from gptray.visible import visible
 from tests.generation.models import needs_native, random_gpt, reference, small_tokenizer
-from tests.jobs.generating import config_of, planned
+from tests.jobs.generating import config_of, generate, planned
 
 ROOT = Path(__file__).parents[2]
 ROWS = 60

@@ -22,10 +22,10 @@ from gptray.config import Config, RunFailed, SampleConfig, UserError, load_confi
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import numbered_seed
 from gptray.jobs.generate.llm import Options, Settings
-from gptray.jobs.generate.run import generate
 from gptray.serving.completions import Completion
 from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, parse_request
+from tests.jobs.generating import generate
 
 PROMPTS = ["the cat", "a dog", "", "the cat"]
 NO_TEXTS: Any = {"prompt": "the cat"}

@@ -17,12 +17,11 @@ from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.cluster.ray_metrics import METRICS, Exporter, run_tag
 from gptray.jobs.evaluate.run import evaluate
-from gptray.jobs.generate.run import generate
 from gptray.jobs.serve.check import ReplicaTask
 from gptray.jobs.serve.worker import Replica
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.run import tune
-from tests.jobs.generating import config_of
+from tests.jobs.generating import config_of, generate
 from tests.tiny import tiny_config
 
 # Only GPUs whose peak is known have a share of it.

@@ -19,12 +19,12 @@ from gptray.entry_points import run
 from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.check import check_model
-from gptray.jobs.generate.run import generate
 from gptray.jobs.serve.check import user_config
 from gptray.manifest import write_manifest
 from gptray.model.hf import load_pretrained
 from gptray.node_cache import fetched
 from gptray.remote_folder import RemoteFolder
+from tests.jobs.generating import generate
 from tests.object_store import Object, ObjectStore
 
 BOOK = "s3://bucket/runs/book"

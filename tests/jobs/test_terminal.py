@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptray.config import RunFailed, UserError, load_config
 from gptray.data.tokens import TokenData
-from gptray.jobs.generate.run import generate
 from gptray.jobs.train.samples import sample_texts
 from gptray.standard_output import Unread
 from tests.generation.models import random_gpt
+from tests.jobs.generating import generate
 from tests.tiny import tiny_config
 
 

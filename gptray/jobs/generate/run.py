@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from gptray.commands import reading, retyped
-from gptray.config import Config
 from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
 from gptray.files import is_uri
@@ -21,7 +20,7 @@ from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.engine_plan import build_engine_backend, planned_backend, planned_memory
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
-from gptray.jobs.generate.output import Output, scan_input
+from gptray.jobs.generate.output import scan_input
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.progress.doing import doing
 from gptray.jobs.progress.next_steps import resumable, tell
@@ -30,17 +29,12 @@ from gptray.wording import count, size_words
 log = logging.getLogger("gptray")
 
 
-def generate(config: Config) -> dict[str, Any]:
+def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
     """Continue every prompt of `generate.input_path`, or those of `sample.prompt` in the terminal.
 
     Returns the JSON line. Raises UserError if the job cannot start, RunFailed if engines keep
     failing or a file cannot be written.
     """
-    return run(check(config))
-
-
-def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
-    """Run a checked job; see `generate`."""
     if isinstance(checked, CheckedModel):
         from gptray.jobs.generate.terminal import generate_here  # loads torch
 
@@ -51,13 +45,19 @@ def run(checked: CheckedModel | CheckedBatch) -> dict[str, Any]:
 def _run_batch(job: CheckedBatch) -> dict[str, Any]:
     build_engine_backend(job.config)
     folder, kind = job.folder, output_kind(job)
-    with resumable(folder, _command, begun=folder, seen=job.output), ExitStack() as stack:
+    again = retyped("generate") or "the same command"
+    with (
+        resumable(folder, lambda: again, begun=folder, seen=job.output),
+        ExitStack() as stack,
+    ):
         with doing("reading the input"):
             output = stack.enter_context(kind.opened(job))
         missing = output.missing_parts()
         speed: dict[str, Any] = {"tokens_per_sec": 0.0}
         if missing and not output.rows:
-            _write_empty(output)
+            # The only file, which has just the columns.
+            schema = read_whole(output.staged(0)).schema
+            output.add(output_schema(schema, output.samples, output.metadata()).empty_table())
         elif missing:
             rows = sum(map(output.rows_of, missing))
             log.info("%s: %s of %s rows to do", job.full_name, f"{rows:,}", f"{output.rows:,}")
@@ -79,19 +79,13 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
     return {**summary, **speed}
 
 
-def _command() -> str:
-    return retyped("generate") or "the same command"
-
-
 def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     """What the job would do. Reads a batch job's whole input; raises UserError as the job would."""
     if isinstance(checked, CheckedModel):
-        backend = planned_backend(checked.config)
-        memory = planned_memory(checked.config, checked.folder, 1)
         return [
             ("model", str(checked.folder)),
-            ("backend", backend),
-            ("memory", memory),
+            ("backend", planned_backend(checked.config)),
+            ("memory", planned_memory(checked.config, checked.folder, 1)),
             ("output", "this terminal"),
         ]
     job, config = checked, checked.config
@@ -110,13 +104,6 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
         ("columns", ", ".join(columns)),
         ("files", "part-*.parquet _manifest.json _SUCCESS"),
     ]
-
-
-def _write_empty(output: Output) -> None:
-    """Write the only file of a job without rows, which has just the columns."""
-    staged = read_whole(output.staged(0))
-    empty = output_schema(staged.schema, output.samples, output.metadata()).empty_table()
-    output.add(empty)
 
 
 JOB = Job(check, plan, run)

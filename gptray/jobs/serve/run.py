@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -43,18 +43,13 @@ OPEN_PORT = (
 )
 
 
-def serve(config: Config, *, answers: Callable[[dict[str, object]], None]) -> None:
+def run(checked: CheckedEndpoint) -> None:
     """Serve until SIGTERM or Ctrl-C, then let running requests finish.
 
-    answers: called with the JSON line as soon as the endpoint generates.
-    Raises UserError if it cannot start, RunFailed if it does not come up or goes away, and
-    KeyboardInterrupt after Ctrl-C.
+    Prints the JSON line as soon as the endpoint generates. Raises UserError if it cannot start,
+    RunFailed if it does not come up or goes away, and KeyboardInterrupt after Ctrl-C.
     """
-    run(check(config), answers=answers)
-
-
-def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None]) -> None:
-    """Serve a checked endpoint, see `serve`."""
+    print_line = line_printer()
     config, model = checked.config, checked.model
     build_engine_backend(config)
     url = endpoint_url(config)
@@ -69,7 +64,7 @@ def run(checked: CheckedEndpoint, *, answers: Callable[[dict[str, object]], None
             news.tell()
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
-            answers({"url": url, "model": model["served_model_name"]})
+            print_line({"url": url, "model": model["served_model_name"]})
             log.info("serving %s at %s", model["model"], url)
             tell([completion_command(config, url, model["served_model_name"])])
             if is_own:
@@ -206,4 +201,4 @@ def _drain(timeout_s: float) -> None:
         log.warning("%d requests did not end in time", cut)
 
 
-JOB = Job(check, plan, lambda checked: run(checked, answers=line_printer()))
+JOB = Job(check, plan, run)
