@@ -366,7 +366,7 @@ def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
 ) -> None:
     folder = overfitted(tmp_path / "run")
     (folder / "report.html").mkdir()
-    reporter = Reporter(folder)
+    reporter = Reporter(folder, str(folder))
     with caplog.at_level(logging.WARNING, logger="gptray"):
         reporter.write(running=True)
         reporter.write(running=True)
@@ -380,7 +380,7 @@ def test_a_report_that_cannot_be_written_is_told_once_and_ends_nothing(
 
 def test_the_report_is_rewritten_when_an_evaluation_is_known(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [], [], config_of([]))
-    reporter, begun = Reporter(folder), threading.Event()
+    reporter, begun = Reporter(folder, str(folder)), threading.Event()
 
     def rewrite() -> None:
         reporter.write(running=True)

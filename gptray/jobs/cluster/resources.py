@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from gptray.config import ComputeConfig, UserError
 from gptray.jobs.cluster.autoscaler import NodeType, grows, node_types, types_words
@@ -90,6 +91,15 @@ def _shares_cores(compute: ComputeConfig, has: Sequence[Resources], workers: int
 def _reserved(compute: ComputeConfig, cores: float) -> dict[str, float]:
     gpu = {"GPU": compute.gpus_per_worker} if compute.use_gpu else {}
     return {"CPU": float(cores), **gpu}
+
+
+def actor_options(compute: ComputeConfig, reserved: Resources) -> dict[str, Any]:
+    """Ray's options for an actor or a task of a worker."""
+    return {
+        "num_cpus": reserved["CPU"],
+        "num_gpus": reserved.get("GPU", 0),
+        "label_selector": compute.selector,
+    }
 
 
 def _cores_taken(compute: ComputeConfig, cores: int) -> int:

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, RunFailed, UserError, flatten, load_config, override
+from gptray.config import Config, UserError, flatten, load_config, override
 from gptray.data.request import Request, make_request, tokenizer_name, whole_request
 from gptray.data.scoring import Windows
 from gptray.data.split import LONG_NAMES
@@ -33,13 +33,12 @@ from gptray.jobs.evaluate.evaluated_model import (
     sha256_of_models,
 )
 from gptray.jobs.folders.places import check_storage, with_absolute_paths
+from gptray.jobs.folders.resuming import state_of
 from gptray.jobs.models import for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import newest_intact
-from gptray.training.trainer_state import TrainerState
 
 # The longest default window; the full contexts of Llama or Qwen are too long to score in.
 LONGEST_WINDOW = 2048
@@ -90,11 +89,8 @@ class CheckedEvaluation:
     def trained_on(self) -> str | None:
         """The fingerprint of the run's data in its newest intact checkpoint; None without one."""
         assert self.found.run
-        try:
-            checkpoint, _ = newest_intact(self.found.run)
-        except RunFailed:
-            return None  # no checkpoint is intact
-        return TrainerState.load(checkpoint).data if checkpoint else None
+        state = state_of(self.found.run)
+        return state.data if state else None
 
     @property
     def source(self) -> list[str]:

@@ -55,17 +55,17 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
     with storing(path):
         checked.folder.mkdir(parents=True, exist_ok=True)
         save_evaluation(evaluation, checked.folder)
-    reporter = Reporter(checked.folder)
+    place = str(checked.home or checked.folder)
+    reporter = Reporter(checked.folder, place)
     reporter.write(running=False)
     if not checked.others:
         named = checked.found.run or checked.found.folder
         uses = of_model(named, checked.found.place, adapter=checked.config.evaluate.adapter)
         tell([uses["generate"], uses["serve"]])
-    place, report = str(checked.folder), reporter.path
     if checked.home:
         _publish(checked.folder, checked.home)
-        place, report = str(checked.home), report and report.replace(place, str(checked.home), 1)
-    return {**outcome(evaluation), "evaluation": f"{place}/{EVALUATION}", "report": report}
+    files = {"evaluation": f"{place}/{EVALUATION}", "report": reporter.path}
+    return {**outcome(evaluation), **files}
 
 
 def _publish(folder: Path, home: RemoteFolder) -> None:

@@ -13,7 +13,7 @@ import ray
 from gptray.data.tokens import TokenData
 from gptray.jobs.cluster.actors import Crew, Member
 from gptray.jobs.cluster.ray_metrics import Exporter
-from gptray.jobs.cluster.resources import worker_resources
+from gptray.jobs.cluster.resources import actor_options, worker_resources
 from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
@@ -40,11 +40,7 @@ class Scorers(Crew[Member]):
             block_size=checked.block_size,
             threads=max(1, int(reserved["CPU"])),
         )
-        actor = ray.remote(Scorer).options(
-            num_cpus=reserved["CPU"],
-            num_gpus=reserved.get("GPU", 0),
-            label_selector=compute.selector,
-        )
+        actor = ray.remote(Scorer).options(**actor_options(compute, reserved))
         super().__init__(
             lambda: Member(actor.remote(task)),
             compute.max_workers,

@@ -27,6 +27,7 @@ from gptray.training.checkpoint import (
     check_not_lost,
     checkpoint_step,
     find_checkpoints,
+    newest_intact,
 )
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import TRIALS, samples_drawn
@@ -220,6 +221,15 @@ def save_config(config: Config, folder: Path) -> None:
                 shutil.copyfile(path, draft)
         with replacing(path) as draft:
             draft.write_text(text, "utf-8")
+
+
+def state_of(run_dir: Path) -> TrainerState | None:
+    """A run's state; None if it has no intact checkpoint."""
+    try:
+        checkpoint, _ = newest_intact(run_dir)
+    except RunFailed:
+        return None
+    return TrainerState.load(checkpoint) if checkpoint else None
 
 
 def is_finished(config: Config, folder: Path, state: TrainerState) -> bool:

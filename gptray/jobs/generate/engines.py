@@ -24,7 +24,7 @@ from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
 from gptray.jobs.cluster.cluster_nodes import Resources
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.ray_metrics import Exporter
-from gptray.jobs.cluster.resources import labelled_nodes, worker_resources
+from gptray.jobs.cluster.resources import actor_options, labelled_nodes, worker_resources
 from gptray.jobs.cluster.tasks import Failure, attempt, result_of
 from gptray.jobs.generate.check import engine_compute
 from gptray.jobs.generate.output import Output
@@ -142,12 +142,8 @@ class Engines:
             output=output.job.output,
             metadata=output.metadata(),
         )
-        actor = ray.remote(EngineWorker).options(
-            num_cpus=self._reserved["CPU"],
-            num_gpus=self._reserved.get("GPU", 0),
-            label_selector=self._config.compute.selector,
-            max_concurrency=QUEUED_CALLS + 1,
-        )
+        options = actor_options(self._config.compute, self._reserved)
+        actor = ray.remote(EngineWorker).options(**options, max_concurrency=QUEUED_CALLS + 1)
         return Engine(actor.remote(task))
 
 
@@ -248,12 +244,8 @@ def _chosen_elsewhere(
     config: Config, shape: ModelConfig, threads: int, reserved: Resources
 ) -> Choice | Failure:
     most = config.compute.max_failures
-    asked = ray.remote(Chooser).options(
-        num_cpus=reserved["CPU"],
-        label_selector=config.compute.selector,
-        max_restarts=most,
-        max_task_retries=most,
-    )
+    options = actor_options(config.compute, reserved)
+    asked = ray.remote(Chooser).options(**options, max_restarts=most, max_task_retries=most)
     actor = asked.remote()
     try:
         outcome: Choice | Failure = ray.get(actor.choose.remote(config, shape, threads))

@@ -14,13 +14,13 @@ log = logging.getLogger("gptray")
 
 
 class Reporter:
-    """Writes a folder's report; `path` is that of the last one written, None before the first.
+    """Writes a folder's report. An error is logged in one line, once, and does not end the job.
 
-    An error is logged in one line, once per message, and does not end the job.
+    place: the folder's public path or URI. path: where the last report is; None before the first.
     """
 
-    def __init__(self, folder: Path, write: Callable[..., Path] = write_report) -> None:
-        self._folder, self._write = folder, write
+    def __init__(self, folder: Path, place: str, write: Callable[..., Path] = write_report) -> None:
+        self._folder, self._place, self._write = folder, place, write
         self.path: str | None = None
         self._told: set[str] = set()
 
@@ -28,7 +28,7 @@ class Reporter:
         """Write the report in the run's current state."""
         try:
             with storing(self._folder / "report.html"):
-                self.path = str(self._write(self._folder, running=running))
+                self.path = f"{self._place}/{self._write(self._folder, running=running).name}"
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if isinstance(error, (RunFailed, UserError)):

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gptray.config import Config, RunFailed, UserError, override
 from gptray.jobs.cluster.ray_metrics import METRICS, Exporter
-from gptray.jobs.cluster.resources import worker_resources
+from gptray.jobs.cluster.resources import actor_options, worker_resources
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
 
@@ -57,11 +57,7 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         serve.ingress()(Replica),
         **scaling,
         user_config=model and dict(model),
-        ray_actor_options={
-            "num_cpus": reserved["CPU"],
-            "num_gpus": reserved.get("GPU", 0.0),
-            "label_selector": config.compute.selector,
-        },
+        ray_actor_options=actor_options(config.compute, reserved),
         max_ongoing_requests=ONGOING_REQUESTS,
         max_queued_requests=QUEUED_REQUESTS,
         backpressure_config={"status_code": 429, "retry_after_s": QUEUED_RETRY_S},

@@ -20,7 +20,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import NO_SPARE_WORKERS, ray_answers, ray_cluster
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.ray_messages import why_ended
-from gptray.jobs.cluster.resources import check_cluster, worker_resources
+from gptray.jobs.cluster.resources import actor_options, check_cluster, worker_resources
 from gptray.jobs.cluster.shared_storage import check_shared_by_training
 from gptray.jobs.cluster.tasks import Failure
 from gptray.jobs.folders.driver_lock import held
@@ -70,7 +70,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
         resumable(folder, resumes, begun=folder / CONFIG, steps=last, seen=seen_at(config)),
     ):
         log.info("run %s", seen_at(config))
-        reporter = Reporter(folder)
+        reporter = Reporter(folder, seen_at(config))
         if state and checked.is_finished:
             _begin(checked)
             log.info("%s", how_to_train_longer(config, folder, state))
@@ -80,8 +80,7 @@ def run(checked: CheckedTraining) -> dict[str, Any]:
             facts = _train(checked, reporter, publish)
         show_end(folder)
         tell_run(config, folder)
-    report = reporter.path and reporter.path.replace(str(folder), seen_at(config), 1)
-    return {**outcome(config), **trained_facts(config), **facts, "report": report}
+    return {**outcome(config), **trained_facts(config), **facts, "report": reporter.path}
 
 
 def _begin(checked: CheckedTraining) -> None:
@@ -214,15 +213,11 @@ def _validation_config(
 
     if not task.config.train.async_validation:
         return None
+    compute = task.config.compute
     return ValidationConfig(
         fn=begin_validation,
         task_config=ValidationTaskConfig(fn_kwargs={"task": task}),
-        ray_remote_kwargs={
-            "num_cpus": reserved["CPU"],
-            "num_gpus": reserved.get("GPU", 0),
-            "label_selector": task.config.compute.selector,
-            "max_retries": task.config.compute.max_failures,
-        },
+        ray_remote_kwargs={**actor_options(compute, reserved), "max_retries": compute.max_failures},
     )
 
 

@@ -72,7 +72,7 @@ def run(checked: CheckedSweep) -> dict[str, object]:
         resumable(folder, resumes, begun=folder / CONFIG, seen=place),
     ):
         log.info("sweep %s", place)
-        reporter = Reporter(folder, _write_report)
+        reporter = Reporter(folder, place, _write_report)
         failed = failed_trials(checked.config, folder)
         if winner_dir(folder) and not checked.changes and not failed:
             log.info("%s", how_to_extend(checked))
@@ -81,8 +81,7 @@ def run(checked: CheckedSweep) -> dict[str, object]:
             _run(checked, reporter, publish)
     result = load_sweep(folder)
     tell_winner(result, place)
-    report = reporter.path and reporter.path.replace(str(folder), place, 1)
-    return {**outcome(result, place), "report": report}
+    return {**outcome(result, place), "report": reporter.path}
 
 
 def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None]) -> None:

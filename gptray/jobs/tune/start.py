@@ -6,16 +6,14 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from gptray.config import Config, RunFailed, UserError, load_config
+from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.files import storing
-from gptray.jobs.folders.resuming import save_config
+from gptray.jobs.folders.resuming import save_config, state_of
 from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import CONFIG
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
-from gptray.training.checkpoint import newest_intact
-from gptray.training.trainer_state import TrainerState
 from gptray.tuning.sweep_record import (
     SKIPPED,
     Record,
@@ -83,22 +81,13 @@ def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
         if one.name in known and known[one.name].outcome and text in compared:
             continue
         try:
-            state = _state(trial_dir(checked.folder, one.name))
+            state = state_of(trial_dir(checked.folder, one.name))
             compared |= {text} if state else set()
             check_data(one.config, texts[text], state)
         except UserError as error:
             problems.setdefault(str(error), one.name)
     if problems:
         raise UserError("\n".join(f"trial {name}: {text}" for text, name in problems.items()))
-
-
-def _state(run_dir: Path) -> TrainerState | None:
-    """A trial's state; None if it has no intact checkpoint, which the trial itself reports."""
-    try:
-        checkpoint, _ = newest_intact(run_dir)
-    except RunFailed:
-        return None
-    return TrainerState.load(checkpoint) if checkpoint else None
 
 
 def _share_texts(folder: Path) -> None:
