@@ -17,7 +17,6 @@ from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.cluster.ray_metrics import METRICS, Exporter, run_tag
 from gptray.jobs.evaluate.run import evaluate
-from gptray.jobs.serve.check import ReplicaTask
 from gptray.jobs.serve.worker import Replica
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.run import tune
@@ -104,7 +103,7 @@ def test_every_metric_of_the_table_is_exported_by_the_job_that_has_it(
 
 async def answer_one(model_dir: Path) -> None:
     """Have a replica complete a prompt; from then on it exports what it counts."""
-    replica = Replica(ReplicaTask(Config(), [], threads=1))
+    replica = Replica(Config(), [], threads=1)
     await replica.reconfigure({"model": str(model_dir), "served_model_name": "watched-model"})
     transport = httpx.ASGITransport(app=replica.__serve_build_asgi_app__())
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

@@ -21,7 +21,7 @@ import yaml
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.jobs.serve.answering import Answering
-from gptray.jobs.serve.check import USER_CONFIG, ReplicaTask, check, endpoint_url, plan
+from gptray.jobs.serve.check import USER_CONFIG, check, endpoint_url, plan
 from gptray.jobs.serve.worker import Replica
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
@@ -158,7 +158,7 @@ def test_the_url_is_one_that_clients_read(host: str, url: str) -> None:
 
 def test_a_model_that_fails_to_load_leaves_the_one_in_use(folder: Path) -> None:
     async def replaced() -> None:
-        replica = Replica(ReplicaTask(Config(), [], torch.get_num_threads()))
+        replica = Replica(Config(), [], torch.get_num_threads())
         app = replica.__serve_build_asgi_app__()
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -208,8 +208,8 @@ def test_a_replica_has_news_of_adapters_and_of_the_end_of_its_engine(
         return b""
 
     async def news() -> list[tuple[int, str]]:
-        task = ReplicaTask(load_config(None, keys), [], torch.get_num_threads())
-        answering = Answering(task, on_first_token=lambda _: None)
+        config, threads = load_config(None, keys), torch.get_num_threads()
+        answering = Answering(config, [], threads, on_first_token=lambda _: None)
         await answering.reconfigure({"model": f"{folder}", "served_model_name": "tiny"})
         transport = httpx.ASGITransport(answering.app(metrics))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from starlette.types import ASGIApp
 
-from gptray.config import RunFailed, UserError
+from gptray.config import Config, RunFailed, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.jobs.models import find_model
-from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, ReplicaTask, name_of
+from gptray.jobs.serve.check import USER_CONFIG, WATCH_S, name_of
 from gptray.model.adapter import Base
 from gptray.serving.adapter_watch import AdapterWatch
 from gptray.serving.api_keys import Keys
@@ -29,11 +29,21 @@ T = TypeVar("T")
 
 
 class Answering:
-    """One replica's engine and routes; its model can be replaced."""
+    """One replica's engine and routes; its model can be replaced.
 
-    def __init__(self, task: ReplicaTask, *, on_first_token: Callable[[float], None]) -> None:
-        torch.set_num_threads(task.threads)
-        self._config, self._keys = task.config, task.keys
+    keys: digests of the API keys in their file at the start. threads: PyTorch's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        keys: Sequence[str],
+        threads: int,
+        *,
+        on_first_token: Callable[[float], None],
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._config, self._keys = config, keys
         self._endpoint = Endpoint()
         self._telemetry = Telemetry(self._endpoint, on_first_token=on_first_token)
         self._told: list[tuple[int, str]] = []

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
@@ -156,15 +156,3 @@ def endpoint_url(config: Config) -> str:
     """The URL at which this machine reaches the endpoint."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.serve.host, config.serve.host)
     return f"http://{f'[{host}]' if ':' in host else host}:{config.serve.port}"
-
-
-@dataclass(frozen=True)
-class ReplicaTask:
-    """A replica's config. keys: digests of the API keys in their file at the start.
-
-    threads: PyTorch's.
-    """
-
-    config: Config
-    keys: Sequence[str]
-    threads: int

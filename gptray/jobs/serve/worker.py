@@ -6,7 +6,7 @@ Serve config files name `application`, see configs/serve.yaml.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, UserError, override
 from gptray.jobs.cluster.ray_metrics import METRICS, Exporter
 from gptray.jobs.cluster.resources import actor_options, worker_resources
 from gptray.jobs.engine_plan import check_engine_backend
-from gptray.jobs.serve.check import ReplicaTask, api_keys, replicas_compute
+from gptray.jobs.serve.check import api_keys, replicas_compute
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -69,23 +69,24 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     threads = max(1, int(reserved["CPU"]))
-    return deployment.bind(ReplicaTask(config, api_keys(config), threads))
+    return deployment.bind(config, api_keys(config), threads)
 
 
 class Replica:
-    """The class that Serve runs, in its own process."""
+    """The class that Serve runs, in its own process; see `Answering`."""
 
-    def __init__(self, task: ReplicaTask) -> None:
+    def __init__(self, config: Config, keys: Sequence[str], threads: int) -> None:
         from gptray.jobs.serve.answering import Answering
 
-        self._answering = Answering(task, on_first_token=lambda s: self._exporting.first_token(s))
+        self._answering = Answering(
+            config, keys, threads, on_first_token=lambda s: self._exporting.first_token(s)
+        )
         self._exporting = Exporting(self._answering.metrics, lambda: self._answering.model_name)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._answering.app(self._all_metrics)
 
     async def reconfigure(self, model: dict[str, str]) -> None:
-        """Serve this model from now on, see `Answering.reconfigure`."""
         try:
             await self._answering.reconfigure(model)
         except (UserError, RunFailed) as error:
