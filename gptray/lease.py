@@ -36,10 +36,10 @@ PREFIX = "lease-"
 
 
 class Lease:
-    """A lease that this process holds."""
+    """This process's lease on a folder. busy: the message if another process holds it."""
 
-    def __init__(self, place: RemoteFolder, expires_s: float) -> None:
-        self._expires_s = expires_s
+    def __init__(self, place: RemoteFolder, busy: str, expires_s: float) -> None:
+        self._busy, self._expires_s = busy, expires_s
         self._place, self._name = place, f"{PREFIX}{uuid.uuid4().hex[:12]}.json"
         self._renewed = 0.0
         self._ended = threading.Event()
@@ -54,13 +54,17 @@ class Lease:
                 "another job may write there; the same command resumes"
             )
 
-    def take(self) -> bool:
-        """Write the lease; if there is another one, withdraw it and return False."""
-        self._renew()
-        if not _leases(self._place).keys() - {self._name}:
-            return True
-        self._place.remove(self._name)
-        return False
+    def take(self) -> None:
+        """Write the lease once no other process holds one. Raises UserError."""
+        for _ in range(_TRIES):
+            if others := _leases(self._place):
+                self._wait_for_expiry(others)
+            self._renew()
+            if not _leases(self._place).keys() - {self._name}:
+                return
+            self._place.remove(self._name)
+            time.sleep(random.uniform(0, _MAX_PAUSE_S))
+        raise UserError(self._busy)
 
     def keep(self) -> None:
         """Renew the lease until `release`; runs in a thread."""
@@ -76,6 +80,28 @@ class Lease:
         with suppress(CannotWrite):  # it will expire
             self._place.remove(self._name)
 
+    def _wait_for_expiry(self, others: dict[str, StoredFile]) -> None:
+        """Wait until all of these leases have expired, and remove them.
+
+        Raises UserError as soon as one is renewed or a new one appears.
+        """
+        place, seconds = self._place, self._expires_s
+        owners = {name: _owner(place, name) for name in others}
+        alive = {name: owner for name, owner in owners.items() if not _is_dead(owner)}
+        told = ", ".join(f"process {o.get('pid')} on {o.get('host')}" for o in alive.values())
+        if alive:
+            words = "%s: waiting up to %.0f s to see whether %s is still running"
+            log.info(words, place, seconds, told)
+        began = time.monotonic()
+        while alive and time.monotonic() - began < seconds:
+            time.sleep(POLL_S)
+            now = _leases(place)
+            if now.keys() - others.keys() or any(now[n] != others[n] for n in alive if n in now):
+                raise UserError(f"{self._busy} ({told})")
+            alive = {name: owner for name, owner in alive.items() if name in now}
+        for name in others:
+            place.remove(name)
+
     def _renew(self) -> None:
         began = time.monotonic()
         self._place.write(self._name, self._content)
@@ -89,10 +115,9 @@ def leased(place: RemoteFolder, *, busy: str, expires_s: float | None = None) ->
     Raises UserError if another process holds it (the message `busy`), or if the folder cannot be
     written.
     """
-    expires_s = expires_s or EXPIRES_S
-    lease = Lease(place, expires_s)
+    lease = Lease(place, busy, expires_s or EXPIRES_S)
     try:
-        _take(lease, place, busy, expires_s)
+        lease.take()
     except CannotWrite as error:
         raise UserError(str(error)) from None
     keeper = threading.Thread(target=lease.keep, name="lease", daemon=True)
@@ -109,41 +134,6 @@ def is_leased(files: Mapping[str, StoredFile]) -> bool:
         one.modified / 1e9 for name, one in files.items() if Path(name).name.startswith(PREFIX)
     ]
     return time.time() - max(leases, default=0.0) < 2 * EXPIRES_S
-
-
-def _take(lease: Lease, place: RemoteFolder, busy: str, expires_s: float) -> None:
-    for _ in range(_TRIES):
-        if others := _leases(place):
-            _wait_for_expiry(others, place, busy, expires_s)
-        if lease.take():
-            return
-        time.sleep(random.uniform(0, _MAX_PAUSE_S))
-    raise UserError(busy)
-
-
-def _wait_for_expiry(
-    others: dict[str, StoredFile], place: RemoteFolder, busy: str, expires_s: float
-) -> None:
-    """Wait until all of these leases have expired, and remove them.
-
-    Raises UserError as soon as one is renewed or a new one appears.
-    """
-    owners = {name: _owner(place, name) for name in others}
-    alive = {name: owner for name, owner in owners.items() if not _is_dead(owner)}
-    if alive:
-        told = ", ".join(f"process {o.get('pid')} on {o.get('host')}" for o in alive.values())
-        log.info(
-            "%s: waiting up to %.0f s to see whether %s is still running", place, expires_s, told
-        )
-    began = time.monotonic()
-    while alive and time.monotonic() - began < expires_s:
-        time.sleep(POLL_S)
-        now = _leases(place)
-        if now.keys() - others.keys() or any(now[n] != others[n] for n in alive if n in now):
-            raise UserError(f"{busy} ({told})")
-        alive = {name: owner for name, owner in alive.items() if name in now}
-    for name in others:
-        place.remove(name)
 
 
 def _leases(place: RemoteFolder) -> dict[str, StoredFile]:
