@@ -43,6 +43,8 @@ from gptray.visible import visible
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 FLAGS = ("--config", "--dry-run", "--verbose", "--help")
+# The options without a value, and the fields of `Arguments` that they set.
+SWITCHES = {"--dry-run": "dry_run", "--verbose": "verbose", "--help": "help", "-h": "help"}
 
 
 @dataclass
@@ -171,14 +173,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             if not equals:
                 value = words.pop(0) if words and not words[0].startswith("-") else ""
             _take_config(arguments, value)
-        elif flag in ("--dry-run", "--verbose", "--help", "-h") and equals:
+        elif flag in SWITCHES and equals:
             arguments.problems.append(f"command line: {flag} takes no value")
-        elif flag in ("--help", "-h"):
-            arguments.help = True
-        elif flag == "--dry-run":
-            arguments.dry_run = True
-        elif flag == "--verbose":
-            arguments.verbose = True
+        elif flag in SWITCHES:
+            setattr(arguments, SWITCHES[flag], True)
         else:
             if not equals and words and "=" not in words[0] and not words[0].startswith("-"):
                 value = words.pop(0)
