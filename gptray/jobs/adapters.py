@@ -81,9 +81,7 @@ def adapter_sha256(source: str | None) -> str | None:
 
 def name_with(name: str, source: str | None) -> str:
     """A model's name, with that of its adapter (after its run or folder) if there is one."""
-    if source is None:
-        return name
-    return adapted_name(name, _name(source))
+    return name if source is None else adapted_name(name, _name(source))
 
 
 def adapter_arguments(source: str) -> dict[str, str]:

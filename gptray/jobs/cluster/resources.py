@@ -49,7 +49,13 @@ def labelled_nodes(compute: ComputeConfig) -> list[Node]:
 
     Raises UserError, listing the nodes' labels, if there is none and none can be added.
     """
-    nodes = _besides_command(alive_nodes())
+    where, held = held_by_command()  # it ends only after the workers
+    nodes = [
+        replace(node, resources={k: v - held.get(k, 0.0) for k, v in node.resources.items()})
+        if node.id == where
+        else node
+        for node in alive_nodes()
+    ]
     found = [node for node in nodes if has_labels(node, compute.selector)]
     if nodes and not found and not grows():
         wanted = ", ".join(f"{name}={value}" for name, value in compute.selector.items())
@@ -60,17 +66,6 @@ def labelled_nodes(compute: ComputeConfig) -> list[Node]:
             f"{labels_words(nodes)}. Change {' or '.join(keys)}, or add nodes"
         )
     return found
-
-
-def _besides_command(nodes: Sequence[Node]) -> list[Node]:
-    """The nodes minus what the job's own command holds, which ends only after the workers."""
-    where, held = held_by_command()
-    return [
-        replace(node, resources={k: v - held.get(k, 0.0) for k, v in node.resources.items()})
-        if node.id == where
-        else node
-        for node in nodes
-    ]
 
 
 def check_cluster(compute: ComputeConfig, *, spare: int = 0) -> None:

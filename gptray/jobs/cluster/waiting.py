@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from gptray import signals
 from gptray.config import RunFailed, UserError
@@ -41,13 +40,6 @@ FIRST_S, REPEAT_S, MOST_S = 2.0, 10.0, 300.0
 GONE_S = 5.0
 # Replicas belong to Serve, which may have been started by another job.
 REPLICA = "SERVE_REPLICA::gptray#"
-
-
-class Demand(NamedTuple):
-    """A job's pending bundles, and whether it holds any resources."""
-
-    awaited: Sequence[Resources]
-    is_running: bool
 
 
 @contextmanager
@@ -89,27 +81,27 @@ class _Watch:
         if self.gave_up:
             return
         try:
-            self._judge(demand_of_job(), time.monotonic())
+            self._judge(*demand_of_job(), time.monotonic())
         except Exception as error:  # the driver will notice if the cluster does not answer
             log.debug("waiting: %s", error)
 
-    def _judge(self, demand: Demand, now: float) -> None:
+    def _judge(self, awaited: Sequence[Resources], is_running: bool, now: float) -> None:
         if self._since is not None and (
-            (demand.awaited and demand.is_running != self._is_of_some)
-            or (not demand.awaited and (demand.is_running or now - self._seen > GONE_S))
+            (awaited and is_running != self._is_of_some)
+            or (not awaited and (is_running or now - self._seen > GONE_S))
         ):
             self._over()
-        if not demand.awaited:
+        if not awaited:
             return
         self._seen = now
         if self._since is None:
             self._since, self._tell_at, self._gap_s = now, now + FIRST_S, REPEAT_S
-            self._is_of_some = demand.is_running
+            self._is_of_some = is_running
         is_too_long = self._wait_s is not None and now - self._since >= self._wait_s
         if is_too_long and not self._is_of_some:
-            self._give_up(demand.awaited)
+            self._give_up(awaited)
         elif now >= self._tell_at:
-            text = _waiting(demand.awaited, is_of_some=self._is_of_some)
+            text = _waiting(awaited, is_of_some=self._is_of_some)
             log.info("%s", text, extra=None if self._is_of_some else OF_WAIT)
             self._told = True
             self._tell_at, self._gap_s = now + self._gap_s, min(MOST_S, 2 * self._gap_s)
@@ -173,7 +165,7 @@ def _both(resources: Resources) -> str:
     return words if resources.get("GPU") else f"0 GPUs and {words}"
 
 
-def demand_of_job() -> Demand:
+def demand_of_job() -> tuple[Sequence[Resources], bool]:
     """The cores and GPUs that this job waits for, and whether it holds any."""
     awaited, holds = _placement_groups()
     actors = _actors("PENDING_CREATION") + _actors("RESTARTING")
@@ -181,7 +173,7 @@ def demand_of_job() -> Demand:
     holds = holds or any(is_placed for _, is_placed in actors)
     if awaited and not holds:  # last, since it is a large table
         holds = bool(_actors("ALIVE"))
-    return Demand(awaited, holds)
+    return awaited, holds
 
 
 def _placement_groups() -> tuple[list[Resources], bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
@@ -41,18 +40,23 @@ def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers)
     by_greedy, by_sampling = ([one.text for one in made] for made in (greedy, sampled))
     real = [data.tokenizer.decode(passage.reference) for passage in passages]
     tokenize = pick_bleu(checked.config.evaluate.bleu_tokenize, real)
-    memorised = _memorised(checked, data, scorers)
+    shares, why = _memorised(checked, data, scorers)
     how = _how(checked, passages, sampling, tokenize)
-    for name, reason in _not_measured(checked, passages, memorised).items():
-        how[name] = f"not measured: {reason}"
+    missing = {
+        f"memorised_{n}": why for n, share in zip(LENGTHS, shares, strict=True) if share is None
+    }
+    if not passages:
+        names = ("chrf", "bleu", "distinct_1", "distinct_2", "repetition")
+        missing |= dict.fromkeys(names, _no_passage(checked, "held-out"))
+    how |= {name: f"not measured: {reason}" for name, reason in missing.items()}
     return {
         "bleu": _scores(partial(texts.bleu, tokenize=tokenize), by_greedy, by_sampling, real),
         "chrf": _scores(texts.chrf, by_greedy, by_sampling, real),
         "distinct_1": texts.distinct(by_sampling, 1),
         "distinct_2": texts.distinct(by_sampling, 2),
         "repetition": texts.repetition([one.tokens for one in sampled]),
-        "memorised_20": memorised.shares[0],
-        "memorised_50": memorised.shares[1],
+        "memorised_20": shares[0],
+        "memorised_50": shares[1],
         "samples": _samples(data, passages, by_greedy, by_sampling, real),
         "how": how,
     }
@@ -95,24 +99,20 @@ def _scores(
     return {"greedy": score(greedy, real), "sampled": score(sampled, real)}
 
 
-class _Recited(NamedTuple):
+def _memorised(
+    checked: CheckedEvaluation, data: TokenData, scorers: Scorers
+) -> tuple[list[float | None], str]:
     """Shares of the generated n-grams that occur in the training split, for each of LENGTHS.
 
-    why: the reason for the shares that are None.
+    Also the reason for those that are None.
     """
-
-    shares: list[float | None]
-    why: str = ""
-
-
-def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) -> _Recited:
     nothing: list[float | None] = [None] * len(LENGTHS)
     if "train" not in data.splits:
-        return _Recited(nothing, "the scored text has no training split")
+        return nothing, "the scored text has no training split"
     length = min(2 * PROMPT_TOKENS, checked.block_size // 2)
     passages = _passages(checked, data, data.train, length, room=RECITED_TOKENS)
     if not passages:
-        return _Recited(nothing, _no_passage(checked, "training"))
+        return nothing, _no_passage(checked, "training")
     lengths = [RECITED_TOKENS] * len(passages)
     # The network's own next tokens, even if they make broken characters.
     likeliest = Sampling(temperature=0.0, utf8=False)
@@ -126,7 +126,7 @@ def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) ->
     wanted = [np.unique(hashes) for hashes in grams]
     why = "every continuation ended before that many tokens"
     if not any(len(hashes) for hashes in wanted):
-        return _Recited(nothing, why)
+        return nothing, why
     calls = [
         Call("find", (start, stop, wanted), stop - start)
         for start in range(0, len(data.train), CALL_READ_TOKENS)
@@ -139,28 +139,13 @@ def _memorised(checked: CheckedEvaluation, data: TokenData, scorers: Scorers) ->
         float(np.isin(all_of_them, hashes[seen]).mean()) if len(all_of_them) else None
         for all_of_them, hashes, seen in zip(grams, wanted, found, strict=True)
     ]
-    return _Recited(shares, why)
+    return shares, why
 
 
 def _short(checked: CheckedEvaluation, n: int) -> str:
     """A caveat for a context shorter than the n-grams."""
     size = checked.block_size
     return "" if size >= n else f"; the context is only {size} tokens: a low share says little"
-
-
-def _not_measured(
-    checked: CheckedEvaluation, passages: list[Passage], memorised: _Recited
-) -> dict[str, str]:
-    """The reason for each missing measure, by name."""
-    reasons = {
-        f"memorised_{n}": memorised.why
-        for n, share in zip(LENGTHS, memorised.shares, strict=True)
-        if share is None
-    }
-    if not passages:
-        why = _no_passage(checked, "held-out")
-        reasons |= dict.fromkeys(("chrf", "bleu", "distinct_1", "distinct_2", "repetition"), why)
-    return reasons
 
 
 def _no_passage(checked: CheckedEvaluation, kind: str) -> str:

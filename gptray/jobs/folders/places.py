@@ -107,16 +107,11 @@ def _reads(source: str, folder: Path, *, key: str) -> bool:
     if not os.path.isdir(path):
         if "**" not in source or os.path.exists(path):
             return False
-        path = _fixed_part(path)
+        parts = Path(path).parts  # of these, those before the first wildcard
+        wild = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+        path = str(Path(*parts[:wild]))
     real, inside = os.path.realpath(path), os.path.realpath(folder)
     if inside != real and not inside.startswith(real.rstrip(os.sep) + os.sep):
         return False
     # Hidden folders are not read.
     return not any(part.startswith(".") for part in Path(inside).relative_to(real).parts)
-
-
-def _fixed_part(pattern: str) -> str:
-    """The part of a glob before its first wildcard."""
-    parts = Path(pattern).parts
-    wild = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    return str(Path(*parts[:wild]))

@@ -79,18 +79,13 @@ class Engines:
     def __init__(self, config: Config, output: Output, missing: list[int]) -> None:
         self._output = output
         self._reserved = worker_resources(engine_compute(config))
-        self._config = self._with_backend(config)
-        self._queue = collections.deque(missing)
-        self._done = output.rows - sum(map(output.rows_of, missing))
-        self._asked = min(config.generate.num_workers, len(missing))
-
-    def _with_backend(self, config: Config) -> Config:
-        """The config with the job's backend, which is chosen now if it has none yet."""
-        output = self._output
         if output.backend == UNDECIDED:
             shape = read_shape(output.job.model_dir)
             output.decide(chosen_backend(config, shape, self._reserved))
-        return override(config, {"generate.backend": output.backend})
+        self._config = override(config, {"generate.backend": output.backend})
+        self._queue = collections.deque(missing)
+        self._done = output.rows - sum(map(output.rows_of, missing))
+        self._asked = min(config.generate.num_workers, len(missing))
 
     def run(self) -> dict[str, Any]:
         """Generate every part; return the speed. Raises RunFailed if engines keep dying."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Mapping
-from contextlib import ContextDecorator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,20 +59,17 @@ class EngineWorker:
 
         staged: its file, or the file's content.
         """
-        with self._lock:
-            return attempt(self._memory_told()(lambda: self._feed(number, staged)))
+        return self._attempt(lambda: self._feed(number, staged))
 
     def finish(self) -> list[int] | Failure:
         """Finish all parts; return the numbers of those written meanwhile."""
-        with self._lock:
-            writer = self._writer
-            if writer is None:
-                return []
-            return attempt(self._memory_told()(lambda: self._published(writer.finish())))
+        return self._attempt(lambda: self._published(self._writer.finish()) if self._writer else [])
 
-    def _memory_told(self) -> ContextDecorator:
+    def _attempt(self, work: Callable[[], list[int]]) -> list[int] | Failure:
         # A cache grows with the longest sequence.
-        return memory_told("generate.max_batch_size", self._task.config.generate.max_batch_size)
+        told = memory_told("generate.max_batch_size", self._task.config.generate.max_batch_size)
+        with self._lock:
+            return attempt(told(work))
 
     def _feed(self, number: int, staged: str | bytes) -> list[int]:
         self._writer = self._writer or _writer(self._task, self._folder)

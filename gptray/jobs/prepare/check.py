@@ -57,7 +57,13 @@ class CheckedText:
 
 def check(config: Config) -> CheckedText:
     """Check the config of a prepare job. Raises UserError with all mistakes."""
-    return check_text(_located(config))
+    config, init_from = with_tokenizer(config), config.model.init_from
+    if init_from is not None and not config.data.tokenizer:
+        # The run from which the tokenizer is taken.
+        found = locate(config, init_from, key="model.init_from")
+        model = config.model.model_copy(update={"init_from": found})
+        config = config.model_copy(update={"model": model})
+    return check_text(config)
 
 
 def plan(checked: CheckedText) -> Plan:
@@ -74,16 +80,6 @@ def plan(checked: CheckedText) -> Plan:
         ("to do", "nothing, it is already prepared" if data else "scan, tokenise, write"),
     ]
     return rows + (text_rows(data) if data else [])
-
-
-def _located(config: Config) -> Config:
-    """Resolve the run that the config takes the tokenizer from to a folder. Raises UserError."""
-    config, init_from = with_tokenizer(config), config.model.init_from
-    if init_from is None or config.data.tokenizer:
-        return config
-    found = locate(config, init_from, key="model.init_from")
-    model = config.model.model_copy(update={"init_from": found})
-    return config.model_copy(update={"model": model})
 
 
 def text_rows(data: TokenData) -> Plan:

@@ -56,12 +56,14 @@ def run(checked: CheckedEndpoint) -> None:
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
     log.info("starting %s at %s", model["model"], url)
     with on_cluster as is_own, ExitStack() as stack:
+        from ray import serve
+
         with doing(f"starting {count(config.serve.num_replicas, 'engine')}"):
             stack.enter_context(_started(config, model, is_own=is_own))
             _wait_until_healthy(url)
             _tell_backends()
-            news = News()
-            news.tell()
+            told = Counter[str]()  # lines of news of each replica
+            _tell_news(told)
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             print_line({"url": url, "model": model["served_model_name"]})
@@ -71,8 +73,9 @@ def run(checked: CheckedEndpoint) -> None:
                 log.info("%s", OPEN_PORT)
             try:
                 while not stop.wait(POLL_S):
-                    _check_running()
-                    news.tell()
+                    if APPLICATION not in serve.status().applications:
+                        raise RunFailed("the endpoint was deleted from the cluster")
+                    _tell_news(told)
             except KeyboardInterrupt:
                 if not failure():
                     _drain(drain_s)
@@ -159,35 +162,22 @@ def _tell_backends() -> None:
         )
 
 
-def _check_running() -> None:
+def _tell_news(told: Counter[str]) -> None:
+    """Log what replicas have to say, such as why an engine ended, beyond the lines told."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    found = serve.status().applications.get(APPLICATION)
-    if found is None:
-        raise RunFailed("the endpoint was deleted from the cluster")
-
-
-class News:
-    """Logs what replicas have to say, such as why an engine ended, each line once."""
-
-    def __init__(self) -> None:
-        self._told = Counter[str]()  # lines of each replica
-
-    def tell(self) -> None:
-        from ray import serve
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
-
-        try:
-            found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=NEWS_S)
-        except (RayError, RayServeException, TimeoutError):
-            return  # a replica is ending or busy: the next call tells what the others say
-        lines = list[tuple[int, str]]()
-        for replica, news in found:
-            lines += news[self._told[replica] :]
-            self._told[replica] = len(news)
-        for level, line in dict.fromkeys(lines):
-            log.log(level, "%s", line)
+    try:
+        found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=NEWS_S)
+    except (RayError, RayServeException, TimeoutError):
+        return  # a replica is ending or busy: the next call tells what the others say
+    lines = list[tuple[int, str]]()
+    for replica, news in found:
+        lines += news[told[replica] :]
+        told[replica] = len(news)
+    for level, line in dict.fromkeys(lines):
+        log.log(level, "%s", line)
 
 
 def _drain(timeout_s: float) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar, cast
@@ -230,18 +230,13 @@ def watching(
 def show_end(run_dir: Path) -> None:
     """Log samples of the run's best model, and what it has learnt and forgotten."""
     events = read_events(run_dir)
-    _show_samples(events)
+    best = [event for event in events if event["event"] == "evaluated" and event["best"]]
+    if best and (samples := best[-1]["samples"]):
+        log.info("samples from the best model (step %s):", best[-1]["step"])
+        for prompt, output in samples:
+            log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
     if changed := change_sentence(changes_of(read_metrics(run_dir), events)):
         log.info("%s", changed)
-
-
-def _show_samples(events: Sequence[Event]) -> None:
-    best = [event for event in events if event["event"] == "evaluated" and event["best"]]
-    if not best or not best[-1]["samples"]:
-        return
-    log.info("samples from the best model (step %s):", best[-1]["step"])
-    for prompt, output in best[-1]["samples"]:
-        log.info("%s", textwrap.indent(f"[{prompt}]{output}", "  | ", lambda line: True))
 
 
 def _metrics_text(row: MetricsRow) -> str:

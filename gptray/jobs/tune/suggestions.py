@@ -78,8 +78,14 @@ class Suggestions:
         trials = load_trials(self._folder)
         points = {trial.name: dict(trial.point) for trial in trials if trial.point is not None}
         running = [name for name in points if name not in self._told]
+        space = {
+            entry.paths[0]: CategoricalDistribution(tuple(range(len(entry.options))))
+            if entry.options
+            else FloatDistribution(0.0, 1.0)
+            for entry in self._entries
+        }
         search = OptunaSearch(
-            _distributions(self._entries),
+            space,
             metric=METRIC,
             mode="min",
             points_to_evaluate=[points[name] for name in running] or None,
@@ -92,17 +98,6 @@ class Suggestions:
             if told := self._told.get(name):
                 search.add_evaluated_point(point, score(told), error=told.best is None)
         return search
-
-
-def _distributions(
-    entries: Sequence[Entry],
-) -> dict[str, CategoricalDistribution | FloatDistribution]:
-    return {
-        entry.paths[0]: CategoricalDistribution(tuple(range(len(entry.options))))
-        if entry.options
-        else FloatDistribution(0.0, 1.0)
-        for entry in entries
-    }
 
 
 def _values(entries: Sequence[Entry], point: Mapping[str, float]) -> dict[str, object]:
