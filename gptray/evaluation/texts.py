@@ -5,7 +5,7 @@ Pure functions of tokens and texts; the caller generates the continuations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,13 +13,16 @@ import sacrebleu
 
 from gptray.data.tokens import TokenSplit
 from gptray.evaluation.result import TextScore
-from gptray.generation.detokenize import REPLACEMENT, Decode
 
 # Most tokens of a passage: half of it is the prompt, half the reference.
 PASSAGE_TOKENS = 128
 # Shorter pieces of a document are skipped.
 LEAST_TOKENS = 8
 REPETITION_NGRAM = 4
+# Decoders put this in place of an incomplete character.
+REPLACEMENT = "\ufffd"
+
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True)
