@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section
+from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section, only
 
 # The default learning rate of an adapter divided by that of all weights (Schulman et al. 2025, LoRA
 # Without Regret).
@@ -32,7 +32,7 @@ class LoraConfig(Section):
         description="linear layers to adapt, by their names in transformers, such as [q_proj, "
         "v_proj]; null: all in the blocks",
     )
-    train: list[str] = Field(
+    train: Annotated[list[str], only("norms", "embeddings")] = Field(
         [],
         description="what else to train, in full: norms, embeddings (with the head), or both",
     )
@@ -42,11 +42,3 @@ class LoraConfig(Section):
         """The factor of the adapter's product (rsLoRA: Kalajdzievski 2023)."""
         assert self.rank
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
-
-    @field_validator("train")
-    @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if name not in ("norms", "embeddings"):
-                raise ValueError(f"takes norms and embeddings, not {name}")
-        return value

@@ -96,35 +96,32 @@ class Entry:
 
 def read_space(space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> list[Entry]:
     """The entries of a valid space: the config's validation has checked it."""
-    reading = _SpaceReader(root)
-    entries = [reading.entry(number, raw) for number, raw in enumerate(space)]
+    reading = _SpaceReader(space, root)
     assert not reading.problems, reading.problems
-    return [entry for entry in entries if entry]
+    return reading.entries
 
 
 def space_problems(
     space: Sequence[Mapping[str, object]], root: type[BaseModel]
 ) -> list[EntryProblem]:
     """All problems of a space whose paths are keys of a config tree."""
-    reading = _SpaceReader(root)
-    for number, raw in enumerate(space):
-        reading.entry(number, raw)
-    return reading.problems
+    return _SpaceReader(space, root).problems
 
 
 class _SpaceReader:
-    """Reads the entries of one space in order."""
+    """Reads the entries of one space in order: those without problems, and all problems."""
 
-    def __init__(self, root: type[BaseModel]) -> None:
+    def __init__(self, space: Sequence[Mapping[str, object]], root: type[BaseModel]) -> None:
         self._root = root
         self._specs = field_specs(root)
         self._seen: dict[str, tuple[int, Entry]] = {}
-        self._number = 0
+        self.entries: list[Entry] = []
         self.problems: list[EntryProblem] = []
+        for self._number, raw in enumerate(space):
+            self._read(raw)
 
-    def entry(self, number: int, raw: Mapping[str, object]) -> Entry | None:
-        """Read the next entry; None if it has problems."""
-        self._number, before = number, len(self.problems)
+    def _read(self, raw: Mapping[str, object]) -> None:
+        before = len(self.problems)
         for word in raw:
             if word not in WORDS:
                 close = did_you_mean(nearest(word, WORDS, cutoff=0.5))
@@ -134,10 +131,11 @@ class _SpaceReader:
         entry = self._values(paths, kind, raw[kind]) if paths and kind else None
         when = self._when(raw.get("when", {}), is_grid=kind == "grid")
         if entry is None:
-            return None
+            return
         entry = replace(entry, when=when)
-        self._seen |= dict.fromkeys(paths, (number, entry))
-        return entry if len(self.problems) == before else None
+        self._seen |= dict.fromkeys(paths, (self._number, entry))
+        if len(self.problems) == before:
+            self.entries.append(entry)
 
     def _problem(self, word: str | None, message: str) -> None:
         self.problems.append(EntryProblem(self._number, word, message))

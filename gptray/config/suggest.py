@@ -5,7 +5,6 @@ The caller says which names are valid.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
@@ -175,12 +174,8 @@ def nearest_keys(typed: str, keys: Sequence[str]) -> list[str]:
     # Another project's name is not a misspelling: train.remat does not mean train.ema.
     if known := [key for key in keys if leaf in ALIASES.get(key, "").split()]:
         return list(dict.fromkeys(_in_section(section, key, keys) for key in known))
-    best, most = "", math.nextafter(0.6, 0)  # 0.6 is close enough
-    for key in keys:
-        similarity = _similarity(word, key, above=most)
-        if similarity > most:
-            best, most = key, similarity
-    return [_in_section(section, best, keys)] if best else []
+    best = max(keys, key=lambda key: _similarity(word, key))
+    return [_in_section(section, best, keys)] if _similarity(word, best) >= 0.6 else []
 
 
 def _in_section(section: str, key: str, keys: Sequence[str]) -> str:
@@ -189,26 +184,14 @@ def _in_section(section: str, key: str, keys: Sequence[str]) -> str:
     return beside if beside in keys else key
 
 
-def _similarity(word: str, key: str, *, above: float) -> float:
-    """Similarity of two dotted keys, 0 to 1; 0 if not above `above`.
-
-    A match of the last parts alone weighs less.
-    """
+def _similarity(word: str, key: str) -> float:
+    """Similarity of two dotted keys, 0 to 1; a match of the last parts alone weighs less."""
     leaf, name = word.rpartition(".")[2], key.rpartition(".")[2]
     pairs = [(1.0, word, key)] * ("." in word) + [(0.9, leaf, name)]
-    pairs += [(0.85, leaf, alias) for alias in (name, *ALIASES.get(key, "").split())]
-    most = above
-    for weight, one, other in pairs:
-        most = max(most, weight * _ratio(one, other, above=most / weight))
-    return most if most > above else 0.0
-
-
-def _ratio(one: str, other: str, *, above: float) -> float:
-    """SequenceMatcher's ratio, 0 to 1; 0 if a quick upper bound is not above `above`."""
-    if 2 * min(len(one), len(other)) <= above * (len(one) + len(other)):
-        return 0.0
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.ratio() if matcher.quick_ratio() > above else 0.0
+    pairs += [(0.85, leaf, alias) for alias in ALIASES.get(key, "").split()]
+    return max(
+        weight * SequenceMatcher(None, *two, autojunk=False).ratio() for weight, *two in pairs
+    )
 
 
 def did_you_mean(*names: str | None) -> str:

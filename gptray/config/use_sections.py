@@ -22,6 +22,7 @@ from gptray.config.values import (
     Processes,
     Section,
     model_to,
+    only,
 )
 
 # Kinds of quantized weights.
@@ -209,7 +210,7 @@ class EvaluateConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 on GPUs that support it, else fp32"
     )
-    quantized: list[str] = Field(
+    quantized: Annotated[list[str], only(*QUANTIZED)] = Field(
         [],
         description="kinds of quantize.weights to compare with the full weights on the test "
         "text, such as [int8, int4]: loss, agreement of greedy tokens, size",
@@ -225,14 +226,6 @@ class EvaluateConfig(Section):
         description="BLEU's tokenizer, by sacrebleu's names; auto: char for text that is mostly "
         "Korean, Chinese, Japanese or similar, else 13a",
     )
-
-    @field_validator("quantized")
-    @classmethod
-    def _known_kinds(cls, value: list[str]) -> list[str]:
-        for kind in value:
-            if kind not in QUANTIZED:
-                raise ValueError(f"takes {', '.join(QUANTIZED)}, not {kind}")
-        return list(dict.fromkeys(value))
 
 
 class ExportConfig(Section):

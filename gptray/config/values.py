@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from encodings.aliases import aliases
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from gptray.config.limits import LARGEST, MAX_PROCESSES
@@ -43,6 +43,18 @@ class Section(BaseModel):
         for sentence in self.broken_rules():
             raise ValueError(sentence)
         return self
+
+
+def only(*names: str) -> AfterValidator:
+    """A check that a list holds none but these names, each once."""
+
+    def known(given: list[str]) -> list[str]:
+        for name in given:
+            if name not in names:
+                raise ValueError(f"takes {', '.join(names)}, not {name}")
+        return list(dict.fromkeys(given))
+
+    return AfterValidator(known)
 
 
 def model_to(use: str) -> FieldInfo:
