@@ -28,6 +28,7 @@ _LISTED_COLUMNS, _NAME_CHARACTERS = 30, 40
 # How much of a text that is not JSON a message shows.
 _FOUND_CHARACTERS = 20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_LINES = "an array, or rows of several lines each, are read from a file named .json"
 
 
 def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:
@@ -85,31 +86,23 @@ def json_object(raw: bytes | str, **hooks: Unpack[JsonHooks]) -> dict[str, objec
     try:
         # Without the line's end, behind which the place of an error would be on the next line.
         row = json.loads(raw.rstrip(), **hooks)
-    except UnicodeDecodeError as error:
-        raise ValueError(undecodable(error)) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(_not_json(error)) from None
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(_unreadable(error)) from None
     return _checked_object(row)
 
 
-def _unreadable(error: ValueError) -> str:
-    """The message of a hook, or of Python where a number has too many digits."""
+def _unreadable(error: ValueError | RecursionError) -> str:
+    """Say why JSON cannot be read; a hook's error has its own message."""
+    if isinstance(error, UnicodeDecodeError):
+        return undecodable(error)
+    if isinstance(error, json.JSONDecodeError):
+        line = error.doc[error.pos :].partition("\n")[0].rstrip()
+        found = line if len(line) <= _FOUND_CHARACTERS else f"{line[:_FOUND_CHARACTERS]}\u2026"
+        return f"not JSON: {error.msg} (column {error.colno}{f': {found}' if found else ''})"
+    if isinstance(error, RecursionError):
+        return "cannot be read as JSON: nested too deeply"
     is_long = "sys.set_int_max_str_digits" in str(error)
     return f"a number has more than {MAX_DIGITS:,} digits" if is_long else str(error)
-
-
-_NOT_LINES = "an array, or rows of several lines each, are read from a file named .json"
-_TOO_DEEP = "cannot be read as JSON: nested too deeply"
-
-
-def _not_json(error: json.JSONDecodeError) -> str:
-    line = error.doc[error.pos :].partition("\n")[0].rstrip()
-    found = line if len(line) <= _FOUND_CHARACTERS else f"{line[:_FOUND_CHARACTERS]}\u2026"
-    return f"not JSON: {error.msg} (column {error.colno}{f': {found}' if found else ''})"
 
 
 def _checked_object(row: object) -> dict[str, object]:
@@ -135,11 +128,11 @@ def json_rows(
                 yield line, _checked_object(row)
         except UserError:
             raise
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file.name}:{values.line_of(error)}: {_not_json(error)}") from None
-        except RecursionError:
-            raise UserError(f"{file.name}:{values.line}: {_TOO_DEEP}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                line = values.line_of(error)
+            elif isinstance(error, RecursionError):
+                line = values.line
             raise UserError(f"{file.name}:{line}: {_unreadable(error)}") from None
 
 

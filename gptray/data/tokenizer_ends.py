@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -28,10 +27,19 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     """
     backend, special = opened
     if asked is not None:
-        _check_asked(backend, asked, source)
+        if backend.token_to_id(asked) is None:
+            near = nearest(asked, backend.get_vocab(with_added_tokens=True))
+            raise UserError(
+                f"data.eos_token={asked!r} is not in the vocabulary of {source}"
+                f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
+            )
         return _made_special(backend, asked)
     if (named := special.get("eos_token")) is not None:
-        _check_named(backend, named, source)
+        if backend.token_to_id(named) is None:
+            raise UserError(
+                f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
+                f"choose one with data.eos_token{_such_as_candidates(backend)}"
+            )
         return named
     folder = tokenizer_path(source) or hub_tokenizer(source)
     if (of_model := _end_of_model(folder, backend)) is not None:
@@ -46,25 +54,8 @@ def end_of_text(opened: Opened, source: str, *, asked: str | None) -> str:
     return known[0]
 
 
-def _check_asked(backend: tokenizers.Tokenizer, asked: str, source: str) -> None:
-    if backend.token_to_id(asked) is None:
-        near = nearest(asked, backend.get_vocab(with_added_tokens=True))
-        raise UserError(
-            f"data.eos_token={asked!r} is not in the vocabulary of {source}"
-            f"{did_you_mean(*([repr(near)] if near else _candidates(backend)))}"
-        )
-
-
-def _check_named(backend: tokenizers.Tokenizer, named: str, source: str) -> None:
-    if backend.token_to_id(named) is None:
-        raise UserError(
-            f"data.tokenizer={source}: its eos_token {named!r} is not in its vocabulary; "
-            f"choose one with data.eos_token{_such_as(_candidates(backend))}"
-        )
-
-
 def _no_end(backend: tokenizers.Tokenizer, folder: Path, source: str) -> UserError:
-    such = _such_as(_candidates(backend))
+    such = _such_as_candidates(backend)
     if (folder / _CONFIG).is_file():  # a model's, which jobs that train nothing open too
         return UserError(
             f"{source}: neither its tokenizer nor its {_CONFIG} names an end-of-text token; "
@@ -104,8 +95,8 @@ def _candidates(backend: tokenizers.Tokenizer) -> list[str]:
     return list(dict.fromkeys([*known, *_added(backend)]))[:_SHOWN]
 
 
-def _such_as(names: Iterable[str]) -> str:
-    listed = " or ".join(map(repr, names))
+def _such_as_candidates(backend: tokenizers.Tokenizer) -> str:
+    listed = " or ".join(map(repr, _candidates(backend)))
     return f", such as {listed}" if listed else ""
 
 
