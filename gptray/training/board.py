@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar, text
 
@@ -36,14 +37,15 @@ class Boards:
 
     def add_scalars(self, step: int, values: dict[str, float]) -> None:
         """Add a point to the curve of each metric in a row."""
-        val = {key: value for key, value in values.items() if key.startswith(_VAL_PREFIXES)}
-        train = {key: value for key, value in values.items() if key not in val}
-        self._val.add_scalars(step, {key.removeprefix("val_"): val[key] for key in val})
-        self._train.add_scalars(step, {key.removeprefix("train_"): train[key] for key in train})
+        for key, value in values.items():
+            if key.startswith(_VAL_PREFIXES):
+                self._val.add(step, scalar(key.removeprefix("val_"), value))
+            else:
+                self._train.add(step, scalar(key.removeprefix("train_"), value))
 
     def add_text(self, step: int, tag: str, words: str) -> None:
         """Add a text under a tag."""
-        self._val.add_text(step, tag, words)
+        self._val.add(step, text(tag, words))
 
     def flush(self) -> None:
         """Write pending events. If the disk is full, raises RunFailed and keeps them."""
@@ -63,27 +65,18 @@ class Board:
         self._path = (
             folder / f"events.out.tfevents.{stamp[:10]}.{stamp[10:]}.{socket.gethostname()}"
         )
-        self._pending = b""
-        self._add(Event(file_version=VERSION))
-        self._add(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        begins = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._pending = record(Event(file_version=VERSION)) + record(begins)
 
-    def add_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add a point to the curve of each value."""
-        for key, value in values.items():
-            self._add(Event(step=step, summary=scalar(key, value)))
-
-    def add_text(self, step: int, tag: str, words: str) -> None:
-        """Add a text under a tag."""
-        self._add(Event(step=step, summary=text(tag, words)))
+    def add(self, step: int, summary: Summary) -> None:
+        """Add a point of a curve, or a text."""
+        self._pending += record(Event(step=step, summary=summary))
 
     def flush(self) -> None:
         """Write pending events. If the disk is full, raises RunFailed and keeps them."""
         with storing(self._path):
             append(self._path, self._pending)
         self._pending = b""
-
-    def _add(self, event: Event) -> None:
-        self._pending += record(event)
 
 
 def record(event: Event) -> bytes:

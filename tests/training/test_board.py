@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
+from tensorboardX.summary import scalar, text
 
 from gptray.config import RunFailed
 from gptray.training.board import Board, Boards
@@ -30,8 +31,9 @@ def records(folder: Path) -> list[Event]:
 
 def test_curves_and_texts_are_events_of_their_steps(tmp_path: Path) -> None:
     board = Board(tmp_path, step=20)
-    board.add_scalars(21, {"train_loss": 2.5, "lr": 0.125})
-    board.add_text(21, "samples", "once upon")
+    board.add(21, scalar("train_loss", 2.5))
+    board.add(21, scalar("lr", 0.125))
+    board.add(21, text("samples", "once upon"))
     board.flush()
     version, start, *shown = records(tmp_path)
     assert version.file_version == "brain.Event:2" and "tfevents" in next(tmp_path.iterdir()).name
@@ -84,11 +86,11 @@ def test_records_are_those_of_the_library(tmp_path: Path) -> None:
 def test_points_wait_for_room(tmp_path: Path) -> None:
     board = Board(tmp_path, step=0)
     board.flush()
-    board.add_scalars(1, {"train_loss": 2.0})
+    board.add(1, scalar("train_loss", 2.0))
     size = next(tmp_path.iterdir()).stat().st_size
     with files_up_to(size + 10), pytest.raises(RunFailed, match="cannot write .*tfevents"):
         board.flush()
     assert len(records(tmp_path)) == 2
-    board.add_scalars(2, {"train_loss": 1.0})
+    board.add(2, scalar("train_loss", 1.0))
     board.flush()
     assert [one.step for one in records(tmp_path)[2:]] == [1, 2]
