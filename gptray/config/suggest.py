@@ -190,7 +190,8 @@ def _similarity(word: str, key: str) -> float:
     pairs = [(1.0, word, key)] * ("." in word) + [(0.9, leaf, name)]
     pairs += [(0.85, leaf, alias) for alias in ALIASES.get(key, "").split()]
     return max(
-        weight * SequenceMatcher(None, *two, autojunk=False).ratio() for weight, *two in pairs
+        weight * SequenceMatcher(None, one, other, autojunk=False).ratio()
+        for weight, one, other in pairs
     )
 
 
