@@ -44,17 +44,13 @@ def codec_of(encoding: str | None) -> str | None:
     return None if name in (UTF8, "utf-8-sig") else name
 
 
-def marked_encoding(head: bytes) -> str | None:
-    """utf-16 or utf-32 if the text begins with that byte order mark."""
-    return next((name for mark, name in _MARKS if head.startswith(mark)), None)
-
-
 def stream_encoding(stream: BufferedReader, encoding: str | None) -> str:
     """The encoding of a stream at its start: `encoding`, or by its byte order mark if None."""
     head = stream.peek(len(codecs.BOM_UTF32_LE))
     if head.startswith(codecs.BOM_UTF8):
         return UTF8
-    return codec_of(encoding) or marked_encoding(head) or UTF8
+    marked = (name for mark, name in _MARKS if head.startswith(mark))
+    return codec_of(encoding) or next(marked, UTF8)
 
 
 def decoded(

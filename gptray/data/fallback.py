@@ -23,18 +23,12 @@ def fallback_tokens(tokenizer: Tokenizer) -> NDArray[np.bool_]:
     names, unknown = tokenizer.names, RoundTrip(tokenizer).unknown
     return np.array(
         [
-            name == unknown or is_byte_token(name) or _is_part(piece)
+            name == unknown
+            or is_byte_token(name)
+            or piece.decode(errors="ignore").encode() != piece
             for name, piece in zip(names, pieces(tokenizer), strict=True)
         ]
     )
-
-
-def _is_part(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return True
-    return False
 
 
 def token_measures(manifest: DataManifest) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from gptray.data.data_manifest import DataManifest, SplitEntry
+from gptray.data.data_manifest import DataManifest
 from gptray.data.sources import SourceFile
 from gptray.data.split import LONG_NAMES, SPLITS, TEST, TRAIN, UNUSED, VAL, Labels
 from gptray.data.split_plan import PiecePlan, PieceScan
@@ -22,15 +22,12 @@ _REPEATED = 0.05
 
 def split_rows(manifest: DataManifest) -> list[tuple[str, str]]:
     """Each split's name and size, in words."""
-    total = manifest["bytes"]
-    return [(name, share_words(entry, total)) for name, entry in manifest["splits"].items()]
-
-
-def share_words(split: SplitEntry, total: int) -> str:
-    """A split's documents, bytes and tokens; `total`: bytes of all text."""
-    documents, share = count(split["documents"], "document"), split["bytes"] / max(total, 1)
-    size, tokens = size_words(split["bytes"]), count(split["tokens"], "token")
-    return f"{documents}, {size} ({share:.1%}), {tokens}"
+    rows = []
+    for name, split in manifest["splits"].items():
+        documents, tokens = count(split["documents"], "document"), count(split["tokens"], "token")
+        size, share = size_words(split["bytes"]), split["bytes"] / max(manifest["bytes"], 1)
+        rows.append((name, f"{documents}, {size} ({share:.1%}), {tokens}"))
+    return rows
 
 
 def share_warnings(asked: Mapping[str, float], bytes_of: Mapping[str, int]) -> list[str]:
