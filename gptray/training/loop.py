@@ -193,9 +193,9 @@ def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
         norm = norm.full_tensor()
     requests = [loss.new_full((), float(request is one)) for one in (Request.SAVE, Request.LEAVE)]
     sums = run.workers.sum(torch.stack([loss, *requests]))
-    of_step = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
-    run.optimizer.found_inf.logical_or_(~of_step.isfinite().all())
-    numbers = StepNumbers.send(step, lr, of_step)
+    measured = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
+    run.optimizer.found_inf.logical_or_(~measured.isfinite().all())
+    numbers = StepNumbers.send(step, lr, measured)
     decay = weight_decay(run.state.cooled(config), config.optim)
     set_rates(run.optimizer, lr=lr, weight_decay=decay)
     run.optimizer.step()
@@ -218,21 +218,20 @@ def accumulate_gradients(run: Run) -> Tensor:
     counts = batch.counts()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     passes = math.ceil(len(counts) / workers.size)
-    for one in range(passes):
-        number = one * workers.size + workers.rank
+    for micro_step in range(passes):
+        number = micro_step * workers.size + workers.rank
         micro = number % len(counts)
         run.seed_dropout(micro)
         idx, targets = batch.micro_batch(micro, run.device)
-        # A worker's share of the step's targets, in micro-batches of this one's size, is the
-        # reciprocal of the weight of its mean loss.
-        parts = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
+        # Weighs the mean loss of a micro-batch by its share of the step's targets.
+        divisor = max(sum(counts), 1) / (max(counts[micro], 1) * workers.size)
         run.laps.end("data")
-        with workers.gradient_sync(run.loss_model, now=one == passes - 1):
-            loss, of_text = (loss / parts for loss in run.losses(idx, targets))
-            if number >= len(counts):
-                loss, of_text = loss * 0.0, of_text * 0.0
+        with workers.gradient_sync(run.loss_model, now=micro_step == passes - 1):
+            loss, text_loss = (loss / divisor for loss in run.losses(idx, targets))
+            if number >= len(counts):  # another worker has it
+                loss, text_loss = loss * 0.0, text_loss * 0.0
             loss.backward()  # type: ignore[no-untyped-call]
-        total += of_text
+        total += text_loss
         run.laps.end("forward_backward")
     return total
 
