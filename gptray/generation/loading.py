@@ -178,7 +178,7 @@ def part_of(shape: ModelConfig) -> GPT:
         "vocab_size": None,
     }
     rows = -(-shape.vocab_size * layers // L)
-    part = GPT(shape.model_copy(update=change), vocab_size=rows, initialised=False).eval()
+    part = GPT(shape.model_copy(update=change), vocab_size=rows, seed=None).eval()
     with torch.no_grad():
         for weight in part.parameters():
             weight.copy_(torch.linspace(-0.05, 0.05, weight.numel()).view_as(weight))

@@ -142,7 +142,7 @@ class NativeWeights:
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
         bias = self._full(module.bias) if isinstance(module, nn.LayerNorm) else None
-        offset = module.less if isinstance(module, RMSNorm) else 0.0
+        offset = module.offset if isinstance(module, RMSNorm) else 0.0
         weight = (self._full(module.weight) + offset) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
 

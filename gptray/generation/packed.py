@@ -207,7 +207,7 @@ def _norm(module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: boo
 
 
 def _factors(norm: RMSNorm, full: FullTensor) -> Tensor:
-    return full(norm.weight) + norm.less
+    return full(norm.weight) + norm.offset
 
 
 def _queries(

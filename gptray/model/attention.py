@@ -1,5 +1,4 @@
-"""Causal self-attention: the module, and the fastest exact method for packed q, k, v by device and
-dtype.
+"""Causal self-attention: the module, and the fastest exact method for a device and dtype.
 
 On a CPU, in bf16 or with dropout: batched GEMMs over blocks of queries that never touch a key
 beyond their block. Elsewhere: PyTorch's scaled_dot_product_attention. `gptray.model.kernels` has
@@ -33,8 +32,9 @@ class Attention(nn.Module):
         self.head_width = head_width = config.head_width
         self.dropout, self.native = config.dropout, False
         self.window = config.window(layer)
-        # What follows divides scores by the square root of a head's width.
-        self.stretch = config.score_scale * math.sqrt(head_width) if config.attention_scale else 1.0
+        # Attention itself divides scores by the square root of a head's width.
+        own_scale = config.attention_scale is not None
+        self.query_scale = config.score_scale * math.sqrt(head_width) if own_scale else 1.0
         qkv_width = (config.n_head + 2 * config.kv_heads) * head_width
         self.c_attn = Linear(config.n_embd, qkv_width, bias=config.qkv_bias)
         self.q_norm = self.k_norm = None
@@ -48,15 +48,15 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, (n_head + 2 kv_heads) head_width)
         if self.is_wide:
             qkv = self._normed(qkv)
-        if self.stretch != 1:
+        if self.query_scale != 1:
             queries = self.n_head * self.head_width
             q, kv = qkv[..., :queries], qkv[..., queries:]
-            qkv = torch.cat((q * self.stretch, kv), dim=-1)
+            qkv = torch.cat((q * self.query_scale, kv), dim=-1)
         is_full = self.window is None or self.window >= x.size(1)
         if self.native and is_full and not p:
             y = self._native(qkv, angles)
         else:
-            qkv = self._full_heads(qkv, angles)
+            qkv = self._prepared(qkv, angles)
             y = causal_attention(qkv, self.n_head, dropout=p, window=self.window)
         return dropout(self.c_proj(y), p)
 
@@ -70,11 +70,11 @@ class Attention(nn.Module):
     def _native(self, qkv: Tensor, angles: Angles | None) -> Tensor:
         norms, eps = None, 0.0
         if self.q_norm and self.k_norm and not self.is_wide:
-            norms, eps = (self.q_norm.factors, self.k_norm.factors), self.q_norm.eps
+            norms, eps = (self.q_norm.scale, self.k_norm.scale), self.q_norm.eps
         heads = self.n_head, self.kv_heads
         return kernels.attention(qkv, *heads, angles=angles, norms=norms, eps=eps)
 
-    def _full_heads(self, qkv: Tensor, angles: Angles | None) -> Tensor:
+    def _prepared(self, qkv: Tensor, angles: Angles | None) -> Tensor:
         """Normalised and rotated q, k, v with n_head heads each, (B, T, 3 n_head head_width)."""
         is_grouped = self.kv_heads != self.n_head
         has_norms = self.q_norm is not None and not self.is_wide
@@ -129,18 +129,13 @@ def _blocks(tokens: int, window: int) -> Iterator[tuple[int, int, int]]:
         yield start, min(start + QUERY_BLOCK, tokens), first
 
 
-def _future(length: int, like: Tensor) -> Tensor:
-    """-inf above the diagonal, 0 elsewhere, (length, length)."""
-    return torch.full((length, length), float("-inf"), dtype=like.dtype).triu(1)
-
-
 def _mask(scores: Tensor, start: int, first: int, window: int) -> None:
     """Mask keys after each query, and those before its window. scores (B*H, queries, keys)."""
-    queries, keys = scores.shape[-2:]
-    scores[:, :, start - first :].add_(_future(queries, scores))
+    before = start - first  # keys before the block's own
+    hidden = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype)
+    scores[:, :, before:].add_(hidden[:, before:].triu(1))
     if window:
-        hidden = torch.full((queries, keys), float("-inf"), dtype=scores.dtype)
-        scores.add_(hidden.tril(start - first - window))
+        scores.add_(hidden.tril(before - window))
 
 
 def _forward(given: Given) -> list[Tensor]:

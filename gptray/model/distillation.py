@@ -1,8 +1,8 @@
 """The distillation loss of the head: the targets are teachers' predictions and the text's tokens.
 
 Hinton et al. 2015, Distilling the Knowledge in a Neural Network, at temperature 1. Several teachers
-count as one ensemble: their probabilities are averaged. Computed in pieces of rows, as in
-`gptray.model.loss`: only one piece's logits exist at a time, the model's and one teacher's.
+count as one ensemble: their probabilities are averaged. Computed in chunks of rows, as in
+`gptray.model.loss`: only one chunk's logits exist at a time, the model's and one teacher's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from gptray.model.autograd_context import Context
 from gptray.model.loss import (
     add_product,
+    chunks_of,
     log_probabilities,
-    mean_of_counted,
-    num_counted,
-    pieces_of,
-    without_uncounted,
+    mean_loss,
+    num_targets,
+    zero_ignored,
 )
 
-# How many times as much memory as in `gptray.model.loss` a piece needs, for the teachers' part.
+# How many times as much memory as in `gptray.model.loss` a chunk needs, for the teachers' part.
 COPIES = 2
 
 
@@ -45,7 +45,7 @@ def distillation_loss(
 ) -> Tensor:
     """The loss to minimise, and that of the text alone: (2,) fp32; only the first has a gradient.
 
-    The first is the mean, over the tokens that count, of the cross-entropy with the distribution
+    The first is the mean of the cross-entropy with the distribution
     (1 - share) * onehot(target) + share * mean over teachers of softmax(hidden @ head.T); the
     second is the cross-entropy with the target. Arguments as in `linear_cross_entropy`.
     """
@@ -71,14 +71,14 @@ class _DistillationLoss(torch.autograd.Function):
         ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, soft: SoftTargets, valid: int
     ) -> Tensor:
         cast = weight.to(x.dtype)
-        needs_weights = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight) if needs_weights else weight[:0]
+        needs_weight = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
         losses, grad_x, start = [], [], 0
-        counted, real = without_uncounted(x, targets), targets.clamp(min=0)
-        for piece, target in pieces_of(counted, weight, real, copies=COPIES):
-            rows = slice(start, start + len(piece))
+        x, some = zero_ignored(x, targets), targets.clamp(min=0)  # any row will do if ignored
+        for chunk, target in chunks_of(x, weight, some, copies=COPIES):
+            rows = slice(start, start + len(chunk))
             start = rows.stop
-            log_p = log_probabilities(piece, cast, valid)
+            log_p = log_probabilities(chunk, cast, valid)
             q = _teachers_probabilities(soft, rows, valid)
             of_text = -log_p.gather(1, target).squeeze(1)
             of_teachers = -torch.linalg.vecdot(q, log_p[:, :valid])
@@ -89,16 +89,15 @@ class _DistillationLoss(torch.autograd.Function):
             grad.scatter_(1, target, grad.gather(1, target) - (1 - soft.share))
             grad = grad.to(x.dtype)
             grad_x.append(torch.mm(grad, cast))
-            if needs_weights:
-                add_product(grad_weight, grad, piece)
-        of_x = without_uncounted(torch.cat(grad_x), targets)
-        ctx.save_for_backward(of_x, grad_weight, num_counted(targets))
-        return mean_of_counted(torch.cat(losses, dim=1), targets)
+            if grad_weight is not None:
+                add_product(grad_weight, grad, chunk)
+        of_x = zero_ignored(torch.cat(grad_x), targets)
+        ctx.save_for_backward(of_x, grad_weight, num_targets(targets))
+        return mean_loss(torch.cat(losses, dim=1), targets)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
         scale = grads[0][0] / count
-        is_frozen = not ctx.needs_input_grad[1]
-        of_weight = None if is_frozen else grad_weight.mul_(scale)
+        of_weight = grad_weight.mul_(scale) if ctx.needs_input_grad[1] else None
         return grad_x.mul_(scale), of_weight, None, None, None

@@ -30,13 +30,6 @@ from gptray.model.rotary import Angles, Rotary
 from gptray.model.usage import Usage
 
 
-def _embedding(rows: int, width: int) -> nn.Embedding:
-    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-
-
-_NO_NORM = nn.Identity()
-
-
 class MLP(nn.Module):
     """Two linear layers with an activation between them; a gated c_fc makes gate and input."""
 
@@ -78,8 +71,8 @@ class Block(nn.Module):
     @property
     def norms(self) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
         """Before and after attention, before and after the MLP."""
-        if self.post_norm:
-            return _NO_NORM, self.ln_1, _NO_NORM, self.ln_2
+        if self.post_norm:  # those of outputs are then identities
+            return self.ln_1_out, self.ln_1, self.ln_2_out, self.ln_2
         return self.ln_1, self.ln_1_out, self.ln_2, self.ln_2_out
 
     def compute(self, x: Tensor, angles: Angles | None) -> Tensor:
@@ -107,22 +100,26 @@ class Transformer(nn.Module):
     def forward(self, idx: Tensor, dtype: torch.dtype) -> Tensor:
         """The normalised output of the last block for idx (B, T), computed in dtype."""
         T, p = idx.size(1), self.dropout if self.training else 0.0
-        x = F.embedding(idx, self.wte.weight)
-        angles: Sequence[Angles | None] = [None] * len(self.h)
+        x = F.embedding(idx, self.wte.weight)  # (B, T, C)
         if self.scale != 1:
             x = x * self.scale
+        angles: Sequence[Angles | None]
         if self.rotary:
             angles = self.rotary.at(torch.arange(T, device=idx.device), dtype)
         else:
-            x = x + self.wpe.weight[:T]
+            x, angles = x + self.wpe.weight[:T], [None] * len(self.h)
         x = dropout(x.to(dtype), p)
-        for block, own in zip(self.h, angles, strict=True):
+        for block, turns in zip(self.h, angles, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, own, use_reentrant=False, preserve_rng_state=p > 0)
+                x = checkpoint(block, x, turns, use_reentrant=False, preserve_rng_state=p > 0)
             else:
-                x = block(x, own)
+                x = block(x, turns)
         out: Tensor = self.ln_f(x)
         return out
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 class GPT(nn.Module):
@@ -130,11 +127,11 @@ class GPT(nn.Module):
 
     `config.vocab_size` may be larger: the rows beyond `valid_vocab_size` are padding, always zero,
     and have no probability in the loss or the logits.
-    initialised: draw initial weights; never on the meta device.
+    seed: of the initial weights; None: they are loaded instead. The meta device holds none.
     Raises UserError if `config.vocab_size` is smaller than the tokenizer.
     """
 
-    def __init__(self, config: ModelConfig, *, vocab_size: int, initialised: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, vocab_size: int, seed: int | None = 0) -> None:
         super().__init__()
         rows = config.vocab_size or vocab_size
         if rows < vocab_size:
@@ -151,8 +148,8 @@ class GPT(nn.Module):
         self.full_tensor: Callable[[Tensor], Tensor] = Tensor.detach
         self.transformer = Transformer(config, rows)
         self.lm_head = None if config.tie_word_embeddings else _embedding(rows, config.n_embd)
-        if initialised and not self.transformer.wte.weight.is_meta:
-            self.initialise(0)
+        if seed is not None and not self.transformer.wte.weight.is_meta:
+            self.initialise(seed)
 
     @property
     def head(self) -> Tensor:

@@ -95,7 +95,7 @@ def network_of(folder: Path, *, device: str) -> GPT:
     check_weights(folder, shape)
     with torch.device(device):
         config = shape.model_copy(update={"vocab_size": None})
-        return GPT(config, vocab_size=shape.rows, initialised=False)
+        return GPT(config, vocab_size=shape.rows, seed=None)
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class _CastLayerNorm(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """x over its root mean square, times a weight; in its input's dtype (mean in fp32).
 
-    Zhang & Sennrich 2019. `GPT.initialise` sets the weight. less: x's factors minus the weight.
+    Zhang & Sennrich 2019. `GPT.initialise` sets the weight, to which Gemma adds an `offset` of 1.
     """
 
     native = False
@@ -138,18 +138,18 @@ class RMSNorm(nn.Module):
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps, self.less = config.layer_norm_epsilon, 1.0 if config.centred_norm else 0.0
+        self.eps, self.offset = config.layer_norm_epsilon, 1.0 if config.centred_norm else 0.0
 
     @property
-    def factors(self) -> Tensor:
-        """What x is multiplied by."""
-        if not self.less:
+    def scale(self) -> Tensor:
+        """The weight plus the offset."""
+        if not self.offset:
             return self.weight
-        wide = torch.promote_types(self.weight.dtype, torch.float32)  # of bf16 it would be rounded
-        return self.weight.to(wide) + self.less
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # in bf16 it would be rounded
+        return self.weight.to(wide) + self.offset
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.factors
+        weight = self.scale
         if torch.compiler.is_compiling():
             return rms_norm(x, weight, self.eps)
         if self.native:

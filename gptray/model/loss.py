@@ -1,10 +1,10 @@
-"""The head and its cross-entropy in pieces of rows, so only one piece's logits exist at a time.
+"""The head and its cross-entropy in chunks of rows, so only one chunk's logits exist at a time.
 
 When training in bf16 on CPUs with native kernels, `gptray.model.kernels` computes it instead.
 
-The gradient is computed in the forward pass, while a piece's logits exist; the backward pass only
+The gradient is computed in the forward pass, while a chunk's logits exist; the backward pass only
 scales it. Weights are fp32 masters and their gradient is summed in fp32; frozen ones get none. On a
-CPU a piece fits into the caches; on a GPU it is large, because each piece reads and writes the
+CPU a chunk fits into the caches; on a GPU it is large, because each chunk reads and writes the
 whole gradient of the weight and launches kernels.
 """
 
@@ -18,28 +18,28 @@ from torch import Tensor
 from gptray.model import kernels
 from gptray.model.autograd_context import Context
 
-# The size of a piece's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which
+# The size of a chunk's logits in fp32: 128 rows of GPT-2's vocabulary. Below 32 MiB, above which
 # glibc gets every allocation from the kernel anew; the page faults would cost more than the
 # arithmetic.
 CPU_BYTES = 28 * 2**20
-# The size of a piece's logits on a GPU: in fp32 in eager mode, in the dtype of the computation
+# The size of a chunk's logits on a GPU: in fp32 in eager mode, in the dtype of the computation
 # under torch.compile. The peak is two to three times as much.
 GPU_BYTES = 2 * 2**30
 # Rows of the head's gradient that are computed and added at a time, so that they stay in cache.
 GRAD_ROWS = 4096
-# A target that does not count: any number below 0.
-UNCOUNTED = -1
+# A target that is left out of the loss; so is any number below 0.
+IGNORED = -1
 
 
-def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4) -> int:
-    """The number of rows in a piece of `rows` rows, a multiple of 32 if it is at least 32.
+def chunk_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4) -> int:
+    """The number of rows in a chunk of `rows` rows, a multiple of 32 if it is at least 32.
 
-    logit_bytes: the size of a logit on a GPU, where all pieces are about the same size.
+    logit_bytes: the size of a logit on a GPU, where all chunks are about the same size.
     """
     if on_gpu:
         most = max(1, GPU_BYTES // (logit_bytes * vocab_size))
-        pieces = -(-rows // most)
-        size = -(-rows // pieces)
+        chunks = -(-rows // most)
+        size = -(-rows // chunks)
         return -(-size // 32) * 32 if most >= 32 else size
     most = CPU_BYTES // (4 * vocab_size)
     return most // 32 * 32 if most >= 32 else max(most, 1)
@@ -48,16 +48,16 @@ def piece_rows(rows: int, vocab_size: int, *, on_gpu: bool, logit_bytes: int = 4
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, native: bool = False
 ) -> Tensor:
-    """Mean of -log softmax(x @ weight.T)[target] over the tokens that count, an fp32 scalar.
+    """Mean of -log softmax(x @ weight.T)[target] over targets that are not ignored, an fp32 scalar.
 
     x (N, C) in the dtype of the computation, weight (V, C) fp32, targets (N,) int64; those below 0
-    do not count, and if none counts the loss is 0. Only the first `valid` of the V rows are tokens:
+    are ignored, and if all are the loss is 0. Only the first `valid` of the V rows are tokens:
     the others get no probability and no gradient. native: use `gptray.model.kernels` in eager mode
     with gradients, for x in bf16 and weight in fp32, or frozen in bf16, on a CPU.
     """
     if not torch.is_grad_enabled():
         losses = token_cross_entropy(x, weight, targets.clamp(min=0), valid=valid)
-        return mean_of_counted(losses, targets)
+        return mean_loss(losses, targets)
     native = native and not torch.compiler.is_compiling()
     loss: Tensor = _LinearCrossEntropy.apply(x, weight, targets, valid, native)  # type: ignore[no-untyped-call]
     return loss
@@ -68,40 +68,40 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: in
     """-log softmax(x @ weight.T)[target] of each token, (N,) fp32; no gradient."""
     weight = weight.to(x.dtype)
     losses = [
-        -log_probabilities(piece, weight, valid).gather(1, target).squeeze(1)
-        for piece, target in pieces_of(x, weight, targets)
+        -log_probabilities(chunk, weight, valid).gather(1, target).squeeze(1)
+        for chunk, target in chunks_of(x, weight, targets)
     ]
     return losses[0] if len(losses) == 1 else torch.cat(losses)
 
 
-def mean_of_counted(losses: Tensor, targets: Tensor) -> Tensor:
-    """The mean of losses (..., N) over the targets (N,) that count, (...)."""
-    return losses.masked_fill(targets < 0, 0.0).sum(-1) / num_counted(targets)
+def mean_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """The mean (...) of losses (..., N) over the targets (N,) that are not ignored."""
+    return losses.masked_fill(targets < 0, 0.0).sum(-1) / num_targets(targets)
 
 
-def num_counted(targets: Tensor) -> Tensor:
-    """The number of targets that count, at least 1, as a divisor."""
+def num_targets(targets: Tensor) -> Tensor:
+    """The number of targets that are not ignored, at least 1, as a divisor."""
     return (targets >= 0).sum().clamp(min=1)
 
 
-def without_uncounted(rows: Tensor, targets: Tensor) -> Tensor:
-    """Rows (N, C), zeroed where the target (N,) does not count.
+def zero_ignored(rows: Tensor, targets: Tensor) -> Tensor:
+    """Rows (N, C), zeroed where the target (N,) is ignored.
 
     In the head's input, this keeps a row out of the weight's gradient.
     """
     return rows.masked_fill((targets < 0).unsqueeze(1), 0.0)
 
 
-def pieces_of(
+def chunks_of(
     x: Tensor, weight: Tensor, targets: Tensor, *, copies: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pieces of x with their targets (rows, 1).
+    """Yield chunks of x with their targets (rows, 1).
 
-    copies: how many times as much memory a piece takes as `piece_rows` assumes.
+    copies: how many times as much memory a chunk takes as `chunk_rows` assumes.
     """
     on_gpu = x.device.type != "cpu"
     logit_bytes = copies * (x.element_size() if torch.compiler.is_compiling() else 4)
-    rows = piece_rows(x.size(0), weight.size(0), on_gpu=on_gpu, logit_bytes=logit_bytes)
+    rows = chunk_rows(x.size(0), weight.size(0), on_gpu=on_gpu, logit_bytes=logit_bytes)
     return zip(torch.split(x, rows), torch.split(targets.unsqueeze(1), rows), strict=True)
 
 
@@ -152,11 +152,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Context, x: Tensor, weight: Tensor, targets: Tensor, valid: int, native: bool
     ) -> Tensor:
         needs_weight = ctx.needs_input_grad[1]
-        score = kernels.head_loss if native else _piecewise
-        counted, real = without_uncounted(x, targets), targets.clamp(min=0)
-        losses, grad_x, grad = score(counted, weight, real, valid=valid, needs_weight=needs_weight)
-        ctx.save_for_backward(without_uncounted(grad_x, targets), grad, num_counted(targets))
-        return mean_of_counted(losses, targets)
+        score = kernels.head_loss if native else _chunked
+        x, some = zero_ignored(x, targets), targets.clamp(min=0)  # any row will do if ignored
+        losses, grad_x, grad = score(x, weight, some, valid=valid, needs_weight=needs_weight)
+        ctx.save_for_backward(zero_ignored(grad_x, targets), grad, num_targets(targets))
+        return mean_loss(losses, targets)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
@@ -167,7 +167,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(scale), scaled, None, None, None
 
 
-def _piecewise(
+def _chunked(
     x: Tensor, weight: Tensor, targets: Tensor, *, valid: int, needs_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `gptray.model.kernels.head_loss`, on any device."""
@@ -176,11 +176,11 @@ def _piecewise(
     score = fused_scores if fused else scores
     grad_weight = torch.zeros_like(weight) if needs_weight else None
     log_p, grad_x = [], []
-    for piece, target in pieces_of(x, weight, targets):
-        picked, grad = score(piece, cast, target, valid)
+    for chunk, target in chunks_of(x, weight, targets):
+        picked, grad = score(chunk, cast, target, valid)
         log_p.append(picked)
         grad_x.append(torch.mm(grad, cast))
         if grad_weight is not None:
-            add_product(grad_weight, grad, piece)
+            add_product(grad_weight, grad, chunk)
     whole = grad_x[0] if len(grad_x) == 1 else torch.cat(grad_x)
     return torch.cat(log_p).neg().squeeze(1), whole, grad_weight

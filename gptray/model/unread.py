@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptray.config import UserError
 from gptray.model.gpt import GPT
 from gptray.model.hf import from_file, network_of
 from gptray.model.parameters import Part, stored_parts
-from gptray.model.rounding import check_tied, read_weight
+from gptray.model.rounding import check_tied, rounded
 from gptray.model.shape import model_folder
 from gptray.model.stored_weights import stored_model
 from gptray.model.usage import Usage
@@ -39,13 +38,7 @@ def unread_network(source: str | Path) -> GPT:
     def read(parameter: Tensor) -> Tensor:
         whole = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         for part in parts[names[parameter]]:
-            one = weights[part.name]
-            rows = from_file(read_weight(one), part, config)
-            if not bool(torch.isfinite(rows.float().sum())):
-                raise UserError(
-                    f"{one.path}: {one.key} is not finite: the weights are damaged, or training "
-                    "diverged"
-                )
+            rows = from_file(rounded(weights[part.name], torch.float32), part, config)
             whole[part.start : part.start + part.rows] = rows
         return whole
 

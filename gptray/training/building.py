@@ -65,7 +65,8 @@ def build_model(
         if checkpoint:
             load_adapter(model, checkpoint / ADAPTER, base)
         return model
-    model = GPT(config.model, vocab_size=data.vocab_size)
+    is_new = not (checkpoint or config.model.init_from)
+    model = GPT(config.model, vocab_size=data.vocab_size, seed=config.seed if is_new else None)
     if checkpoint:
         load_weights(model, checkpoint / "model")
     elif config.model.init_from and config.model.resize_vocab:
@@ -74,8 +75,6 @@ def build_model(
         model.valid_vocab_size = config.model.vocab_size or data.vocab_size
         load_weights(model, model_folder(config.model.init_from))
         model.valid_vocab_size = data.vocab_size
-    else:
-        model.initialise(config.seed)
     model.compute_dtype = dtype
     if native:
         model.use_kernels()

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptray.config import Config
 from gptray.data.order import BatchOrder, replace_tokens
 from gptray.data.tokens import TokenData
-from gptray.model.loss import UNCOUNTED
+from gptray.model.loss import IGNORED
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GlobalBatch:
     position: int
 
     def micro_batch(self, number: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (B, T) each; ignored targets are UNCOUNTED."""
+        """Inputs and targets, (B, T) each; those not to learn are IGNORED."""
         size, block_size = self.config.micro_batch_size, self.config.train.block_size
         first, share = number * size, self.config.data.token_replacement
         # The GPU copies from pinned memory while the host continues.
@@ -37,7 +37,7 @@ class GlobalBatch:
             tokens = self.data.train.slice(start, start + block_size + 1)
             inputs[row], targets[row] = tokens[:-1], tokens[1:]
         if self.data.train.document_prefix:
-            targets[~self.data.train.counts(targets)] = UNCOUNTED
+            targets[~self.data.train.counts(targets)] = IGNORED
         if share:
             vocabulary, seed = self.data.vocab_size, self.config.seed
             replace_tokens(inputs, share, vocabulary, seed=seed, step=self.position, first=first)

@@ -1,4 +1,4 @@
-"""The loss against teachers: the formula of whole logits, in pieces."""
+"""The loss against teachers: the formula of whole logits, in chunks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from gptray.model import loss as module
 from gptray.model.distillation import SoftTargets, distillation_loss
-from gptray.model.loss import UNCOUNTED, linear_cross_entropy
+from gptray.model.loss import IGNORED, linear_cross_entropy
 
 N, C, V, VALID = 23, 16, 31, 29
 
@@ -22,10 +22,10 @@ def some(*shape: int, seed: int) -> torch.Tensor:
 def test_pieces_equal_the_formula_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, rows: int, share: float
 ) -> None:
-    monkeypatch.setattr(module, "piece_rows", lambda *_, **__: rows)
+    monkeypatch.setattr(module, "chunk_rows", lambda *_, **__: rows)
     x, weight = some(N, C, seed=0).requires_grad_(), some(V, C, seed=1).requires_grad_()
     targets = torch.randint(VALID, (N,), generator=torch.Generator().manual_seed(2))
-    targets[[0, 9]] = UNCOUNTED
+    targets[[0, 9]] = IGNORED
     counts = targets >= 0
     # The teachers have other widths, and one has rows that are no tokens.
     hidden, heads = (

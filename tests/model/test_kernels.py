@@ -14,7 +14,7 @@ from gptray.config import ModelConfig
 from gptray.model import kernels
 from gptray.model.gpt import GPT
 from gptray.model.layers import activation
-from gptray.model.loss import UNCOUNTED
+from gptray.model.loss import IGNORED
 from gptray.model.rotary import Angles, rotate
 from tests.generation.models import needs_native
 
@@ -251,7 +251,7 @@ def loss_and_gradients(model: GPT, run: Callable[..., Tensor] | None = None) -> 
     """run: what computes in place of the model."""
     ids = torch.randint(50, (3, 71), generator=torch.Generator().manual_seed(0))
     targets = ids[:, 1:].clone()
-    targets[0, 5:9] = UNCOUNTED
+    targets[0, 5:9] = IGNORED
     loss = (model if run is None else run)(ids[:, :-1], targets)
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]

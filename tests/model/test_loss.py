@@ -1,4 +1,4 @@
-"""The head in pieces: many pieces equal one, and none is larger than its device likes."""
+"""The head in chunks: many chunks equal one, and none is larger than its device likes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gptray.model import loss as module
 from gptray.model.gpt import GPT
 from gptray.model.loss import (
     GPU_BYTES,
-    UNCOUNTED,
+    IGNORED,
+    chunk_rows,
     fused_scores,
     linear_cross_entropy,
-    piece_rows,
     scores,
     token_cross_entropy,
 )
@@ -29,14 +29,14 @@ from gptray.model.loss import (
 
 @pytest.mark.parametrize("vocab_size", [1, 65, 2048, 50257, 50304, 128_000, 2**24, 2**27])
 def test_logits_of_a_piece_stay_far_below_256_mb_on_a_cpu(vocab_size: int) -> None:
-    rows = piece_rows(10**9, vocab_size, on_gpu=False)
+    rows = chunk_rows(10**9, vocab_size, on_gpu=False)
     assert rows >= 1
     copies = 4 + 2 + 2  # fp32, and bf16 of the logits and of their gradient
     assert rows == 1 or rows * vocab_size * copies <= 128 * 2**20
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocab_size", "logit_bytes", "pieces"),
+    ("rows", "vocab_size", "logit_bytes", "chunks"),
     [
         (12 * 1024, 50304, 2, 1),
         (12 * 1024, 50304, 4, 2),
@@ -47,18 +47,18 @@ def test_logits_of_a_piece_stay_far_below_256_mb_on_a_cpu(vocab_size: int) -> No
     ],
 )
 def test_a_gpus_pieces_are_few_and_alike(
-    rows: int, vocab_size: int, logit_bytes: int, pieces: int
+    rows: int, vocab_size: int, logit_bytes: int, chunks: int
 ) -> None:
-    size = piece_rows(rows, vocab_size, on_gpu=True, logit_bytes=logit_bytes)
-    assert -(-rows // size) == pieces
+    size = chunk_rows(rows, vocab_size, on_gpu=True, logit_bytes=logit_bytes)
+    assert -(-rows // size) == chunks
     assert size == 1 or size * vocab_size * logit_bytes <= GPU_BYTES
-    last = rows - (pieces - 1) * size
+    last = rows - (chunks - 1) * size
     assert size - last < 32
 
 
 @pytest.mark.slow
 def test_a_compiled_step_on_a_gpu_is_a_small_graph() -> None:
-    """Meta tensors take a GPU's ways: a piece's logits are few formulas, without a scatter."""
+    """Meta tensors take a GPU's ways: a chunk's logits are few formulas, without a scatter."""
     torch.compiler.reset()  # what it has compiled before would have sizes that may vary
     with torch.device("meta"):
         config = ModelConfig(n_layer=1, n_head=12, n_embd=768, n_positions=1024, vocab_size=50304)
@@ -107,17 +107,17 @@ def test_a_gpus_compiled_formulas_equal_the_others(valid: int, dtype: torch.dtyp
 def test_pieces_equal_the_whole(
     monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, uncounted: list[int]
 ) -> None:
-    monkeypatch.setattr(module, "piece_rows", lambda *_, **__: rows)
+    monkeypatch.setattr(module, "chunk_rows", lambda *_, **__: rows)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(31, 16, generator=generator, requires_grad=True)
     x = torch.randn(40, 16, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(29, (40,), generator=generator)
     every = F.cross_entropy(F.linear(x.float(), weight.to(dtype).float())[:, :29], targets)
     tokens = token_cross_entropy(x, weight, targets, valid=29)
-    targets[uncounted] = UNCOUNTED
+    targets[uncounted] = IGNORED
     loss = linear_cross_entropy(x, weight, targets, valid=29)
     logits = F.linear(x.float(), weight.to(dtype).float())[:, :29]
-    expected = F.cross_entropy(logits, targets, ignore_index=UNCOUNTED)
+    expected = F.cross_entropy(logits, targets, ignore_index=IGNORED)
     atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (5e-3, 3e-2)
     torch.testing.assert_close(loss, expected, atol=atol, rtol=rtol)
     torch.testing.assert_close(tokens.mean(), every, atol=atol, rtol=rtol)
