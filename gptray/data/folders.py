@@ -80,7 +80,7 @@ def glob_regex(pattern: str) -> str:
             out.append(
                 token.replace("[!", "[^") if token[0] == "[" and token != "[" else re.escape(token)
             )
-    return "".join(out)
+    return f"(?s:{''.join(out)})"  # a name may hold a line break
 
 
 def glob_files(pattern: str) -> list[str]:
@@ -124,10 +124,13 @@ def remote_files(entry: str) -> tuple[list[fs.FileInfo], str, bool]:
         return _file_or_folder(entry, filesystem, path)
     folder = location[: location.rindex("/", 0, wildcard.start())]
     filesystem, base = file_system(folder + mark + query)
-    pattern = re.compile(glob_regex(location[len(folder) :]))
+    rest = location[len(folder) :]
+    pattern = re.compile(glob_regex(rest))
     selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
     infos = [info for info in _listing(entry, filesystem, selector) if info.is_file]
     matching = [info for info in infos if pattern.fullmatch(info.path[len(base) :])]
+    if not _hidden(rest):
+        matching = [info for info in matching if not _hidden(info.path[len(base) :])]
     return matching, folder + mark + query, False
 
 

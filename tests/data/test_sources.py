@@ -50,6 +50,14 @@ def test_glob_gives_matching_files(
     assert names(folder, f"{prefix}{folder}/{pattern}") == expected
 
 
+def test_a_glob_finds_names_with_a_line_break(folder: Path) -> None:
+    (folder / "two\nlines.txt").write_text("x")
+    for pattern in ("*", "**"):
+        for prefix in ("", "file://"):
+            found = names(folder, f"{prefix}{folder}/{pattern}.txt")
+            assert found == ["b.txt", "two\nlines.txt"], pattern
+
+
 def test_list_keeps_its_order_and_each_file_once(folder: Path) -> None:
     source = [str(folder / "b.txt"), str(folder / "*.md"), str(folder / "b.txt"), str(folder)]
     assert names(folder, source)[:3] == ["b.txt", "a.md", "deep/d.csv.gz"]
