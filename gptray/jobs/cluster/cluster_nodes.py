@@ -14,6 +14,7 @@ from gptray.wording import count
 
 HEAD = "node:__internal_head__"  # a resource that only the head has
 _ID_LABEL = "ray.io/node-id"  # a label that every node has
+PLACE = "gptray-place-"  # begins the names of placement groups for future training workers
 _NAMED = 3  # how many of several like nodes a message names
 # A node answers within seconds unless it hangs, for example on a lost file system.
 DEADLINE_S, POLL_S = 90.0, 1.0

@@ -18,6 +18,7 @@ from gptray import signals
 from gptray.config import RunFailed, UserError
 from gptray.jobs.cluster.autoscaler import grows
 from gptray.jobs.cluster.cluster_nodes import (
+    PLACE,
     Resources,
     alive_nodes,
     amount_words,
@@ -28,7 +29,6 @@ from gptray.jobs.cluster.cluster_nodes import (
 from gptray.jobs.cluster.holders import actors_in, counted, holders
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.progress.doing import OF_WAIT, following
-from gptray.jobs.train.attempts import PLACE
 from gptray.wording import count, time_words
 
 log = logging.getLogger("gptray")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from gptray.config import ComputeConfig, Config
 from gptray.jobs.cluster.cluster_nodes import (
+    PLACE,
     alive_nodes,
     free_resources,
     has_labels,
@@ -41,8 +42,6 @@ _NOT_STARTED = (
     "WorkerGroupStartupTimeoutError",
 )
 
-# Prefix of the names of placement groups that hold a place for a future worker.
-PLACE = "gptray-place-"
 # After this many seconds without a change, that is all, even if more room seems free or imminent.
 OVERDUE_S = 60.0
 # A resource that a node has for a placement group; captures the group's id.
