@@ -92,12 +92,8 @@ class Crew(Generic[M]):
         # Otherwise Ray would still start queued actors, for their first answers. After other
         # errors, Ray may be gone too.
         if error is None or isinstance(error, (UserError, RunFailed)):
-            self.close()
-
-    def close(self) -> None:
-        """End all actors, including those still queued."""
-        for member in self.members:
-            ray.kill(member.actor)
+            for member in self.members:
+                ray.kill(member.actor)
 
     @property
     def running(self) -> list[M]:

@@ -99,7 +99,11 @@ def compare_weights(
     sizes = [linear_bytes(shape, kind) for kind in kinds]
     results = quantized_results(kinds, sums, sizes, data.splits[name], windows, numbers)
     for result in results:
-        log.info("%s", _quantized_line(result))
+        size = size_words(result["weight_bytes"])
+        line = f"{result['weights']:5}  loss {result['loss']:.4f}  bpb {result['bpb']:.4f}  {size}"
+        if result["weights"] != "none":
+            line += f"  {result['agreement']:.2%} of greedy tokens as with full weights"
+        log.info("weights %s", line)
     return results
 
 
@@ -125,11 +129,3 @@ def _line(name: str, result: SplitResult) -> str:
         f"{name:5}  loss {result['loss']:.4f}{error}  ppl {ppl}  bpb {result['bpb']:.4f}  "
         f"{result['tokens']:,} tokens"
     )
-
-
-def _quantized_line(result: QuantizedResult) -> str:
-    size = size_words(result["weight_bytes"])
-    line = f"{result['weights']:5}  loss {result['loss']:.4f}  bpb {result['bpb']:.4f}  {size}"
-    if result["weights"] == "none":
-        return f"weights {line}"
-    return f"weights {line}  {result['agreement']:.2%} of greedy tokens as with full weights"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gptray.files import cached_as, remove, storing
-from gptray.jobs.folders.publisher import Home, Sent, Version, is_hidden, version_of
+from gptray.jobs.folders.publisher import Home, Sent, is_hidden, version_of
 from gptray.manifest import MANIFEST, files_damage
 from gptray.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
@@ -52,7 +52,10 @@ def fetch_run(
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(lambda name: home.download(name, folder / name), others))
     without = ended()
-    sent = Sent(_versions([folder / name for name in others], without))
+    here = [folder / name for name in others]
+    # Of models only those whose run has ended, so that they are final.
+    final = [one for one in here if one.parent.name != "model" or one.parents[1] in without]
+    sent = Sent({path: version_of(path) for path in final})
     for name in sorted(checkpoints):
         path = folder / name
         if path.parent not in without:
@@ -96,15 +99,6 @@ def _remove_all_but(kept: set[str], folder: Path) -> None:
             continue
         if path.is_file() or checkpoint_step(path) is not None:
             remove(path)
-
-
-def _versions(paths: Iterable[Path], ended: Collection[Path]) -> dict[Path, Version]:
-    """Versions of fetched files; of models only if their run has ended, so that they are final."""
-    return {
-        path: version_of(path)
-        for path in paths
-        if path.parent.name != "model" or path.parents[1] in ended
-    }
 
 
 def fetch_records(home: RemoteFolder, names: Iterable[str], folder: Path) -> None:

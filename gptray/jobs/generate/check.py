@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, begins_with_chat
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import absolute, cache_folder, is_uri
+from gptray.files import absolute, cached_as, is_uri
 from gptray.jobs.adapters import (
     check_adapter,
     check_adapters,
@@ -133,8 +132,7 @@ def _check_template(
 def _output_of(path: str) -> tuple[str, Path]:
     """The `output` and `folder` of a `CheckedBatch`."""
     if is_uri(path):
-        name = hashlib.sha256(path.encode()).hexdigest()[:24]
-        return path.rstrip("/"), cache_folder() / "outputs" / name
+        return path.rstrip("/"), cached_as("outputs", path)
     folder = absolute(path, key="generate.output_path")
     return str(folder), folder
 

@@ -60,18 +60,15 @@ class Session(Protocol):
 
 def check_trackers(track: TrackConfig) -> None:
     """Raise UserError, with the pip command, for a tracker whose package is not installed."""
-    problems = [
-        f"track.{name}={where} needs the package {name}: pip install 'gptray[{name}]'"
-        for name, where in track
-        if where is not None and not _is_installed(name)
-    ]
+    problems = []
+    for name, where in track:
+        spec = None if where is None else importlib.util.find_spec(name)
+        is_installed = spec is not None and spec.origin is not None  # a folder ./wandb has none
+        if where is not None and not is_installed:
+            needs = f"needs the package {name}: pip install 'gptray[{name}]'"
+            problems.append(f"track.{name}={where} {needs}")
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _is_installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder ./wandb has no origin
 
 
 class _MLflow:

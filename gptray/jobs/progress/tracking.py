@@ -25,7 +25,7 @@ from gptray.jobs.progress.trackers import Ending, Point, Session, TrackedRun, op
 from gptray.record import MetricsRow, curves, read_metrics
 from gptray.signals import failure
 from gptray.stored import parse_json
-from gptray.tuning.sweep_record import Trial, load_trials, trial_dir
+from gptray.tuning.sweep_record import load_trials, trial_dir
 
 log = logging.getLogger("gptray")
 
@@ -36,6 +36,8 @@ POLL_S, RETRY_S = 5.0, 30.0
 END_S, STOPPED_S = 60.0, 1.0
 # Prefixes of metrics that belong to a row's score, which may come later than the row.
 _SCORE_PREFIXES = ("val_", "gap", "also/")
+# How a trial ended, for a tracker, by its outcome; all others are finished.
+_ENDINGS: dict[str | None, Ending | None] = {None: None, "failed": "failed", "diverged": "failed"}
 
 
 @dataclass(frozen=True)
@@ -187,12 +189,6 @@ def tracking(track: TrackConfig, runs: Callable[[], list[TrackedRun]]) -> Iterat
             follower.join(until)
 
 
-def _ending_of(trial: Trial) -> Ending | None:
-    if trial.outcome is None:
-        return None
-    return "failed" if trial.outcome in ("failed", "diverged") else "finished"
-
-
 def tracking_run(config: Config, folder: Path) -> AbstractContextManager[None]:
     """`tracking` for a single run."""
     run = TrackedRun(folder, folder.name, flatten(config))
@@ -213,7 +209,8 @@ def tracking_sweep(config: Config, folder: Path) -> AbstractContextManager[None]
             if trial.rows:
                 name = f"{folder.name}-{trial.name}"
                 own = settings(path / CONFIG)
-                found.append(TrackedRun(path, name, own, folder.name, _ending_of(trial)))
+                ending = _ENDINGS.get(trial.outcome, "finished")
+                found.append(TrackedRun(path, name, own, folder.name, ending))
         return found
 
     return tracking(config.track, runs)
