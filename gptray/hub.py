@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from gptray.config import UserError
+from gptray.wording import first_line
 
 # Timeouts of one request and of the whole check, because the DNS lookup has none of its own.
 REQUEST_S, ASKING_S = 2.0, 3.0
@@ -107,8 +108,3 @@ def cached_model(hub_id: str) -> Path | None:
         return Path(snapshot_download(hub_id, local_files_only=True))
     except (OSError, ValueError):
         return None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from gptray.config import UserError
-from gptray.hub import first_line
+from gptray.wording import first_line
 
 if TYPE_CHECKING:  # imported only by commands that name a store
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Formats numbers for people: counts, times, perplexities."""
+"""Words for people: counts, times, perplexities, errors."""
 
 from __future__ import annotations
 
@@ -50,3 +50,8 @@ def decimals(difference: float) -> int:
         if abs(difference) >= 10**-places:
             return places
     return 5
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

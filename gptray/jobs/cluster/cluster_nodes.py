@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from gptray.hub import first_line
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.progress.doing import telling
-from gptray.wording import count
+from gptray.wording import count, first_line
 
 HEAD = "node:__internal_head__"  # a resource that only the head has
 _ID_LABEL = "ray.io/node-id"  # a label that every node has

@@ -19,7 +19,6 @@ from pathlib import Path
 from gptray.config import ComputeConfig, Config, RunFailed, UserError
 from gptray.files import cannot_write, is_file_error
 from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
-from gptray.hub import first_line
 from gptray.jobs.cluster.own_ray import own_ray, shut_down
 from gptray.jobs.cluster.ray_messages import RayMessages
 from gptray.jobs.cluster.resources import gpu_workers
@@ -27,6 +26,7 @@ from gptray.jobs.cluster.waiting import telling_waits
 from gptray.jobs.progress.doing import doing
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
+from gptray.wording import first_line
 
 # Read by Ray Train in driver, controller and workers. By default it polls every two seconds, which
 # delays reports by as much; polling every 0.2 seconds costs training a few percent of two cores,

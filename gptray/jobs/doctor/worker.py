@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
-from gptray.hub import first_line
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
+from gptray.wording import first_line
 
 NAMED = ("ray", "torch", "gptray")
 _SHARED_MEMORY = Path("/dev/shm")

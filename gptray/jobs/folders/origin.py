@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from gptray.config import Config, RunFailed
 from gptray.files import cached_as, is_uri, replacing, storing
-from gptray.hub import first_line
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder, Writer
 from gptray.node_cache import hold
 from gptray.remote_folder import StoredFile
+from gptray.wording import first_line
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

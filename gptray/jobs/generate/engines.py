@@ -19,7 +19,6 @@ import torch
 from gptray.config import Config, ModelConfig, RunFailed, override
 from gptray.generation.batch import Progress
 from gptray.generation.loading import faster_decoder
-from gptray.hub import first_line
 from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
 from gptray.jobs.cluster.cluster_nodes import Resources
 from gptray.jobs.cluster.ray_messages import why_ended
@@ -35,6 +34,7 @@ from gptray.jobs.progress.doing import doing
 from gptray.jobs.train.watch import duration
 from gptray.model.shape import read_shape
 from gptray.native.measured import Choice
+from gptray.wording import first_line
 
 log = logging.getLogger("gptray")
 
