@@ -11,7 +11,7 @@ import ctypes
 import re
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from gptray.native.build import build_library
 
@@ -28,6 +28,8 @@ NORM_PARTS = 32
 FP32, BF16, INT8, INT4, IQ4_NL = range(5)
 NONE, GELU_TANH, GELU, RELU, SWIGLU, GEGLU = range(6)
 ACTIVATIONS = {"gelu_new": GELU_TANH, "gelu": GELU, "relu": RELU, "swiglu": SWIGLU, "geglu": GEGLU}
+
+S = TypeVar("S", bound="_Struct")
 
 
 class _Pointer(c_void_p):
@@ -75,109 +77,83 @@ class Words(_Pointer):
     text, dtype = "words*", "torch.int32"
 
 
-class Norm(Structure):
-    _fields_ = (("weight", Float), ("bias", Float), ("eps", c_float))
+# The types by abi.h's names; a pointer to one of them has a * more.
+_TYPES: dict[str, Any] = {
+    **{"f32": c_float, "f64": c_double, "i32": c_int32, "i64": c_int64, "void*": c_void_p},
+    **{kind.text: kind for kind in (Float, Double, Half, Int, Long, Words)},
+}
+STRUCTS: list[type[_Struct]] = []
 
 
-class Linear(Structure):
-    _fields_ = (
-        ("weight", c_void_p),
-        ("bias", Float),
-        ("scale", Float),
-        ("inputs", c_int32),
-        ("outputs", c_int32),
-        ("kind", c_int32),
-        ("number", c_int32),
+def _type(text: str) -> Any:
+    return _TYPES[text] if text in _TYPES else POINTER(_type(text.removesuffix("*")))
+
+
+class _Struct(Structure):
+    """A structure; `text` describes its fields as abi.h does, but for their offsets."""
+
+    text: ClassVar[str]
+
+
+def _described(struct: type[S]) -> type[S]:
+    """Give a structure the fields of its text."""
+    pairs = (field.split() for field in struct.text.split(", "))
+    struct._fields_ = [(name, _type(kind)) for name, kind in pairs]
+    _TYPES[struct.__name__] = struct
+    STRUCTS.append(struct)
+    return struct
+
+
+@_described
+class Norm(_Struct):
+    text = "weight f32*, bias f32*, eps f32"
+
+
+@_described
+class Linear(_Struct):
+    text = "weight void*, bias f32*, scale f32*, inputs i32, outputs i32, kind i32, number i32"
+
+
+@_described
+class LowRank(_Struct):
+    text = "a void*, b void*, rank i32, kind i32, inputs i32"
+
+
+@_described
+class Block(_Struct):
+    text = (
+        "before_attn Norm, after_attn Norm, before_mlp Norm, after_mlp Norm, q_norm Norm, "
+        "k_norm Norm, c_attn Linear, attn_proj Linear, c_fc Linear, mlp_proj Linear, window i32, "
+        "rotary i32, cos f32*, sin f32*"
     )
 
 
-class LowRank(Structure):
-    _fields_ = (
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("rank", c_int32),
-        ("kind", c_int32),
-        ("inputs", c_int32),
+@_described
+class Model(_Struct):
+    text = (
+        "blocks Block*, wte f32*, wpe f32*, ln_f Norm, head Linear, n_layer i32, n_embd i32, "
+        "n_head i32, kv_heads i32, head_width i32, activation i32, residual i32, parallel i32, "
+        "wide_qk_norm i32, scale f32"
     )
 
 
-class Block(Structure):
-    _fields_ = (
-        *((name, Norm) for name in ("before_attn", "after_attn", "before_mlp", "after_mlp")),
-        ("q_norm", Norm),
-        ("k_norm", Norm),
-        ("c_attn", Linear),
-        ("attn_proj", Linear),
-        ("c_fc", Linear),
-        ("mlp_proj", Linear),
-        ("window", c_int32),
-        ("rotary", c_int32),
-        ("cos", Float),
-        ("sin", Float),
+@_described
+class Cache(_Struct):
+    text = "keys void**, values void**, length i32, kind i32"
+
+
+@_described
+class Step(_Struct):
+    text = (
+        "tokens i32*, slots i32*, positions i32*, asked i32*, adapters LowRank**, rows i32, "
+        "asked_rows i32, apart i32, most_rank i32, x f32*, made f32*, attended f32*, narrow f32*, "
+        "wide f32*, words i32*, logits f32*, logits_stride i32"
     )
 
 
-class Model(Structure):
-    _fields_ = (
-        ("blocks", POINTER(Block)),
-        ("wte", Float),
-        ("wpe", Float),
-        ("ln_f", Norm),
-        ("head", Linear),
-        ("n_layer", c_int32),
-        ("n_embd", c_int32),
-        ("n_head", c_int32),
-        ("kv_heads", c_int32),
-        ("head_width", c_int32),
-        ("activation", c_int32),
-        ("residual", c_int32),
-        ("parallel", c_int32),
-        ("wide_qk_norm", c_int32),
-        ("scale", c_float),
-    )
-
-
-class Cache(Structure):
-    _fields_ = (
-        ("keys", POINTER(c_void_p)),
-        ("values", POINTER(c_void_p)),
-        ("length", c_int32),
-        ("kind", c_int32),
-    )
-
-
-class Step(Structure):
-    _fields_ = (
-        ("tokens", Int),
-        ("slots", Int),
-        ("positions", Int),
-        ("asked", Int),
-        ("adapters", POINTER(POINTER(LowRank))),
-        ("rows", c_int32),
-        ("asked_rows", c_int32),
-        ("apart", c_int32),
-        ("most_rank", c_int32),
-        ("x", Float),
-        ("made", Float),
-        ("attended", Float),
-        ("narrow", Float),
-        ("wide", Float),
-        ("words", Int),
-        ("logits", Float),
-        ("logits_stride", c_int32),
-    )
-
-
-class Draw(Structure):
-    _fields_ = (
-        ("temperature", c_double),
-        ("top_p", c_double),
-        ("min_p", c_double),
-        ("seed", c_int64),
-        ("row", c_int64),
-        ("position", c_int64),
-        ("top_k", c_int64),
-    )
+@_described
+class Draw(_Struct):
+    text = "temperature f64, top_p f64, min_p f64, seed i64, row i64, position i64, top_k i64"
 
 
 CONSTANTS = {
@@ -186,11 +162,6 @@ CONSTANTS = {
     **{"GROUP": GROUP, "INT8_GROUP": INT8_GROUP},
     **{"NONE": NONE, "GELU_TANH": GELU_TANH, "GELU": GELU, "RELU": RELU},
     **{"SWIGLU": SWIGLU, "GEGLU": GEGLU},
-}
-STRUCTS: tuple[type[Structure], ...] = (Norm, Linear, LowRank, Block, Model, Cache, Step, Draw)
-_TEXTS: dict[type, str] = {
-    **{c_void_p: "void*", c_float: "f32", c_double: "f64"},
-    **{c_int32: "i32", c_int64: "i64"},
 }
 
 
@@ -208,12 +179,9 @@ def load_library(*, key: str) -> ctypes.CDLL:
         describe.restype, describe.argtypes = c_char_p, ()
     description = (library.decode_abi() + library.train_abi()).decode()
     check_abi(description)
-    types = {text: kind for kind, text in _TEXTS.items()}
-    types |= {kind.text: kind for kind in (Float, Double, Half, Int, Long, Words)}
-    types |= {f"{struct.__name__}*": POINTER(struct) for struct in STRUCTS}
     for name, parameters in re.findall(r"(\w+)\((.*)\)", description):
         function = getattr(library, name)
-        function.argtypes, function.restype = [types[one] for one in parameters.split(", ")], None
+        function.argtypes, function.restype = list(map(_type, parameters.split(", "))), None
     return library
 
 
@@ -228,21 +196,9 @@ def check_abi(theirs: str) -> None:
         raise AssertionError(f"abi.py and the native library differ:\n{lines}")
 
 
-def _struct_line(struct: type[Structure]) -> str:
+def _struct_line(struct: type[_Struct]) -> str:
     """A structure in abi.h's format: its size, and each field's type and offset."""
-    fields = ", ".join(
-        f"{field[0]} {_text(field[1])} {getattr(struct, field[0]).offset}"
-        for field in struct._fields_
-    )
-    return f"{struct.__name__} {ctypes.sizeof(struct)}: {fields}"
-
-
-def _text(kind: Any) -> str:
-    """A type in abi.h's format."""
-    if kind in _TEXTS:
-        return _TEXTS[kind]
-    if issubclass(kind, _Pointer):
-        return str(kind.text)
-    if issubclass(kind, Structure):
-        return str(kind.__name__)
-    return f"{_text(kind._type_)}*"
+    fields = struct.text.split(", ")
+    offsets = [getattr(struct, field.split()[0]).offset for field in fields]
+    placed = ", ".join(f"{field} {offset}" for field, offset in zip(fields, offsets, strict=True))
+    return f"{struct.__name__} {ctypes.sizeof(struct)}: {placed}"
