@@ -11,9 +11,12 @@ import ctypes
 import re
 from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
-from typing import Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from gptray.native.build import build_library
+
+if TYPE_CHECKING:
+    from ctypes import _CDataType
 
 # Outputs that a product computes side by side; a multiple of the sampler's chunk.
 PANEL = 64
@@ -78,14 +81,14 @@ class Words(_Pointer):
 
 
 # The types by abi.h's names; a pointer to one of them has a * more.
-_TYPES: dict[str, Any] = {
+_TYPES: dict[str, type[_CDataType]] = {
     **{"f32": c_float, "f64": c_double, "i32": c_int32, "i64": c_int64, "void*": c_void_p},
     **{kind.text: kind for kind in (Float, Double, Half, Int, Long, Words)},
 }
 STRUCTS: list[type[_Struct]] = []
 
 
-def _type(text: str) -> Any:
+def _type(text: str) -> type[_CDataType]:
     return _TYPES[text] if text in _TYPES else POINTER(_type(text.removesuffix("*")))
 
 
