@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -84,16 +85,44 @@ def glob_regex(pattern: str) -> str:
 
 
 def glob_files(pattern: str) -> list[str]:
-    """Paths of the files that a glob matches; `**/` matches any folders, each loop visited once."""
+    """Paths of the files that a glob matches, in any Unicode form of their names.
+
+    `**/` matches any folders, each loop visited once.
+    """
+    first = re.search(WILDCARD, pattern)
+    assert first
+    end = pattern.rindex("/", 0, first.start())
+    folder, rest = as_spelled(pattern[:end]), pattern[end:]
+    forms = [rest, *(unicodedata.normalize(form, rest) for form in ("NFC", "NFD"))]
+    patterns = list(dict.fromkeys(folder + form for form in forms))
     if "**" in pattern:
-        first = re.search(WILDCARD, pattern)
-        assert first
-        folder = pattern[: pattern.rindex("/", 0, first.start())] or "/"
-        wanted = re.compile(glob_regex(pattern))
-        found = [path for path in files_below(folder) if wanted.fullmatch(path)]
+        wanted = re.compile("|".join(map(glob_regex, patterns)))
+        found = [path for path in files_below(folder or "/") if wanted.fullmatch(path)]
     else:
-        found = glob.glob(pattern)
+        found = [path for one in patterns for path in glob.glob(one)]
     return [path for path in found if os.path.isfile(path)]
+
+
+def as_spelled(path: str) -> str:
+    """The path or, if there is nothing there, the one that exists in another Unicode form.
+
+    Keyboards compose a letter and its accents, or a Korean syllable; Macs store them decomposed,
+    also in archives, and look the same.
+    """
+    folder, name = os.path.split(path)
+    if os.path.lexists(path) or not name:
+        return path
+    folder, composed = as_spelled(folder), unicodedata.normalize("NFC", name)
+    alike = [one for one in names_in(folder) if unicodedata.normalize("NFC", one) == composed]
+    return os.path.join(folder, alike[0] if len(alike) == 1 else name)
+
+
+def names_in(folder: str) -> list[str]:
+    """The names in a folder; none if it cannot be listed."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def unique_files(paths: Iterable[str]) -> Iterator[str]:

@@ -22,10 +22,12 @@ from gptray.data.encoding import codec_of
 from gptray.data.folders import (
     WILDCARD,
     LocalFile,
+    as_spelled,
     file_at,
     file_identity,
     files_below,
     glob_files,
+    names_in,
     remote_files,
     shown,
     unique_files,
@@ -191,16 +193,24 @@ def _expand(entry: str) -> list[SourceFile]:
         return _expand_remote(entry)
     if not entry.isprintable() and shown(entry) != entry:
         raise UserError(f"{shown(entry)}: not UTF-8; name the file by its folder or by a glob")
-    path = str(absolute(entry))
+    path = as_spelled(str(absolute(entry)))
     if os.path.isdir(path):
         return _from_folder(entry, path)
     if not os.path.lexists(path) and WILDCARD.search(entry):
         return _readable(entry, [_local(match) for match in glob_files(path)])
     if not os.path.exists(path):
-        raise UserError(f"{shown(entry)}: {_missing(path)}")
+        raise UserError(f"{shown(entry)}: {_unlisted(entry) or _missing(path)}")
     if not os.path.isfile(path):
         raise UserError(f"{shown(entry)}: neither a file nor a folder")
     return _readable(entry, [_local(path)])
+
+
+def _unlisted(entry: str) -> str:
+    """What is wrong with names of files that only commas join; "" for another entry."""
+    names = [name.strip() for name in entry.split(",")]
+    if len(names) < 2 or not all(os.path.exists(absolute(name)) for name in names):
+        return ""
+    return f"there is no such file; a list is written '[{', '.join(names)}]'"
 
 
 def _missing(path: str) -> str:
@@ -274,4 +284,4 @@ def _nearby(path: str) -> str:
     folder, name = os.path.split(path)
     if not os.path.isdir(folder):
         return f" ({folder} is not a folder)"
-    return did_you_mean(nearest(name, os.listdir(folder)))
+    return did_you_mean(nearest(name, names_in(folder)))

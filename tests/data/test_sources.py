@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_uri_that_leads_nowhere_is_named(folder: Path, uri: str) -> None:
         find_files(uri.format(folder))
 
 
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_name_is_found_in_any_unicode_form(tmp_path: Path, typed: str, stored: str) -> None:
+    name = "\ud55c\uae00 caf\u00e9"
+    path = tmp_path / name / unicodedata.normalize(stored, f"{name}.txt")
+    path.parent.mkdir()
+    path.write_text("x")
+    for source in (f"{name}/{name}.txt", f"{name}/{name[0]}*.txt", f"**/{name}.*", name):
+        words = f"{tmp_path}/{unicodedata.normalize(typed, source)}"
+        assert names(tmp_path, words) == [os.path.relpath(path, tmp_path)], source
+
+
 def test_literal_name_wins_over_glob(folder: Path) -> None:
     (folder / "[b].txt").write_text("x")
     assert names(folder, str(folder / "[b].txt")) == ["[b].txt"]
@@ -92,6 +105,7 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("bb.txt", r"bb\.txt: there is no such file or folder; did you mean b\.txt\?"),
         ("nowhere/b.txt", r"nowhere is not a folder"),
+        ("b.txt,b.txt", r"there is no such file; a list is written '\[.*, .*b\.txt\]'"),
         ("*.parquet", "no file matches"),
         (
             "notes.docx",
@@ -114,7 +128,7 @@ def test_what_cannot_be_read_is_named(folder: Path, source: str, message: str) -
         (folder / name).write_text("{}")
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=message):
-        find_files(str(folder / source))
+        find_files(",".join(str(folder / name) for name in source.split(",")))
 
 
 def test_all_mistakes_of_a_list_come_at_once(folder: Path) -> None:
