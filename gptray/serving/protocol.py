@@ -45,6 +45,7 @@ ALIASES = {
     "max_completion_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "max_length": "max_tokens",
+    "n_predict": "max_tokens",
     "min_new_tokens": "min_tokens",
     "num_return_sequences": "n",
     "stop_strings": "stop",
@@ -52,36 +53,50 @@ ALIASES = {
     "messages": "prompt",
     "prompt": "messages",
     "input": "prompt",
+    "inputs": "prompt",
     "top_logprobs": "logprobs",
 }
-# Keys that are ignored if they have one of these values; None: whatever their value.
-WITHOUT_EFFECT: dict[str, tuple[object, ...] | None] = {
-    "user": None,
-    "store": None,
-    "metadata": None,
-    "service_tier": None,
-    "safety_identifier": None,
-    "prompt_cache_key": None,
-    "request_id": None,
-    "skip_special_tokens": None,
-    "spaces_between_special_tokens": None,
+# Other keys of OpenAI's and vLLM's APIs: ignored whatever their value,
+_IGNORED = (
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prediction", "cache_salt",
+    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls",
+    "request_id", "include_reasoning", "skip_special_tokens", "spaces_between_special_tokens",
+)  # fmt: skip
+# never accepted,
+_REFUSED = (
+    "audio", "moderation", "web_search_options", "thinking_token_budget", "repetition_detection",
+    "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "allowed_token_ids",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    "chat_template", "kv_transfer_params", "vllm_xargs",
+)  # fmt: skip
+# or ignored with these values, and otherwise not accepted.
+_HARMLESS: dict[str, tuple[object, ...]] = {
     "detokenize": (True,),
     "suffix": ("",),
+    "best_of": (1,),
+    "echo": (False,),
+    "add_special_tokens": (False,),
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "stop_token_ids": ([],),
     "bad_words": ([],),
+    "logits_processors": ([],),
     "priority": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": None,
     "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "documents": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
 # The most wrong keys that a message lists.
 MAX_PROBLEMS = 12
@@ -224,15 +239,16 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
             continue
         if key in specs:
             known[key] = _whole_number(value) if int in specs[key].kinds else value
-        elif key not in WITHOUT_EFFECT:
+        elif key in _REFUSED or key in _HARMLESS:
+            if value not in _HARMLESS.get(key, ()):
+                problems[key] = f"{key} is not supported"
+        elif key not in _IGNORED:
             if len(problems) == MAX_PROBLEMS:
                 problems[key] = "... and more unknown keys"
                 break
             near = ALIASES.get(key) or nearest(key, specs)
             meant = did_you_mean(near if near in specs else None)
             problems[key] = f"unknown key {key[:60]!r}{meant}"
-        elif (harmless := WITHOUT_EFFECT[key]) is not None and value not in harmless:
-            problems[key] = f"{key} is not supported"
     try:
         request = kind.model_validate(known)
     except ValidationError as error:

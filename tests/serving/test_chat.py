@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -252,6 +254,40 @@ def test_wrong_keys_say_what_is_meant(client: OpenAI, server: Server) -> None:
     assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     with pytest.raises(NotFoundError, match="does not exist. Served here: tiny"):
         client.chat.completions.create(model="other", messages=[{"role": "user", "content": "a"}])
+
+
+def test_every_key_of_openais_package_is_known(server: Server) -> None:
+    for kind, path in (
+        (completion_create_params.CompletionCreateParamsBase, "completions"),
+        (chat_params.CompletionCreateParamsBase, "chat/completions"),
+    ):
+        for key in kind.__annotations__:
+            answer = httpx.post(f"{server.url}/v1/{path}", json={key: "odd"}, timeout=60)
+            assert "unknown key" not in answer.text, key
+
+
+@pytest.mark.parametrize(
+    ("ignored", "refused"),
+    [
+        ({"best_of": 1, "echo": False, "add_special_tokens": False}, {"best_of": 2, "echo": True}),
+        ({"documents": [], "mm_processor_kwargs": {}}, {"documents": [{"text": "a"}]}),
+        ({"include_reasoning": True, "cache_salt": "a"}, {"chat_template": "{{ messages }}"}),
+        ({"return_tokens_as_token_ids": False}, {"return_tokens_as_token_ids": True}),
+        ({"reasoning_effort": "none", "verbosity": "medium"}, {"reasoning_effort": "low"}),
+        ({"prompt_logprobs": None}, {"prompt_logprobs": 1, "truncate_prompt_tokens": 5}),
+        ({"logits_processors": []}, {"structured_outputs": {"choice": ["a", "b"]}}),
+    ],
+)
+def test_vllms_keys_are_harmless_or_not_supported(
+    server: Server, ignored: dict[str, Any], refused: dict[str, Any]
+) -> None:
+    asked = {"messages": ASK, "max_tokens": 2}
+    assert post(server, **asked, **ignored).status_code == 200
+    answer = post(server, **asked, **refused)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "\n".join(
+        f"{key} is not supported" for key in refused
+    )
 
 
 def test_a_model_without_a_template_says_where_to_go() -> None:
