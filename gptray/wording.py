@@ -24,6 +24,13 @@ def time_words(seconds: float) -> str:
     return f"{text} {unit}" + ("s" if unit == "day" and text != "1" else "")
 
 
+def duration(seconds: float) -> str:
+    """A time to the minute or the second: "1h02m", "3m05s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
 def size_words(num_bytes: int) -> str:
     """An amount of data: "12 bytes", "20.0 kB", "1,234.5 MB"."""
     if num_bytes < 1000:

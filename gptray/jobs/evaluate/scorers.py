@@ -18,7 +18,7 @@ from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.evaluate.check import CheckedEvaluation
 from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
 from gptray.jobs.progress.bar import Bar
-from gptray.jobs.train.watch import duration
+from gptray.wording import duration
 
 POLL_S = 0.25
 # Calls queued at one actor: just one, since a second could run on another actor that is free.

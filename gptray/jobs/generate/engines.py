@@ -31,10 +31,9 @@ from gptray.jobs.generate.output_plan import UNDECIDED
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.progress.bar import Bar
 from gptray.jobs.progress.doing import doing
-from gptray.jobs.train.watch import duration
 from gptray.model.shape import read_shape
 from gptray.native.measured import Choice
-from gptray.wording import first_line
+from gptray.wording import duration, first_line
 
 log = logging.getLogger("gptray")
 

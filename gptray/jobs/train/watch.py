@@ -36,7 +36,7 @@ from gptray.record import (
     read_metrics,
 )
 from gptray.stored import Unreadable
-from gptray.wording import count, perplexity
+from gptray.wording import count, duration, perplexity
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
@@ -258,9 +258,3 @@ def _base_text(event: Event) -> str:
     for name, score in event.get("also", {}).items():
         text += f"  {name} bpb {score['bpb']:.3f}"
     return text
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"

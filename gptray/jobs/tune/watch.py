@@ -22,11 +22,11 @@ from gptray.config.keys import shown
 from gptray.data.difference import percent
 from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
 from gptray.jobs.progress.doing import following, telling
-from gptray.jobs.train.watch import duration
 from gptray.record import read_events
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
+from gptray.wording import duration
 
 log = logging.getLogger("gptray")
 POLL_S = 1.0
