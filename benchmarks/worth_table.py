@@ -36,7 +36,7 @@ def summary(
 
     trained_on: the fraction that the new ways trained on.
     """
-    curve = TextCurve.fitted(old)
+    curve = TextCurve(old)
     means = {fraction: interval(losses) for fraction, losses in old.items()}
     ways = {way: interval(losses) for way, losses in new.items()}
     needed = {way: curve.needed(losses) for way, losses in new.items()}

@@ -34,7 +34,7 @@ START, END = "events.out.tfevents.0000000001.hparams", "events.out.tfevents.0000
 
 def write_hparams(folder: Path) -> None:
     """Write a sweep's missing HParams files; rewrite the ends of trials that have continued."""
-    space = Space.of(load_config(str(folder / "config.yaml"), []))
+    space = Space(load_config(str(folder / "config.yaml"), []))
     for trial in load_trials(folder):
         if not trial.started:
             continue

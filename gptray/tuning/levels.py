@@ -24,22 +24,15 @@ ENOUGH = 3
 PART, MOST_PARTS = 4, 3
 
 
-@dataclass(frozen=True)
 class Space:
-    """A sweep's entries, and the config's own values for the paths that apply to it."""
+    """A sweep's search space: its entries, and the config's `own` values for paths that apply."""
 
-    entries: tuple[Entry, ...]
-    own: Mapping[str, object]
-
-    @classmethod
-    def of(cls, config: Config) -> Space:
-        """The search space of a sweep's config."""
-        entries, own = tuple(entries_of(config)), dict[str, object]()
+    def __init__(self, config: Config) -> None:
+        self.entries, self.own = entries_of(config), dict[str, object]()
         config = override(config, {"tune.space": []})  # or each override would check the space
-        for entry in entries:
-            if entry.is_active(own):
-                own |= _own_values(entry, config)
-        return cls(entries, own)
+        for entry in self.entries:
+            if entry.is_active(self.own):
+                self.own |= _own_values(entry, config)
 
     @property
     def paths(self) -> list[str]:

@@ -50,7 +50,7 @@ def write_optuna_file(folder: Path) -> Path:
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Json]]:
-    space = Space.of(load_config(str(folder / "config.yaml"), []))
+    space = Space(load_config(str(folder / "config.yaml"), []))
     trials = {trial.name: trial for trial in load_trials(folder)}
     distributions = {
         path: _distribution(entry, path, [space.own[path]] if path in space.own else [])

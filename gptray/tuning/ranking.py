@@ -6,10 +6,9 @@ Facts for the report's sections; the report puts them into sentences.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Literal
 
-from gptray.tuning.effects import Effect, Effects, Interval, effects_of
+from gptray.tuning.effects import Effect, Interval, effects_of
 from gptray.tuning.levels import Setting, Space, settings_of
 from gptray.tuning.sweep_record import Sweep, Trial
 from gptray.tuning.trial_plan import ranked
@@ -18,43 +17,26 @@ from gptray.tuning.trial_plan import ranked
 SPARED = ("stopped", "patience", "wrong", "open")
 
 
-@dataclass(frozen=True)
 class Ranking:
-    """A sweep and what follows from its record.
+    """A sweep and what follows from its record, in its current state.
 
     trials: without repetitions; the best first, then those that cannot win, in order of planning.
     best: the winner or, before the end, the trial with the lowest loss so far. own: the trial that
     runs the config unchanged.
     """
 
-    sweep: Sweep
-    space: Space
-    settings: tuple[Setting, ...]
-    effects: Effects
-    trials: tuple[Trial, ...]
-    repetitions: tuple[Trial, ...]
-    best: Trial | None
-    own: Trial | None
-
-    @classmethod
-    def of(cls, sweep: Sweep) -> Ranking:
-        """Judge a sweep in its current state."""
-        space = Space.of(sweep.config)
+    def __init__(self, sweep: Sweep) -> None:
         first = [trial for trial in sweep.trials if not trial.replicate_of]
-        settings = settings_of(space, first)
         able = ranked(first)
-        by_name = {trial.name: trial for trial in first}
         able_names = {trial.name for trial in able}
-        return cls(
-            sweep=sweep,
-            space=space,
-            settings=tuple(settings),
-            effects=effects_of(sweep, [one for one in settings if one.name != "seed"]),
-            trials=(*able, *(trial for trial in first if trial.name not in able_names)),
-            repetitions=tuple(trial for trial in sweep.trials if trial.replicate_of),
-            best=by_name.get(sweep.winner or "", able[0] if able else None),
-            own=next((trial for trial in first if space.is_own(trial) and trial.best), None),
-        )
+        by_name = {trial.name: trial for trial in first}
+        self.sweep, self.space = sweep, Space(sweep.config)
+        self.settings = settings_of(self.space, first)
+        self.effects = effects_of(sweep, [one for one in self.settings if one.name != "seed"])
+        self.trials = [*able, *(trial for trial in first if trial.name not in able_names)]
+        self.repetitions = [trial for trial in sweep.trials if trial.replicate_of]
+        self.best = by_name.get(sweep.winner or "", able[0] if able else None)
+        self.own = next((one for one in first if self.space.is_own(one) and one.best), None)
 
     @property
     def steps_run(self) -> int:

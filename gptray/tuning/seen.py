@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gptray.config import Config, override
 from gptray.tuning.sweep_record import Trial
 from gptray.wording import count, magnitude
 
 
-@dataclass(frozen=True)
 class Seen:
-    """Steps and tokens trained on; `epochs` are of the trial's `fraction` of the text.
+    """What a trial had trained on at its best evaluation. config: the sweep's.
 
-    tokens: counted each time they were read. share: of the training split (0 to 1), read at least
-    once.
+    tokens: counted each time they were read. epochs: of the trial's `fraction` of the text. share:
+    of the training split (0 to 1), read at least once.
     """
 
-    step: int
-    tokens: int
-    epochs: float
-    fraction: float
-
-    @classmethod
-    def of(cls, trial: Trial, config: Config) -> Seen:
-        """Count up to a trial's best evaluation. config: the sweep's."""
+    def __init__(self, trial: Trial, config: Config) -> None:
         assert trial.best
-        own, step = override(config, trial.values), trial.best["step"]
-        return cls(step, step * own.tokens_per_step, trial.best["epoch"], own.data.fraction)
+        own, self.step = override(config, trial.values), trial.best["step"]
+        self.tokens, self.epochs = self.step * own.tokens_per_step, trial.best["epoch"]
+        self.fraction = own.data.fraction
 
     @property
     def share(self) -> float:

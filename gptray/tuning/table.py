@@ -29,7 +29,7 @@ def write_trials_parquet(folder: Path) -> Path:
     without pauses; message; model_dir.
     """
     sweep = load_sweep(folder)
-    space, specs = Space.of(sweep.config), field_specs(Config)
+    space, specs = Space(sweep.config), field_specs(Config)
     settings = [space.settings(trial) for trial in sweep.trials]
     paths = dict.fromkeys([*space.paths, *(key for one in settings for key in one)])
     columns: dict[str, pa.Array] = {

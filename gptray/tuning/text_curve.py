@@ -7,7 +7,6 @@ sweeps. Intervals are 95% credible intervals over seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -26,7 +25,6 @@ DRAWS = 4000
 Losses = Mapping[float, Sequence[float]]
 
 
-@dataclass(frozen=True)
 class TextCurve:
     """Posterior draws of the curve of loss over the share of the text.
 
@@ -38,16 +36,9 @@ class TextCurve:
     shares: ascending. exponents, ends, drops, deviations (of a single run): (draws,).
     """
 
-    shares: tuple[float, ...]
-    exponents: Floats
-    ends: Floats
-    drops: Floats
-    deviations: Floats
-
-    @classmethod
-    def fitted(cls, losses: Losses, *, seed: int = 0) -> TextCurve:
+    def __init__(self, losses: Losses, *, seed: int = 0) -> None:
         """Fit the curve to the losses of three or more shares, with two or more runs each."""
-        shares = tuple(sorted(losses))
+        self.shares = shares = sorted(losses)
         assert len(shares) >= ENOUGH_SHARES
         runs = [(share, loss) for share in shares for loss in losses[share]]
         x, y = np.array(runs).T
@@ -64,11 +55,11 @@ class TextCurve:
         weights = np.exp(fit - fit.max())
         rng = np.random.default_rng(seed)
         drawn = rng.choice(len(EXPONENTS), DRAWS, p=weights / weights.sum())
-        deviations = np.sqrt(rest[drawn] / rng.chisquare(freedom, DRAWS))
+        self.exponents = EXPONENTS[drawn]
+        self.deviations = np.sqrt(rest[drawn] / rng.chisquare(freedom, DRAWS))
         spread = np.linalg.cholesky(np.linalg.inv(across))[drawn]
-        noise = (spread @ rng.standard_normal((DRAWS, 2, 1)))[:, :, 0] * deviations[:, None]
-        drops, ends = (found[drawn] + noise).T
-        return cls(shares, EXPONENTS[drawn], ends, drops, deviations)
+        noise = (spread @ rng.standard_normal((DRAWS, 2, 1)))[:, :, 0] * self.deviations[:, None]
+        self.drops, self.ends = (found[drawn] + noise).T
 
     @property
     def fall(self) -> Interval:

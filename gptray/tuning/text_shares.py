@@ -90,7 +90,7 @@ class TextShares:
     def curve(self) -> TextCurve:
         """The curve of `plain`, which must not be None."""
         assert self.plain
-        return TextCurve.fitted(self.plain.losses)
+        return TextCurve(self.plain.losses)
 
 
 def _is_cut_off(trial: Trial) -> bool:

@@ -40,7 +40,7 @@ def effects(
     write_sweep(folder, config, cut(config, made) if asha else made)
     sweep = load_sweep(folder)
     first = [trial for trial in sweep.trials if not trial.replicate_of]
-    return effects_of(sweep, settings_of(Space.of(config), first))
+    return effects_of(sweep, settings_of(Space(config), first))
 
 
 def one(found: Effects, name: str, level: str) -> Effect:
@@ -213,7 +213,7 @@ def test_tied_paths_are_one_setting_and_the_baseline_is_one_of_its_trials(tmp_pa
     config = sweep_config(space, "tune.num_samples=8", "optim.max_grad_norm=null")
     made = trained(config, lambda values: (0.0, 0.0))
     write_sweep(tmp_path, config, [Made("0099", {}, made[0].curve), *made])
-    settings = settings_of(Space.of(config), load_sweep(tmp_path).trials)
+    settings = settings_of(Space(config), load_sweep(tmp_path).trials)
     size, split, clip, step = settings
     assert size.name == "model.n_embd, model.n_inner"
     assert size.levels == ("128, 512", "256, null") and size.reference == 1
@@ -232,7 +232,7 @@ def test_a_level_is_compared_with_the_most_frequent_where_the_own_one_is_rare(
     config = sweep_config(space, "tune.num_samples=12", "model.dropout=0")
     made = trained(config, lambda values: (0.0, 0.0))
     write_sweep(tmp_path, config, [Made("0099", {}, made[0].curve), *made])
-    (setting,) = settings_of(Space.of(config), load_sweep(tmp_path).trials)
+    (setting,) = settings_of(Space(config), load_sweep(tmp_path).trials)
     assert setting.levels == ("0.1", "0.2", "0") and setting.reference == 1
     assert sorted(setting.of.values()) == [0] * 4 + [1] * 8 + [2]
 

@@ -28,7 +28,7 @@ def runs(law: Law, share: float, rng: random.Random, noise: float = 0.01) -> lis
 
 def curve(law: Law, seed: int) -> TextCurve:
     rng = random.Random(seed)
-    return TextCurve.fitted({share: runs(law, share, rng) for share in SHARES}, seed=seed)
+    return TextCurve({share: runs(law, share, rng) for share in SHARES}, seed=seed)
 
 
 def test_a_straight_line_is_followed_without_a_floor() -> None:
@@ -64,16 +64,16 @@ def test_losses_beyond_the_curve_stay_at_its_ends() -> None:
 
 
 def test_runs_that_agree_to_the_last_digit_have_a_curve() -> None:
-    found = TextCurve.fitted({share: [line(share)] * 2 for share in SHARES})
+    found = TextCurve({share: [line(share)] * 2 for share in SHARES})
     assert found.needed([line(0.5)] * 2).middle == pytest.approx(0.5, abs=1e-3)
-    level = TextCurve.fitted(dict.fromkeys(SHARES, [2.0, 2.0]))
+    level = TextCurve(dict.fromkeys(SHARES, [2.0, 2.0]))
     assert level.at(2).middle == pytest.approx(2.0)
 
 
 def test_no_loss_to_come_is_below_zero() -> None:
-    steep = TextCurve.fitted({share: [line(share) - 2.5, line(share) - 2.4] for share in SHARES})
+    steep = TextCurve({share: [line(share) - 2.5, line(share) - 2.4] for share in SHARES})
     assert steep.at(16).low == 0 and steep.fall.low > 0
     rng = random.Random(1)
     bent = {share: runs(lambda s: 0.05 / s, share, rng, 0.02) for share in SHARES}
-    floor = TextCurve.fitted(bent).floor
+    floor = TextCurve(bent).floor
     assert floor.low == 0 < floor.middle < floor.high

@@ -32,7 +32,7 @@ def tell_winner(sweep: Sweep, place: str) -> None:
         log.warning("%s", loses_text(trial))
     if stopped := StoppedEarly.of_sweep(folder):
         log.info("%s", stopped.words)
-    seen = Seen.of(winner, sweep.config)
+    seen = Seen(winner, sweep.config)
     bpb = f"{score(winner):.4f} bits per byte"
     log.info("winner: trial %s with %s; it has seen %s", winner.name, bpb, seen.words)
     if shares := TextShares.of(sweep):
@@ -63,7 +63,7 @@ def outcome(sweep: Sweep, place: str) -> dict[str, object]:
     baseline = next((one for one in sweep.trials if not one.values and one.best), None)
     counts = collections.Counter(trial.outcome for trial in sweep.trials)
     assert winner.best
-    seen = Seen.of(winner, sweep.config)
+    seen = Seen(winner, sweep.config)
     stopped = StoppedEarly.of_sweep(sweep.folder)
     return {
         "sweep_dir": place,

@@ -49,7 +49,7 @@ def headline(standing: Ranking) -> str:
     if best is None:
         over = any(trial.outcome for trial in standing.sweep.trials)
         return "No trial produced a model." if over else "No trial has been evaluated yet."
-    saw = f"Its model has seen {Seen.of(best, standing.sweep.config).words}."
+    saw = f"Its model has seen {Seen(best, standing.sweep.config).words}."
     parts = _who(standing, best), saw, _why(standing, best), _cost(standing)
     return " ".join(filter(None, parts))
 

@@ -57,7 +57,7 @@ def write_sweep_report(folder: Path, *, running: bool = False) -> Path:
     """
     if not (folder / TRIALS).is_file() or not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} has no sweep (config.yaml and {TRIALS})")
-    standing = Ranking.of(load_sweep(folder))
+    standing = Ranking(load_sweep(folder))
     curves = [curves_figure(chart) for chart in learning_charts(standing)]
     effects = effects_figure(standing.effects.of)
     shares = TextShares.of(standing.sweep)
