@@ -13,7 +13,6 @@ code 1 if any round fails.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -27,6 +26,9 @@ from typing import Any
 
 from tiny import TRAINED, finish, job_command, start, write_words
 
+from gptray.files import sha256_of
+from gptray.record import read_events, read_metrics
+
 STEPS = 120
 
 
@@ -39,16 +41,9 @@ def command(storage: Path, name: str, text: Path, *, workers: int) -> list[str]:
     )
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON Lines file that is being written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
-
-
 def wait_for_step(run_dir: Path, step: int, driver: subprocess.Popen[bytes]) -> None:
     while driver.poll() is None:
-        logged = rows(run_dir / "metrics.jsonl")
+        logged = read_metrics(run_dir)
         if logged and logged[-1]["step"] >= step:
             return
         time.sleep(0.005)
@@ -67,7 +62,7 @@ def disturb(arguments: list[str], run_dir: Path, victim: str, rng: random.Random
         driver.communicate()
         driver = start(arguments)
     else:
-        starts = [row for row in rows(run_dir / "events.jsonl") if row["event"] == "start"]
+        starts = [event for event in read_events(run_dir) if event["event"] == "start"]
         os.kill(starts[-1]["pid"], signal.SIGKILL)
     finish(driver)
     return step
@@ -83,10 +78,10 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
     ]
     timeless = [
         {key: value for key, value in row.items() if key != "tokens_per_sec"}
-        for row in rows(run_dir / "metrics.jsonl")
+        for row in read_metrics(run_dir)
     ]
     return {
-        "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+        "sha256": list(map(sha256_of, files)),
         "metrics": timeless,
     }
 

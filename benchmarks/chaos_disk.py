@@ -27,9 +27,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chaos import rows
 from pyarrow import parquet
 from tiny import TRAINED, job_command, write_words
+
+from gptray.record import read_events, read_metrics, read_rows
 
 SIZE_MB, STEPS = 64, 60
 TRAIN = [*TRAINED, "model.n_embd=96", "train.precision=fp32", f"train.max_steps={STEPS}"]
@@ -68,7 +69,7 @@ def step_is(step: int, run: str = "run") -> Moment:
     """The moment when a run has logged a step."""
 
     def is_there(disk: Path) -> bool:
-        logged = rows(disk / run / "metrics.jsonl")
+        logged = read_metrics(disk / run)
         return bool(logged) and logged[-1]["step"] >= step
 
     return is_there
@@ -80,7 +81,7 @@ def has(pattern: str) -> Moment:
 
 
 def last_is_evaluated(disk: Path) -> bool:
-    events = rows(disk / "run" / "events.jsonl")
+    events = read_events(disk / "run")
     return any(one["event"] == "evaluated" and one["step"] == STEPS for one in events)
 
 
@@ -210,7 +211,7 @@ def faults(way: Way, storage: Path, code: int, errors: str) -> list[str]:
     if told != 1:
         found.append(f"{told} sentences")
     for events in storage.rglob("events.jsonl"):
-        starts = sum(row["event"] == "start" for row in rows(events))
+        starts = sum(row["event"] == "start" for row in read_rows(events))
         if starts > 1:
             found.append(f"{starts} attempts")
     return found

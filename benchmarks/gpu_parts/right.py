@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import abc
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,11 @@ from made_tokens import text_tokens
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
+from gptray.files import sha256_of
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.jobs.train.samples import sample_texts
+from gptray.record import read_metrics
 from gptray.training.loop import fit
 
 CPU = torch.device("cpu")
@@ -33,13 +32,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 class Interrupted(Exception):
     """Simulates whatever interrupts a run."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    folder: Path
-    sha256: str
-    val_loss: float
 
 
 def right(bench: Bench) -> None:
@@ -63,7 +55,7 @@ def same_bits(bench: Bench, data: TokenData, kind: str, keys: dict[str, Any]) ->
         trained(bench, data, f"right: {kind}{how}", keys, stop=bool(stop))
         for how, stop in (("", False), (", again", False), (", resumed", True))
     )
-    same = {"twice": once.sha256 == again.sha256, "resumed": once.sha256 == resumed.sha256}
+    same = {"twice": once == again, "resumed": once == resumed}
     bench.keep(f"right: same bits, {kind}", same)
     bench.say(f"right: same bits, {kind}: twice {same['twice']}, resumed {same['resumed']}")
 
@@ -84,8 +76,11 @@ def trained(
     dropout: float = 0.1,
     stop: bool = False,
     device: torch.device | None = None,
-) -> Trained:
-    """Train a run with `fit`; with `stop`, interrupt it after half its steps and resume it."""
+) -> str:
+    """Train a run with `fit`, and return its model's sha256.
+
+    stop: interrupt it after half its steps and resume it.
+    """
     device, folder, begin = device or bench.device, bench.scratch / name, bench.clock()
     config = small(bench, keys, dropout=dropout, on_gpu=device.type == "cuda")
     half = config.train.max_steps // 2
@@ -113,14 +108,11 @@ def trained(
     finally:
         torch.use_deterministic_algorithms(False)
     assert row["stopped"] == "max_steps" and not interrupt_at, row
-    last = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
-    weights = (folder / "model" / "model.safetensors").read_bytes()
-    result = Trained(folder, hashlib.sha256(weights).hexdigest(), last["val_loss"])
-    seconds = bench.clock() - begin
-    figures = {"val_loss": result.val_loss, "sha256": result.sha256, "seconds": round(seconds, 2)}
-    bench.keep(name, figures)
-    bench.say(f"{name:50} val_loss {result.val_loss:.5f}  {result.sha256[:12]}  {seconds:5.1f} s")
-    return result
+    val_loss = read_metrics(folder)[-1]["val_loss"]
+    digest, seconds = sha256_of(folder / "model" / "model.safetensors"), bench.clock() - begin
+    bench.keep(name, {"val_loss": val_loss, "sha256": digest, "seconds": round(seconds, 2)})
+    bench.say(f"{name:50} val_loss {val_loss:.5f}  {digest[:12]}  {seconds:5.1f} s")
+    return digest
 
 
 def small(bench: Bench, keys: dict[str, Any], *, dropout: float, on_gpu: bool) -> Config:
