@@ -14,11 +14,10 @@ from pydantic.fields import FieldInfo
 
 
 class Bounds(NamedTuple):
-    """A range from `low` (excluded if `is_open`) to `high`."""
+    """A range from `low` to `high`, both included."""
 
     low: float
     high: float
-    is_open: bool = False
 
 
 # The largest count of anything: what a 32-bit integer holds.
@@ -38,7 +37,7 @@ SAMPLING = {
     "min_new_tokens": Bounds(0, LARGEST),
     "temperature": Bounds(0, 100),
     "top_k": Bounds(1, LARGEST),
-    "top_p": Bounds(0, 1, is_open=True),
+    "top_p": Bounds(0, 1),
     "min_p": Bounds(0, 1),
     "repetition_penalty": Bounds(0.01, 100),
     "presence_penalty": Bounds(-2, 2),
@@ -52,8 +51,5 @@ SAMPLING = {
 def within(name: str, *, low: float | None = None) -> FieldInfo:
     """A setting's bounds for pydantic; `low` replaces the table's lower bound."""
     bounds = SAMPLING[name]
-    least = bounds.low if low is None else low
-    found: FieldInfo = (
-        Field(gt=least, le=bounds.high) if bounds.is_open else Field(ge=least, le=bounds.high)
-    )
+    found: FieldInfo = Field(ge=bounds.low if low is None else low, le=bounds.high)
     return found

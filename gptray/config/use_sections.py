@@ -53,7 +53,9 @@ class SampleConfig(Section):
         40, description="sample from the k likeliest; null: from all"
     )
     top_p: Annotated[float, within("top_p")] | None = Field(
-        None, description="sample from the likeliest that add up to this probability; null: off"
+        None,
+        description="sample from the likeliest that add up to this probability, at least one; "
+        "null: off",
     )
     min_p: Annotated[float, within("min_p")] | None = Field(
         None,

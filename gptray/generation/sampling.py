@@ -169,7 +169,8 @@ def _places(ids: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
 
 def is_ranked(sampling: Sampling) -> bool:
     """Whether drawing needs ranked candidates, for top_k or top_p."""
-    is_cut = sampling.top_k is not None or (sampling.top_p or 1.0) < 1.0
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    is_cut = sampling.top_k is not None or top_p < 1.0
     return is_cut and not sampling.is_greedy
 
 

@@ -135,18 +135,16 @@ def _check(name: str, value: object) -> None:
     """Raise ValueError unless the value is off, or a number within the setting's bounds."""
     if value is None and name in _OPTIONAL:
         return
-    low, high, is_open = SAMPLING[name]
+    low, high = SAMPLING[name]
     is_whole = name in _WHOLE
     # NaN fails every comparison.
     if (
         not isinstance(value, int if is_whole else (int, float))
         or isinstance(value, bool)
-        or not (low < value if is_open else low <= value)
-        or not value <= high
+        or not low <= value <= high
     ):
         what = "a whole number" if is_whole else "a number"
-        border = "above" if is_open else "from"
-        raise ValueError(f"{name}={_short(value)} must be {what} {border} {low} to {high}")
+        raise ValueError(f"{name}={_short(value)} must be {what} from {low} to {high}")
 
 
 def _short(value: object) -> str:

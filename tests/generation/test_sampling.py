@@ -105,6 +105,14 @@ def test_samples_follow_the_exact_distribution(sampling: Sampling, entries: int)
     assert chi_square < limit, (chi_square, limit)
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 7}, {"min_p": 0.1}], ids=str)
+def test_a_top_p_of_0_leaves_the_likeliest_token(more: dict[str, float]) -> None:
+    logits = some_logits(400)
+    likeliest = tokens(logits.clone(), rows_of(Sampling(temperature=0), 400))
+    rows = rows_of(Sampling(top_p=0, temperature=4.0, **more), 400)  # type: ignore[arg-type]
+    assert tokens(logits, rows) == likeliest
+
+
 @pytest.mark.parametrize("entries", [V, 5000])
 def test_exactly_k_tokens_are_eligible_though_all_are_tied(entries: int) -> None:
     rows = rows_of(Sampling(top_k=3), 400)
@@ -287,7 +295,7 @@ def test_a_row_with_a_single_nan_draws_nothing(
 @pytest.mark.parametrize(
     "limits",
     [
-        {}, {"top_p": 0.9}, {"top_p": 1e-320}, {"min_p": 0.05}, {"min_p": 1.0},
+        {}, {"top_p": 0.9}, {"top_p": 1e-320}, {"top_p": 0.0}, {"min_p": 0.05}, {"min_p": 1.0},
         {"temperature": 1e-5}, {"temperature": 100.0, "top_p": 0.999, "min_p": 0.01},
     ],
     ids=str,
@@ -333,7 +341,7 @@ def test_extreme_settings_draw_from_the_vocabulary(extreme: dict[str, float]) ->
         {"temperature": float("inf")}, {"temperature": 1e300}, {"top_k": 2**63},
         {"repetition_penalty": 1e-38}, {"max_new_tokens": 2**31},
         {"logit_bias": tuple((token, 1.0) for token in range(1025))},
-        {"logit_bias": ((True, 1.0),)}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -1.0},
+        {"logit_bias": ((True, 1.0),)}, {"top_p": -0.1}, {"top_p": 1.1}, {"min_p": -1.0},
         {"repetition_penalty": 0.0}, {"max_new_tokens": -1}, {"seed": -1}, {"seed": 2**63},
         {"stop": ("",)}, {"min_new_tokens": 65}, {"logprobs": -1}, {"top_k": True},
         {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")},
