@@ -46,7 +46,8 @@ INSTEAD = "call POST /v1/completions, with `prompt`"
 # What to answer to calls of other APIs, by the end of the path.
 UNSUPPORTED = {
     "/messages": "there is no such API here: call POST /v1/chat/completions, with `messages`",
-    "/responses": f"there is no responses API here: {INSTEAD} instead of `input`",
+    "/responses": f"there is no responses API here: {INSTEAD} instead of `input`, or POST "
+    "/v1/chat/completions, with `messages`",
     "/embeddings": "embeddings are not supported; to complete text, call POST /v1/completions",
 }
 # How many of the likeliest tokens the page shows, if the server returns as many.
@@ -99,7 +100,8 @@ def make_app(
 
     async def no_method(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)  # starlette's, with the allowed methods
-        message = f"{request.url.path} does not take {request.method}"
+        instead = f"; to complete text, {INSTEAD}" if request.method == "POST" else ""
+        message = f"{request.url.path} does not take {request.method}{instead}"
         return ApiError(405, message, headers=error.headers).response()
 
     api.add_exception_handler(404, no_route)

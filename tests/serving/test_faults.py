@@ -159,6 +159,11 @@ def test_other_ways_of_asking_wrongly(server: Server) -> None:
     assert missing.status_code == 404
     assert "did you mean /v1/completions?" in missing.json()["error"]["message"]
     assert server.get("/v1/completions").status_code == 405
+    # TGI's clients call the root.
+    told = httpx.post(server.url, json={"inputs": "the cat"}).json()["error"]["message"]
+    assert (
+        told == "/ does not take POST; to complete text, call POST /v1/completions, with `prompt`"
+    )
     assert server.get("/v1/models/../../etc/passwd").status_code == 404
 
 
