@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -30,6 +34,7 @@ from tests.jobs.generating import generate
 PROMPTS = ["the cat", "a dog", "", "the cat"]
 NO_TEXTS: Any = {"prompt": "the cat"}
 NOTHING: Any = None
+BYTES: Any = b"the cat"
 MISSPELT: dict[str, Any] = {"precison": "fp32"}
 OTHERS: dict[str, Any] = {"do_sample": True}
 SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
@@ -200,6 +205,7 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
         (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
         (lambda llm: llm.generate(NO_TEXTS), "a list of texts, got dict"),
+        (lambda llm: llm.generate(BYTES), "a list of texts, got bytes"),
         (lambda llm: llm.generate(NOTHING), "a list of texts, got NoneType"),
         (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
@@ -214,6 +220,39 @@ def test_a_mistake_names_what_is_wrong_and_the_nearest(
         wrong(llm)
     assert said in str(mistake.value)
     assert "stop" not in str(mistake.value)  # which do_sample does not mean
+
+
+FORKING = """
+import os, signal, sys
+from gptray import LLM, UserError
+
+def opened(): return LLM(sys.argv[1], precision="fp32")
+
+llm = opened()
+for use in (lambda: llm.generate("the cat"), lambda: llm.stream("the cat"), opened):
+    if not os.fork():
+        signal.alarm(60)
+        try:
+            use()
+        except UserError as error:
+            print(error)
+        sys.exit()
+    os.wait()
+print(llm.generate("the cat")[0].finish_reason)
+"""
+
+
+def test_a_forked_process_is_told_to_open_its_own_after_a_spawn(model_dir: Path) -> None:
+    asked = [sys.executable, "-W", "ignore", "-c", FORKING, str(model_dir)]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    assert len(told) == 4 and told[3] == "length"
+    assert all("multiprocessing's spawn" in line for line in told[:3])
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_llm_says_that_it_cannot_be_pickled(llm: LLM, copied: Callable[[LLM], object]) -> None:
+    with pytest.raises(TypeError, match="open one in each process"):
+        copied(llm)
 
 
 def test_a_run_is_opened_by_its_name(model_dir: Path, tmp_path: Path, llm: LLM) -> None:

@@ -34,7 +34,7 @@ def _plain(value: Any) -> Any:
 
 def texts_of(prompts: str | abc.Sequence[str]) -> list[str]:
     """One text or several, as a list. Raises UserError for anything else."""
-    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, Mapping):
+    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, (Mapping, bytes)):
         raise UserError(f"prompts must be text or a list of texts, got {type(prompts).__name__}")
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     for number, prompt in enumerate(given):

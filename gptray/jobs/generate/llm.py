@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import abc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TypedDict, Unpack
+from typing import NoReturn, TypedDict, Unpack
 
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
 from gptray.config.use_sections import ROW_SETTINGS
@@ -34,6 +35,8 @@ _OPTIONS = {
 }
 # The keywords of `generate` and `stream`: keys of the config's `sample` section.
 _SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")}
+# The processes that have opened a model: this one, and those that it was forked from.
+_OPENED_IN: set[int] = set()
 
 
 class Options(TypedDict, total=False):
@@ -114,7 +117,12 @@ class LLM:
         llm._open(model)
         return llm
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an LLM cannot be pickled or copied; open one in each process")
+
     def _open(self, model: CheckedModel) -> None:
+        _check_not_forked()
+        _OPENED_IN.add(os.getpid())
         self.name, self.folder = model.name, model.folder
         self._config = model.config
         with doing("opening the model"):
@@ -256,7 +264,17 @@ class LLM:
         return sequence
 
     def _sample(self, settings: Settings) -> SampleConfig:
+        _check_not_forked()
         return override(self._config, values_of(settings, _SETTINGS)).sample
+
+
+def _check_not_forked() -> None:
+    """Raise UserError where OpenMP would wait for threads that a fork has left behind."""
+    if _OPENED_IN and os.getpid() not in _OPENED_IN:
+        raise UserError(
+            "a process forked from one that has opened an LLM cannot run one: start processes by "
+            "multiprocessing's spawn, and open an LLM in each"
+        )
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:
