@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from gptray.config import UserError
-from gptray.config.model_section import RopeScaling
-from gptray.gguf_families import ARCHITECTURES, EMBEDDING, FAMILIES, Family
+from gptray.config.rope_scaling import RopeScaling
+from gptray.gguf_families import ARCHITECTURES, EMBEDDING, FAMILIES
+from gptray.gguf_family import Family
 from gptray.gguf_header import Entry
 
 # Keys, after the architecture, that do not affect the network, or that are checked below.

@@ -11,53 +11,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from gptray.config.limits import MAX_LAYERS
+from gptray.config.rope_scaling import BY_PAIR, RopeScaling, known_scaling
 from gptray.config.values import NonEmpty, Positive, PositiveInt, Probability, Section, Several
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-_MSCALES = ("mscale", "mscale_all_dim")
-_YARN = ("attention_factor", "beta_fast", "beta_slow", *_MSCALES, "truncate")
-# Scalings' lists, with a number for each pair of rotated dimensions.
-_BY_PAIR = ("short_factor", "long_factor")
-# By rope_type: the other keys that a scaling requires, and those that it allows.
-ROPE_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "linear": (("factor",), ()),
-    "llama3": (
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        (),
-    ),
-    "yarn": (("factor", "original_max_position_embeddings"), _YARN),
-    "longrope": ((*_BY_PAIR, "factor", "attention_factor", "original_max_position_embeddings"), ()),
-}
 Width = Annotated[int, Field(gt=0, le=2**24)]
-RopeScaling = dict[str, str | bool | int | float | list[float]]
-
-
-def known_scaling(scaling: RopeScaling | None) -> RopeScaling | None:
-    """Check a scaling of rotary positions in the format of Hugging Face's rope_scaling."""
-    if scaling is None:
-        return None
-    kind = scaling.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
-        raise ValueError(f"rope_type must be one of {', '.join(ROPE_SCALINGS)}")
-    needed, optional = ROPE_SCALINGS[kind]
-    given = scaling.keys() - {"rope_type"}
-    if missing := [key for key in needed if key not in given]:
-        raise ValueError(f"rope_type {kind} also needs {', '.join(missing)}")
-    if unknown := sorted(given - {*needed, *optional}):
-        raise ValueError(
-            f"rope_type {kind} takes {', '.join((*needed, *optional))}, not {unknown[0]}"
-        )
-    for key in given - {"truncate"}:
-        value = scaling[key]
-        if isinstance(value, list) is not (key in _BY_PAIR):
-            raise ValueError(f"{key} must be a {'list' if key in _BY_PAIR else 'number'}")
-        for number in value if isinstance(value, list) else [value]:
-            is_off = number == 0 and key in _MSCALES  # YaRN then goes by the factor alone
-            if isinstance(number, (bool, str)) or not (is_off or 1e-6 <= number <= 1e10):
-                raise ValueError(f"{key} must be a number from 1e-6 to 1e10")
-    if not isinstance(scaling.get("truncate", True), bool):
-        raise ValueError("truncate must be true or false")
-    return scaling
 
 
 def known_layers(layers: list[str] | None) -> list[str] | None:
@@ -139,8 +97,8 @@ class ModelConfig(Section):
     )
     attention_scale: Positive | None = Field(
         None,
-        description="factor of attention's scores (GPT-Neo: 1); null: 1 / the square root of the "
-        "width of a head",
+        description="factor of attention's scores (GPT-Neo: 1; Granite); null: 1 / the square root "
+        "of the width of a head",
     )
     qkv_bias: bool = Field(True, description="bias of queries, keys and values")
     attn_out_bias: bool = Field(True, description="bias of attention's output layer")
@@ -169,6 +127,13 @@ class ModelConfig(Section):
     scale_embedding: bool = Field(
         False, description="multiply embeddings by the square root of n_embd (Gemma)"
     )
+    embedding_multiplier: Positive | None = Field(
+        None, description="factor of embeddings (Granite); null: that of scale_embedding, or none"
+    )
+    residual_multiplier: Positive = Field(
+        1.0, description="factor of the outputs of attention and MLP (Granite)"
+    )
+    logits_scaling: Positive = Field(1.0, description="divisor of the logits (Granite)")
     tie_word_embeddings: bool = Field(
         True, description="share one weight between the embedding and the head"
     )
@@ -177,7 +142,7 @@ class ModelConfig(Section):
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
         "GPT-Neo, OPT, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3, "
-        "StableLM, Gemma or Gemma 3, or a hub id",
+        "StableLM, Granite, Gemma or Gemma 3, or a hub id",
     )
     resize_vocab: bool = Field(
         False,
@@ -222,7 +187,7 @@ class ModelConfig(Section):
     @property
     def embedding_scale(self) -> float:
         """The factor of embeddings."""
-        return self.n_embd**0.5 if self.scale_embedding else 1.0
+        return self.embedding_multiplier or (self.n_embd**0.5 if self.scale_embedding else 1.0)
 
     @property
     def is_gated(self) -> bool:
@@ -279,13 +244,22 @@ class ModelConfig(Section):
             yield "model.attention_scale does not go with model.qk_norm, whose weights scale too"
         if self.wide_qk_norm and not self.qk_norm:
             yield "model.wide_qk_norm needs model.qk_norm=true"
+        if self.embedding_multiplier and self.scale_embedding:
+            yield "model.embedding_multiplier replaces model.scale_embedding; set one of them"
+        if self.residual_multiplier != 1 and (self.post_norm or self.sandwich_norm):
+            yield (
+                "model.residual_multiplier has no place with norms of outputs (model.post_norm, "
+                "model.sandwich_norm)"
+            )
+        if self.logits_scaling != 1 and self.norm == "none":
+            yield "model.logits_scaling needs a norm (model.norm)"
         if self.post_norm and self.sandwich_norm:
             yield "model.sandwich_norm includes model.post_norm; set one of them"
         yield from self._broken_longrope()
 
     def _broken_longrope(self) -> Iterator[str]:
         scaling = self.rope_scaling or {}
-        for key in _BY_PAIR:
+        for key in BY_PAIR:
             each = scaling.get(key)
             if isinstance(each, list) and len(each) != self.rotary_width // 2:
                 yield (

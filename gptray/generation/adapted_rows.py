@@ -18,8 +18,23 @@ from gptray.generation.products import Product, product
 from gptray.model.adapter_files import LowRank
 
 # A block's linear layers, in the order in which `Layer` numbers them.
-QUERIES, INTO_MLP = "attn.c_attn", "mlp.c_fc"
-LAYERS = (QUERIES, "attn.c_proj", INTO_MLP, "mlp.c_proj")
+INTO_MLP = "mlp.c_fc"
+LAYERS = ("attn.c_attn", "attn.c_proj", INTO_MLP, "mlp.c_proj")
+
+
+def output_factors(name: str, config: ModelConfig) -> Tensor | None:
+    """The factors of a layer's outputs (out,) that decoders fold into its weights; None: all 1.
+
+    name: one of LAYERS. The scale of attention's scores is in the rows that make queries, unless a
+    norm comes after them.
+    """
+    factors = None
+    if name == "attn.c_attn" and not config.qk_norm:
+        factors = torch.ones((config.n_head + 2 * config.kv_heads) * config.head_width)
+        factors[: config.n_head * config.head_width] = config.score_scale
+    elif name.endswith("c_proj") and config.residual_multiplier != 1:
+        factors = torch.full((config.n_embd,), config.residual_multiplier)
+    return factors
 
 
 @dataclass(frozen=True)
@@ -48,17 +63,15 @@ class PackedAdapter:
 def numbered_layers(layers: Mapping[str, LowRank], config: ModelConfig) -> list[LowRank | None]:
     """An adapter's products by layer number: block after block, each in the order of LAYERS.
 
-    layers: by parameter name. The attention scale is folded into the queries, as in the decoders'
-    own weights.
+    layers: by parameter name. `output_factors` are folded in, as in the decoders' own weights.
     """
     found: list[LowRank | None] = []
     for layer in range(config.n_layer):
         for name in LAYERS:
             one = layers.get(f"transformer.h.{layer}.{name}.weight")
-            if one and name == QUERIES and not config.qk_norm:
-                b = one.b.clone()
-                b[: config.n_head * config.head_width] *= config.score_scale
-                one = LowRank(one.a, b)
+            factors = output_factors(name, config)
+            if one and factors is not None:
+                one = LowRank(one.a, one.b * factors[:, None])
             found.append(one)
     return found
 

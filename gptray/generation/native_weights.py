@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptray.generation.adapted_rows import INTO_MLP, LAYERS, output_factors
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
 from gptray.model.layers import RMSNorm
@@ -78,7 +79,8 @@ class NativeWeights:
         return abi.Model(
             (abi.Block * len(blocks))(*blocks),
             *map(self._floats, (wte, wpe)),
-            self._norm(transformer.ln_f),
+            # What divides the logits is in the norm before the head.
+            self._norm(transformer.ln_f, 1 / config.logits_scaling),
             head,
             config.n_layer,
             config.n_embd,
@@ -115,21 +117,12 @@ class NativeWeights:
     def _block(self, block: nn.Module, layer: int, angles: Angles | None) -> abi.Block:
         assert isinstance(block, Block)
         config, attention = self._model.config, block.attn
-        # The scale of scores is folded into the rows that make q, or into the norm after them.
-        scale = config.score_scale
-        factors = torch.ones(attention.c_attn.out_features)
-        factors[: config.n_head * config.head_width] = 1.0 if config.qk_norm else scale
-        linear = (
-            self._layer(attention.c_attn, factors=factors),
-            self._layer(attention.c_proj),
-            self._layer(block.mlp.c_fc, is_gated=config.is_gated),
-            self._layer(block.mlp.c_proj),
-        )
+        linear = [self._layer(block, name) for name in LAYERS]
         for number, one in enumerate(linear, start=layer * len(linear)):
             one.number = number
         return abi.Block(
             *map(self._norm, block.norms),
-            self._norm(attention.q_norm, scale),
+            self._norm(attention.q_norm, config.score_scale),
             self._norm(attention.k_norm),
             *linear,
             config.window(layer) or config.n_positions,
@@ -141,7 +134,7 @@ class NativeWeights:
         if module is None or isinstance(module, nn.Identity):
             return abi.Norm(None, None, 0.0)
         assert isinstance(module, RMSNorm | nn.LayerNorm)
-        bias = self._full(module.bias) if isinstance(module, nn.LayerNorm) else None
+        bias = self._full(module.bias) * scale if isinstance(module, nn.LayerNorm) else None
         offset = module.offset if isinstance(module, RMSNorm) else 0.0
         weight = (self._full(module.weight) + offset) * scale
         return abi.Norm(self._floats(weight), self._floats(bias), module.eps)
@@ -198,14 +191,14 @@ class NativeWeights:
         placed = self._arena.place((*pairs.shape[:2], width), torch.uint8)
         return self._keep(torch.cat(both, dim=2, out=placed))
 
-    def _layer(
-        self, layer: nn.Linear, *, factors: Tensor | None = None, is_gated: bool = False
-    ) -> abi.Linear:
-        """Pack a layer, its outputs times `factors` (out,). is_gated: these gate each other."""
+    def _layer(self, block: Block, name: str) -> abi.Linear:
+        """Pack one of LAYERS."""
+        layer, factors = block.get_submodule(name), output_factors(name, self._model.config)
+        assert isinstance(layer, nn.Linear)
         weight, bias = self._full(layer.weight), None
         if layer.bias is not None:
             bias = self._full(layer.bias) if factors is None else self._full(layer.bias) * factors
-        if is_gated:
+        if name == INTO_MLP and self._model.config.is_gated:
             weight, bias = (
                 interleaved(weight),
                 None if bias is None else interleaved(bias).flatten(),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gptray.config import ModelConfig
 from gptray.generation import gpu_kernels
-from gptray.generation.adapted_rows import LAYERS, Layer, Run, run_plain
+from gptray.generation.adapted_rows import LAYERS, Layer, Run, output_factors, run_plain
 from gptray.generation.choosing import CHUNK
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import Product, product
@@ -75,7 +75,9 @@ class PackedGPT:
             packed(cast(Block, block), layer, config, full, dtype)
             for layer, block in enumerate(transformer.h)
         ]
-        self._ln_f = _norm(transformer.ln_f, full, dtype, fused=fused)
+        # What divides the logits is in the norm before the head.
+        scale = 1 / config.logits_scaling
+        self._ln_f = _norm(transformer.ln_f, full, dtype, fused=fused, scale=scale)
         choose_kernels(
             [self._head, *chain.from_iterable(one.products for one in self._blocks)], rows
         )
@@ -131,10 +133,9 @@ class _Block:
         counts = {module: importance.get(f"{name}.weight") for name, module in modules}
         numbers = count(layer * len(LAYERS))
 
-        def packed(
-            layer: nn.Linear, kind: str | None = None, factors: Tensor | None = None
-        ) -> Layer:
-            """The next layer, its outputs times `factors` (out,)."""
+        def packed(name: str, kind: str | None = None) -> Layer:
+            layer, factors = block.get_submodule(name), output_factors(name, config)
+            assert isinstance(layer, nn.Linear)
             weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
             if factors is not None:
                 factors = factors.to(weight.device)
@@ -148,17 +149,13 @@ class _Block:
             )
             return Layer(next(numbers), made)
 
-        attention, mlp = block.attn, block.mlp
         norms = [_norm(norm, full, dtype, fused=fused) for norm in block.norms]
         self.before_attn, self.after_attn, self.before_mlp, self.after_mlp = norms
-        # The scores' scale is in the rows that make q, unless a norm comes after them.
-        factors = torch.ones(attention.c_attn.out_features)
-        factors[: config.n_head * config.head_width] = config.score_scale
-        self.c_attn = packed(attention.c_attn, factors=None if config.qk_norm else factors)
-        self.queries = _queries(attention, config, full, dtype)
-        self.attn_proj = packed(attention.c_proj)
-        self.c_fc = packed(mlp.c_fc, None if config.is_gated else config.mlp)
-        self.mlp_proj = packed(mlp.c_proj)
+        self.c_attn = packed("attn.c_attn")
+        self.queries = _queries(block.attn, config, full, dtype)
+        self.attn_proj = packed("attn.c_proj")
+        self.c_fc = packed("mlp.c_fc", None if config.is_gated else config.mlp)
+        self.mlp_proj = packed("mlp.c_proj")
         gated = gpu_kernels.gated if fused else activation
         self.gated = partial(gated, kind=config.mlp) if config.is_gated else None
         self.residual, self.parallel = config.residual, config.parallel_residual
@@ -194,14 +191,17 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _norm(module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: bool) -> Norm:
+def _norm(
+    module: nn.Module, full: FullTensor, dtype: torch.dtype, *, fused: bool, scale: float = 1.0
+) -> Norm:
+    """The norm, its outputs times `scale`."""
     if isinstance(module, nn.Identity):
         return _same
     if isinstance(module, RMSNorm):
         norm = gpu_kernels.rms_norm if fused else rms_norm
-        return partial(norm, weight=_factors(module, full).to(dtype), eps=module.eps)
+        return partial(norm, weight=(_factors(module, full) * scale).to(dtype), eps=module.eps)
     assert isinstance(module, nn.LayerNorm)
-    weight, bias = full(module.weight).to(dtype), full(module.bias).to(dtype)
+    weight, bias = ((full(one) * scale).to(dtype) for one in (module.weight, module.bias))
     shape = list(weight.shape)
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=module.eps)
 

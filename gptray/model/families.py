@@ -15,6 +15,7 @@ from gptray.model.llama_families import (
     EXAONE4,
     GEMMA,
     GEMMA3,
+    GRANITE,
     LLAMA,
     MISTRAL,
     OLMO2,
@@ -181,6 +182,7 @@ KNOWN: dict[str, Family] = {
     "opt": OPT,
     "gemma": GEMMA,
     "stablelm": STABLELM,
+    "granite": GRANITE,
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptray.config.model_section import ROPE_SCALINGS
+from gptray.config.rope_scaling import ROPE_SCALINGS
 
 
 @dataclass(frozen=True)

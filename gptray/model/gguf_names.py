@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
-from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD, Family
+from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD
+from gptray.gguf_family import Family
 from gptray.gguf_network import OTHER_SCORES, rotary_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json

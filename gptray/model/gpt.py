@@ -55,7 +55,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.residual, self.parallel = config.residual, config.parallel_residual
-        self.post_norm = config.post_norm
+        self.post_norm, self.multiplier = config.post_norm, config.residual_multiplier
         # `compute`, compiled for training: see `gptray.training.device`.
         self.compiled: Callable[[Tensor, Angles | None], Tensor] | None = None
         self.ln_1, self.attn = norm_of(config), Attention(config, layer)
@@ -77,20 +77,26 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, angles: Angles | None) -> Tensor:
         before_attn, after_attn, before_mlp, after_mlp = self.norms
-        y: Tensor = after_attn(self.attn(before_attn(x), angles))
+        y: Tensor = self._scaled(after_attn(self.attn(before_attn(x), angles)))
         y = x + y if self.residual else y
-        mlp_out: Tensor = after_mlp(self.mlp(before_mlp(x if self.parallel else y)))
+        mlp_out = self._scaled(after_mlp(self.mlp(before_mlp(x if self.parallel else y))))
         return y + mlp_out if self.residual or self.parallel else mlp_out
+
+    def _scaled(self, output: Tensor) -> Tensor:
+        return output if self.multiplier == 1 else output * self.multiplier
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the final norm: everything but the head. rows: V."""
+    """Embeddings, blocks and the final norm: everything but the head. rows: V.
+
+    The norm's output is divided by what divides the logits, so the head need not do it.
+    """
 
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
         self.dropout, self.checkpoint_blocks = config.dropout, config.checkpoint_blocks
         self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.scale = config.embedding_scale
+        self.scale, self.divisor = config.embedding_scale, config.logits_scaling
         self.wte = _embedding(rows, config.n_embd)
         if not self.rotary:
             self.wpe = _embedding(config.n_positions, config.n_embd)
@@ -115,7 +121,7 @@ class Transformer(nn.Module):
             else:
                 x = block(x, turns)
         out: Tensor = self.ln_f(x)
-        return out
+        return out if self.divisor == 1 else out / self.divisor
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:

@@ -135,6 +135,8 @@ def _written(config: ModelConfig, family: Family) -> dict[str, object]:
         "n_inner": config.inner,
         "n_kv_head": config.kv_heads,
         "head_dim": config.head_width,
+        "attention_scale": config.score_scale,
+        "embedding_multiplier": config.embedding_scale,
     }
     is_rotary = family.always.get("positions") == "rotary"
     for field, key in family.keys.items():
@@ -155,6 +157,7 @@ def _written(config: ModelConfig, family: Family) -> dict[str, object]:
 _AMBIGUOUS = {
     *("sliding_window", "layer_types", "global_rope", "no_rope_layers"),
     *("partial_rotary_factor", "rope_theta", "local_rope_theta"),
+    *("attention_scale", "scale_embedding", "embedding_multiplier"),
 }
 
 
@@ -167,6 +170,7 @@ def _canonical(config: ModelConfig) -> str:
         "n_inner": config.inner,
         "n_kv_head": config.kv_heads,
         "head_dim": config.head_width,
+        "scales": (config.score_scale, config.embedding_scale),
         "rotary": (config.rotary_width, config.rope_theta if config.rotary_width else 0),
         "local": _local(config),
         "windows": [config.window(layer) for layer in layers],

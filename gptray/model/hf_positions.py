@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from gptray.config import ModelConfig
 from gptray.config.limits import LARGEST, MAX_LAYERS
-from gptray.config.model_section import FULL, ROPE_SCALINGS, SLIDING
+from gptray.config.model_section import FULL, SLIDING
+from gptray.config.rope_scaling import ROPE_SCALINGS
 from gptray.model.family import Family, Key
 from gptray.stored import is_whole
 

@@ -165,6 +165,18 @@ PHI3 = replace(
     scalings=("longrope",),
 )
 
+GRANITE = replace(
+    LLAMA,
+    architecture="GraniteForCausalLM",
+    keys={
+        **LLAMA.keys,
+        "attention_scale": Key("attention_multiplier", 1.0),
+        "embedding_multiplier": Key("embedding_multiplier", 1.0),
+        "residual_multiplier": Key("residual_multiplier", 1.0),
+        "logits_scaling": Key("logits_scaling", 1.0),
+    },
+)
+
 STABLELM = replace(
     LLAMA,
     architecture="StableLmForCausalLM",

@@ -240,6 +240,15 @@ def test_all_mistakes_show_at_once_with_their_places(write: Write) -> None:
         (["model.local_rope_theta=50"], ["model.local_rope_theta", "model.positions=rotary"]),
         (["model.wide_qk_norm=true"], ["model.wide_qk_norm", "model.qk_norm=true"]),
         (
+            ["model.embedding_multiplier=2", "model.scale_embedding=true"],
+            ["model.embedding_multiplier", "model.scale_embedding"],
+        ),
+        (
+            ["model.residual_multiplier=0.5", "model.sandwich_norm=true"],
+            ["model.residual_multiplier", "model.sandwich_norm"],
+        ),
+        (["model.logits_scaling=8", "model.norm=none"], ["model.logits_scaling", "model.norm"]),
+        (
             ["model.attention_scale=2", "model.qk_norm=true"],
             ["model.attention_scale", "model.qk_norm"],
         ),

@@ -38,6 +38,10 @@ LLAMA: dict[str, Any] = {
     "norm": "rmsnorm", "positions": "rotary", "mlp": "swiglu", "n_embd": 48, "n_head": 4,
     "n_kv_head": 2, "n_inner": 100, "qkv_bias": False, "attn_out_bias": False, "mlp_bias": False,
 }  # fmt: skip
+GRANITE = LLAMA | {
+    "attention_scale": 0.5, "residual_multiplier": 0.3, "embedding_multiplier": 5.0,
+    "logits_scaling": 2.0,
+}  # fmt: skip
 BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
 KINDS = [
     ("torch", torch.float32, "none"),
@@ -54,7 +58,7 @@ def tokenizer() -> Tokenizer:
     return small_tokenizer()
 
 
-@pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=[GPT2, LLAMA, GRANITE], ids=["gpt2", "llama", "granite"])
 def base(
     request: pytest.FixtureRequest, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> Base:

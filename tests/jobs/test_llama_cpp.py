@@ -102,6 +102,8 @@ def test_greedy_texts_are_the_same(trained: Path, tmp_path: Path) -> None:
         ("exaone4 without windows", {}),
         ("olmo2", {}),
         *((name, {}) for name in ("gemma", "stablelm", "stablelm, tied")),
+        ("granite", {}),
+        ("granite with biases", {}),
         ("gemma3_text, six layers", {}),
         ("phi3", {"sliding_window": None}),
         ("phi3, LongRoPE", {"original_max_position_embeddings": 256}),  # its shortest context

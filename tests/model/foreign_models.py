@@ -147,6 +147,17 @@ SHAPES |= {
         "StableLm",
         _NEOX | {"num_key_value_heads": 3, "tie_word_embeddings": True},
     ),
+    "granite": (
+        "Granite",
+        _GROUPED | {"embedding_multiplier": 12.0, "attention_multiplier": 0.09,
+                    "residual_multiplier": 0.22, "logits_scaling": 8.0,
+                    "tie_word_embeddings": True},
+    ),
+    "granite with biases": (
+        "Granite",
+        _SHAPE | {"attention_multiplier": 0.25, "residual_multiplier": 1.5, "logits_scaling": 3,
+                  "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3},
+    ),
     "opt": ("OPT", _OPT),
     "opt untied, without biases": (
         "OPT", _OPT | {"enable_bias": False, "tie_word_embeddings": False},
@@ -171,6 +182,7 @@ MIXES: list[dict[str, object]] = [
         "layer_types": ["full_attention", "sliding_attention"],
     },
     {"qk_norm": True, "wide_qk_norm": True, "n_kv_head": 2},
+    {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     {
         "norm": "rmsnorm",
         "centred_norm": True,
@@ -193,6 +205,7 @@ FAMILIES += [
     "opt",
     "gemma",
     "stablelm",
+    "granite",
 ]
 
 

@@ -266,6 +266,7 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "gemma": llama
         | {"mlp": "geglu", **dict.fromkeys(("centred_norm", "scale_embedding"), True)},
         "stablelm": llama | {"norm": "layernorm"},
+        "granite": llama | {"residual_multiplier": 0.22},
     }
     assert found.keys() == KNOWN.keys()
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
