@@ -9,26 +9,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-from gptray.config import Config, UserError, flatten, load_config
+from gptray.config import Config, UserError, load_config
 from gptray.config.names import slug
 from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
 from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, name_with
 from gptray.jobs.folders.fetching import fetch_records, records_folder
-from gptray.jobs.folders.places import with_absolute_paths
+from gptray.jobs.folders.places import held_out, run_of, with_absolute_paths
 from gptray.jobs.folders.run_folder import resolve, seen_at
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import checkpoint_step
 from gptray.tuning.sweep_record import published_dir
-
-# Keys that decide which text is held out, besides the seed of the split.
-_HOLD_OUT = ("source", "val_source", "test_source", "text_column", "separator", "encoding", "split")
 
 
 @dataclass(frozen=True)
@@ -94,13 +89,6 @@ def _trained(model_dir: Path) -> Path:
     """The model in the run that trained it: a sweep's model is a copy of its winner's."""
     winner = published_dir(model_dir.parent)
     return winner / "model" if winner and model_dir.name == "model" else model_dir
-
-
-def run_of(model_dir: Path) -> Path | None:
-    """The run that a model folder belongs to: its best model's, or a checkpoint's."""
-    home = model_dir.parent
-    run = home.parent if checkpoint_step(home) is not None else home
-    return run if model_dir.name == "model" and (run / CONFIG).is_file() else None
 
 
 def results_folder(
@@ -185,10 +173,3 @@ def check_goes_with(
             "evaluate.source=..., or train with data.seed=1, which gives runs of any seed the "
             "same split"
         )
-
-
-def held_out(config: Config) -> dict[str, Any]:
-    """The values, by key, that decide which text a run holds out; its paths must be absolute."""
-    flat = flatten(config)
-    seed = config.seed if config.data.seed is None else config.data.seed
-    return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}

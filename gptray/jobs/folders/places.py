@@ -10,17 +10,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gptray.config import Config, UserError, load_saved
+from gptray.config import Config, UserError, flatten, load_saved
 from gptray.config.named_texts import named_texts
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
 from gptray.files import absolute, check_writable, expanded
 from gptray.jobs.models import CONFIG
 from gptray.node_cache import storage_folder
+from gptray.training.checkpoint import checkpoint_step
 
 _DATA_SOURCES = ("data.source", "data.val_source", "data.test_source")
 # Keys whose values are paths.
 SOURCES = (*_DATA_SOURCES, "evaluate.also")
+# Keys that decide which text is held out, besides the seed of the split.
+_HOLD_OUT = ("source", "val_source", "test_source", "text_column", "separator", "encoding", "split")
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -62,6 +65,20 @@ def is_same_place(before: object, now: object) -> bool:
     if isinstance(before, Sequence) and isinstance(now, Sequence) and len(before) == len(now):
         return all(map(is_same_place, before, now))
     return bool(before == now)
+
+
+def run_of(model_dir: Path) -> Path | None:
+    """The run that a model folder belongs to: its best model's, or a checkpoint's."""
+    home = model_dir.parent
+    run = home.parent if checkpoint_step(home) is not None else home
+    return run if model_dir.name == "model" and (run / CONFIG).is_file() else None
+
+
+def held_out(config: Config) -> dict[str, object]:
+    """The values, by key, that decide which text a run holds out; its paths must be absolute."""
+    flat = flatten(config)
+    seed = config.seed if config.data.seed is None else config.data.seed
+    return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}
 
 
 def arguments_for(folder: Path) -> list[str]:

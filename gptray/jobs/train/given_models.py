@@ -14,8 +14,7 @@ from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_files, t
 from gptray.data.vocabulary import differing_ids
 from gptray.files import expanded
 from gptray.hub import NotOnHub
-from gptray.jobs.evaluate.evaluated_model import held_out, run_of
-from gptray.jobs.folders.places import with_absolute_paths
+from gptray.jobs.folders.places import held_out, run_of, with_absolute_paths
 from gptray.jobs.models import CONFIG, open_model, unknown
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
