@@ -34,7 +34,7 @@ from gptray.jobs.evaluate.evaluated_model import (
 )
 from gptray.jobs.folders.places import check_storage, with_absolute_paths
 from gptray.jobs.folders.resuming import state_of
-from gptray.jobs.models import for_workers, with_tokenizer
+from gptray.jobs.models import CONFIG, for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
 from gptray.model.shape import read_shape
@@ -121,7 +121,7 @@ def check(config: Config) -> CheckedEvaluation:
                 f"evaluate.{key} works with one model, but evaluate.model names several"
             )
     check_engine_backend(config)
-    trained = with_absolute_paths(load_config(str(run / "config.yaml"), [])) if run else None
+    trained = with_absolute_paths(load_config(str(run / CONFIG), [])) if run else None
     block_size, stride = _window(config, trained, found)
     text = _text(config, trained, found)
     folder, home = results_folder(config, [found, *others])
