@@ -39,13 +39,14 @@ def help_text(root: type[BaseModel], *, command: str, doc: str) -> str:
 def _keys(root: type[BaseModel], width: int) -> Iterator[str]:
     """Yield the lines of all keys, section by section."""
     section = None
+    bold = "NO_COLOR" not in os.environ and sys.stdout.isatty()
     yield "keys and their defaults:"
     for key, spec in field_specs(root).items():
         head = key.rpartition(".")[0]
         if head != section:
             yield ""
             if head:
-                yield _bold(f"{head}:")
+                yield f"\033[1m{head}:\033[0m" if bold else f"{head}:"
             section = head
         yield from _entry(spec, width)
 
@@ -62,8 +63,3 @@ def _entry(spec: FieldSpec, width: int) -> Iterator[str]:
     for line in lines:
         yield f"{left:<{column}}{line}"
         left = ""
-
-
-def _bold(text: str) -> str:
-    plain = "NO_COLOR" in os.environ or not sys.stdout.isatty()
-    return text if plain else f"\033[1m{text}\033[0m"

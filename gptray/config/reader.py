@@ -205,11 +205,13 @@ class Reader:
         """Add a problem for each wrong key or broken rule; return the given keys involved."""
         keys: set[str] = set()
         for detail in error.errors(include_url=False):
-            key = self._key_of(detail["loc"])
+            parts = [str(part) for part in detail["loc"]]
+            keys_within = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+            key = next((one for one in keys_within if one in self.specs), None)
             rule = detail.get("ctx", {}).get("error")
             if isinstance(rule, EntriesError):
                 keys |= self._explain_entries(rule)
-            elif key is None:
+            elif key is None:  # the whole section
                 keys |= self._explain_rule(str(rule), left_out)
             elif key not in keys:  # a union has an error for each of its members
                 given = self.given[key]
@@ -239,14 +241,6 @@ class Reader:
             line = line_of(keys[0] if keys else item)
             self._problem(f"{given.where.rpartition(':')[0]}:{line}", f"{error.key}: {message}")
         return {error.key}
-
-    def _key_of(self, loc: tuple[int | str, ...]) -> str | None:
-        """Return the key that a location in the tree belongs to; None for a whole section."""
-        for length in range(1, len(loc) + 1):
-            key = ".".join(str(part) for part in loc[:length])
-            if key in self.specs:
-                return key
-        return None
 
 
 def nested(values: Mapping[str, object]) -> dict[str, object]:

@@ -155,7 +155,11 @@ def is_json(file: SourceFile) -> bool:
 def _object_batches(file: SourceFile, prompt_column: str) -> Iterator[ObjectBatch]:
     lines: list[int] = []
     objects: list[Values] = []
-    for line, values in _text_rows(file, prompt_column):
+    if file.format == "csv":
+        rows = _csv_rows(file)
+    else:
+        rows = _lines(file, prompt_column) if file.format == "txt" else _json_rows(file)
+    for line, values in rows:
         lines.append(line)
         objects.append(values)
         if len(lines) == BATCH_ROWS:
@@ -163,12 +167,6 @@ def _object_batches(file: SourceFile, prompt_column: str) -> Iterator[ObjectBatc
             lines, objects = [], []
     if lines:
         yield ObjectBatch(file, lines, objects)
-
-
-def _text_rows(file: SourceFile, prompt_column: str) -> Iterator[tuple[int, Values]]:
-    if file.format == "csv":
-        return _csv_rows(file)
-    return _lines(file, prompt_column) if file.format == "txt" else _json_rows(file)
 
 
 def _lines(file: SourceFile, prompt_column: str) -> Iterator[tuple[int, Values]]:

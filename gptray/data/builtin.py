@@ -53,16 +53,12 @@ def _modules(root: Path) -> Iterator[str]:
         subfolders[:] = sorted(set(subfolders) - _SKIPPED)
         for name in sorted(files):
             if name.endswith(".py"):
-                docstrings = _docstrings(Path(folder, name))
-                if docstrings:
-                    yield "\n\n".join(docstrings)
-
-
-def _docstrings(path: Path) -> list[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old code are not ours to report
-        tree = ast.parse(path.read_bytes())
-    return [text for text in map(ast.get_docstring, _documented(tree)) if text]
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # invalid escapes are not ours to report
+                    tree = ast.parse(Path(folder, name).read_bytes())
+                docstrings = filter(None, map(ast.get_docstring, _documented(tree)))
+                if text := "\n\n".join(docstrings):
+                    yield text
 
 
 def _documented(node: _Documented) -> Iterator[_Documented]:

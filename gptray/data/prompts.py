@@ -189,13 +189,6 @@ def output_schema(
     )
 
 
-def _with_adapter(request: RowRequest, adapter: object) -> RowRequest:
-    """Add the adapter that a row names; the engine checks that it exists."""
-    if adapter in (None, ""):
-        return request
-    return request._replace(settings={**request.settings, ADAPTER: str(adapter)})
-
-
 def prompt_problem(value: object) -> str | None:
     """Why a prompt cannot run; None if it can."""
     if value is None:
@@ -223,7 +216,9 @@ def _staged_batch(
         ]
         if columns.adapter_column is not None:
             adapters = batch.values(columns.adapter_column)
-            requests = list(map(_with_adapter, requests, adapters))
+            for request, adapter in zip(requests, adapters, strict=True):
+                if adapter not in (None, ""):  # the engine checks that it exists
+                    request.settings[ADAPTER] = str(adapter)
     errors = [request.error or prompt_problem(request.prompt) for request in requests]
     own = [
         pa.array([json.dumps(r.settings) if r.settings else None for r in requests], pa.string()),

@@ -31,7 +31,10 @@ def building(data_dir: Path) -> Iterator[Path]:
     folder = _hidden_sibling(data_dir)
     with no_empty_folders(data_dir.parent):
         with storing(data_dir):
-            _remove_abandoned(data_dir)
+            # Attempts that were killed, once they are too old to be running.
+            for path in data_dir.parent.glob(f".{data_dir.name}.*"):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(path)
             folder.mkdir(parents=True)
         try:
             yield folder
@@ -60,10 +63,3 @@ def _publish(folder: Path, data_dir: Path) -> None:
 
 def _hidden_sibling(data_dir: Path) -> Path:
     return data_dir.with_name(f".{data_dir.name}.{uuid.uuid4().hex[:8]}")
-
-
-def _remove_abandoned(data_dir: Path) -> None:
-    """Remove what killed attempts left, once it is too old to belong to a running one."""
-    for path in data_dir.parent.glob(f".{data_dir.name}.*"):
-        if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(path)

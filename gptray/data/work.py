@@ -150,8 +150,8 @@ def tokenise(unit: Sequence[PiecePlan], *, folder: Path, number: int) -> dict[in
     try:
         _write(unit, encoder, writers, folder=folder, number=number)
     except UnreadableText as error:
-        name = _file_with(error.piece, unit)
-        raise UserError(f"{name}: {error}") from None
+        files = (plan.piece.file for plan in unit if _holds(error.piece, plan.piece))
+        raise UserError(f"{next(files).name}: {error}") from None
     return {label: w.shard for label, w in sorted(writers.items()) if w.shard is not None}
 
 
@@ -177,12 +177,8 @@ def _write(
             writers[label].add(part.text, begins=begins, ends=part.ends)
 
 
-def _file_with(piece: str, unit: Sequence[PiecePlan]) -> str:
-    """The name of the unit's first file that contains a piece of text."""
-    for plan in unit:
-        if any(piece in text for text, _ in read_parts(plan.piece)):
-            return plan.piece.file.name
-    raise AssertionError(piece)
+def _holds(text: str, piece: Piece) -> bool:
+    return any(text in part.text for part in read_parts(piece))
 
 
 @lru_cache(maxsize=1)

@@ -59,7 +59,9 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
     said = str(error).strip().split(". ")
     facts = ". ".join(said[1:3]).rstrip(".")
     if size > 1:
-        remedy = f"lower {key} from {size}, such as {key}={_half(size)}"
+        # A proper divisor, so that a batch divisible by `size` stays divisible.
+        smaller = max(number for number in range(1, size) if size % number == 0)
+        remedy = f"lower {key} from {size}, such as {key}={smaller}"
     else:
         remedy = (
             f"{key} is already 1, so the model, train.block_size or model.n_positions is too large"
@@ -74,8 +76,3 @@ def memory_told(key: str, size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise out_of_gpu_memory(error, key=key, size=size) from None
-
-
-def _half(size: int) -> int:
-    """The largest proper divisor, so that a batch divisible by `size` stays divisible."""
-    return max(number for number in range(1, size) if size % number == 0)

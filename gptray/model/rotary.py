@@ -42,15 +42,12 @@ class Rotary:
         if (kinds := self._kinds_on.get(positions.device)) is None:
             kinds = [(one.to(positions.device), scale) for one, scale in self._kinds]
             self._kinds_on[positions.device] = kinds
-        made = [_angles(positions, *kind, dtype) for kind in kinds]
+        made: list[Angles] = []
+        for per_position, scale in kinds:
+            angles = positions.to(per_position.dtype)[:, None] * per_position
+            made.append(((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)))
         both = zip(self._kind_of, self._rotates, strict=True)
         return [made[kind] if rotates else None for kind, rotates in both]
-
-
-def _angles(positions: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> Angles:
-    angles = positions.to(frequencies.dtype)[:, None] * frequencies
-    cos, sin = angles.cos() * scale, angles.sin() * scale
-    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, angles: Angles) -> Tensor:
