@@ -20,7 +20,7 @@ from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.decoder import PROMPT_TOKENS, Piece, StepRows
 from gptray.generation.decoders import make_decoder
 from gptray.generation.sequence import Sequence
-from gptray.generation.settings import check_context
+from gptray.generation.settings import PromptTooLong
 from gptray.generation.utf8 import Utf8
 from gptray.model.adapter_files import LowRank
 from gptray.model.gpt import GPT
@@ -96,7 +96,14 @@ class Engine:
         A sequence that passes is not checked again when it is submitted.
         """
         sampling, prompt = sequence.sampling, sequence.prompt
-        check_context(prompt, sampling, self.n_positions)
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        # max_new_tokens is an upper bound: a sequence that fills the context ends there.
+        if len(prompt) + min(sampling.max_new_tokens, 1) > self.n_positions:
+            raise PromptTooLong(
+                f"the prompt is too long: {len(prompt)} tokens leave no room for a new one in the "
+                f"model's context of {self.n_positions}"
+            )
         if not sampling.max_new_tokens and sequence.prompt_logprobs is None:
             raise ValueError("max_new_tokens=0 must be at least 1")
         last = self.vocab_size - 1

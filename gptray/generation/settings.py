@@ -8,7 +8,6 @@ whole characters, temperature, top-k, top-p, min-p.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -114,21 +113,6 @@ def numbered_seed(seed: int, number: int) -> int:
 
 class PromptTooLong(ValueError):
     """A prompt that leaves no room for a token in the model's context."""
-
-
-def check_context(prompt: Sequence[int], sampling: Sampling, n_positions: int) -> None:
-    """Raise PromptTooLong if the model's context of `n_positions` tokens cannot hold the prompt.
-
-    max_new_tokens is an upper bound: a sequence that fills the context ends there. Raises
-    ValueError for an empty prompt.
-    """
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    if len(prompt) + min(sampling.max_new_tokens, 1) > n_positions:
-        raise PromptTooLong(
-            f"the prompt is too long: {len(prompt)} tokens leave no room for a new one in the "
-            f"model's context of {n_positions}"
-        )
 
 
 def _check(name: str, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse
 
@@ -13,8 +13,6 @@ TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-# The most models that an error message lists.
-MAX_LISTED = 10
 
 
 class ApiError(Exception):
@@ -48,15 +46,6 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, headers=self.headers)
-
-
-def unknown_model(name: str, served: Sequence[str]) -> ApiError:
-    """The error for a request for a model that is not served."""
-    known = ", ".join(served[:MAX_LISTED])
-    if len(served) > MAX_LISTED:
-        known += f" and {len(served) - MAX_LISTED:,} more (GET /v1/models)"
-    message = f"The model `{name[:100]}` does not exist. Served here: {known}."
-    return ApiError(404, message, param="model", code="model_not_found")
 
 
 class ClientGone(Exception):

@@ -20,11 +20,14 @@ from gptray.config import ServeConfig
 from gptray.config.limits import SEEDS
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import PromptTooLong, Sampling
-from gptray.serving.api_error import ApiError, unknown_model
+from gptray.serving.api_error import ApiError
 from gptray.serving.choices import Choice, Echo, Output, as_lists, echo, ids_of, joined
 from gptray.serving.endpoint import Served
 from gptray.serving.protocol import SAMPLED, CompletionRequest, StreamOptions, key_of
 from gptray.serving.streams import Stream, Update
+
+# The most models that an error message lists.
+MAX_LISTED = 10
 
 
 class Completion:
@@ -147,8 +150,14 @@ class Completion:
 
 def check_name(served: Served, name: str | None) -> None:
     """Raise ApiError(404) if `name` is not that of `served`."""
-    if name not in (None, served.name):
-        raise unknown_model(str(name), [one.name for one in served.all])
+    if name is None or name == served.name:
+        return
+    names = [one.name for one in served.all]
+    known = ", ".join(names[:MAX_LISTED])
+    if len(names) > MAX_LISTED:
+        known += f" and {len(names) - MAX_LISTED:,} more (GET /v1/models)"
+    message = f"The model `{name[:100]}` does not exist. Served here: {known}."
+    raise ApiError(404, message, param="model", code="model_not_found")
 
 
 def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) -> None:

@@ -150,18 +150,14 @@ class Served:
         """Whether the engine generates tokens; if it is idle, makes it generate one."""
         try:
             async with asyncio.timeout(HEALTH_S):
-                if self.thread.running:
-                    await self._wait_for_step()
-                else:
+                before = self.thread.steps
+                if not self.thread.running:
                     await self._generate_one()
+                while self.thread.alive and self.thread.steps == before:
+                    await asyncio.sleep(HEALTH_POLL_S)
             return self.thread.alive
         except (TimeoutError, Overloaded, EngineStopped):
             return False
-
-    async def _wait_for_step(self) -> None:
-        before = self.thread.steps
-        while self.thread.alive and self.thread.steps == before:
-            await asyncio.sleep(HEALTH_POLL_S)
 
     async def _generate_one(self) -> None:
         sampling = Sampling(max_new_tokens=1, temperature=0.0)

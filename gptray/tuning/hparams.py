@@ -42,10 +42,12 @@ def write_hparams(folder: Path) -> None:
         start = _start(space.settings(trial))
         _write(session / START, _summary("session_start_info", session_start_info=start))
         rows = trial_dir(folder, trial.name) / METRICS
-        if not trial.outcome or _is_newer(rows, session / END):
-            (session / END).unlink(missing_ok=True)
+        end = session / END
+        is_old = rows.exists() and end.exists() and rows.stat().st_mtime >= end.stat().st_mtime
+        if not trial.outcome or is_old:
+            end.unlink(missing_ok=True)
         if trial.outcome:
-            _write(session / END, *_end(trial))
+            _write(end, *_end(trial))
 
 
 def _start(values: Mapping[str, object]) -> SessionStartInfo:
@@ -78,10 +80,6 @@ def _summary(tag: str, **content: object) -> Summary:
     plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN, content=data)
     value = Summary.Value(tag=f"_hparams_/{tag}", metadata=SummaryMetadata(plugin_data=plugin))
     return Summary(value=[value])
-
-
-def _is_newer(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.stat().st_mtime >= other.stat().st_mtime
 
 
 def _write(path: Path, *summaries: Summary) -> None:
