@@ -83,8 +83,12 @@ class Engine:
 
     @property
     def _prefilling(self) -> Sequence | None:
-        """The sequence in the middle of its prompt, if any: the first that waits."""
-        return self._waiting[0] if self._waiting and self._waiting[0].prefilled else None
+        """The sequence in the middle of its prompt: the first that waits. For any thread."""
+        try:
+            first = self._waiting[0]
+        except IndexError:
+            return None
+        return first if first.prefilled else None
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
         """Pack an adapter for sequences of this engine, see `Network.pack`; not for "graph"."""
