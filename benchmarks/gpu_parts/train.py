@@ -14,6 +14,7 @@ import torch
 from gpu_parts.bench import Bench
 from gpu_parts.peers import NanoGPT, Shape, Step, TransformersGPT2, peer_step
 from made_tokens import random_tokens
+from torch import nn
 
 from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
@@ -52,6 +53,7 @@ class System:
 
 # (function that builds a step, sequences per step, their length).
 Build = tuple[Callable[[], Step], int, int]
+Peer = Callable[[Shape, int], nn.Module]
 
 
 def train(bench: Bench) -> None:
@@ -61,24 +63,17 @@ def train(bench: Bench) -> None:
     def ours(rows: int, **keys: Any) -> Build:
         return lambda: gptray_step(bench, shaped(bench, shape, rows, **keys)), rows, block_size
 
-    def nanogpt(rows: int, *, compiled: bool) -> Build:
+    def peer(kind: Peer, vocab_size: int, rows: int, *, compiled: bool = False) -> Build:
         def build() -> Step:
-            model = NanoGPT(shape, PADDED)
+            model = kind(shape, vocab_size)
             return peer_step(model, rows, block_size, bench.device, compiled=compiled)
-
-        return build, rows, block_size
-
-    def transformers(rows: int) -> Build:
-        def build() -> Step:
-            model = TransformersGPT2(shape, VOCAB_SIZE)
-            return peer_step(model, rows, block_size, bench.device, compiled=False)
 
         return build, rows, block_size
 
     few, many = (2, 4) if bench.tiny else (12, 32)
     eager = {
-        f"nanoGPT's loop, eager, B={few}": nanogpt(few, compiled=False),
-        f"transformers, eager, B={few}": transformers(few),
+        f"nanoGPT's loop, eager, B={few}": peer(NanoGPT, PADDED, few),
+        f"transformers, eager, B={few}": peer(TransformersGPT2, VOCAB_SIZE, few),
         f"gptray, eager, B={few}": ours(few, compile=False),
         f"gptray, eager, deterministic, B={few}": ours(few, compile=False, deterministic=True),
     }
@@ -87,7 +82,7 @@ def train(bench: Bench) -> None:
         for rows in (few, many):
             torch.compiler.reset()  # or it would compile with a dynamic number of rows
             contest(bench, {
-                f"nanoGPT's loop, compiled, B={rows}": nanogpt(rows, compiled=True),
+                f"nanoGPT's loop, compiled, B={rows}": peer(NanoGPT, PADDED, rows, compiled=True),
                 f"gptray, compiled, B={rows}": ours(rows, compile=True),
             })  # fmt: skip
         torch.compiler.reset()
