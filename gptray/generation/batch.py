@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ class _Row:
     """A row of the output: its sequence, or why it has none."""
 
     seed: int
-    adapter: str | None = None
-    error: str | None = None
-    prompt_tokens: int = 0
+    adapter: str | None
+    error: str | None
+    prompt_tokens: int
     sequence: Sequence | None = None
 
     @property
@@ -126,21 +126,20 @@ class PartWriter:
         if adapter is not None and adapter not in self._adapters:
             known = ", ".join(self._adapters)
             error = error or f"the adapter {adapter!r} is not in generate.adapters ({known})"
+        tokens: list[int] = []
+        if error is None:
+            try:
+                special = self._defaults.parse_special
+                tokens = (
+                    self._tokenizer.prompt_ids(prompt, parse_special=special)
+                    if chat is None
+                    else self._tokenizer.chat_ids(chat)
+                )
+            except UserError as problem:
+                error = str(problem)
         seeds = [numbered_seed(first, sample) for sample in range(self._num_samples)]
-        rows = [_Row(seed, adapter, error) for seed in seeds]
-        if error is not None:
-            return rows
-        try:
-            special = self._defaults.parse_special
-            tokens = (
-                self._tokenizer.prompt_ids(prompt, parse_special=special)
-                if chat is None
-                else self._tokenizer.chat_ids(chat)
-            )
-        except UserError as problem:
-            return [replace(row, error=str(problem)) for row in rows]
-        for row in rows:
-            row.prompt_tokens = len(tokens)
+        rows = [_Row(seed, adapter, error, len(tokens)) for seed in seeds]
+        for row in rows if error is None else ():
             try:
                 sampling = Sampling.of(self._defaults, seed=row.seed, **own)
                 row.sequence = self._engine.submit(
