@@ -179,6 +179,19 @@ def test_training_loss_that_rises_along_is_instability_not_overfitting() -> None
 
 
 @pytest.mark.parametrize(
+    ("val", "train"), [([3.70, 7.16], [3.03, 4.55]), ([182.9, 697.9], [37.1, 252.2])]
+)
+def test_training_loss_above_where_it_began_is_instability_however_few_the_evaluations(
+    val: list[float], train: list[float]
+) -> None:
+    rows = rows_of(val, train)
+    config = config_of(rows, "optim.lr=5", "train.patience=1", "train.max_steps=900")
+    diagnosis = diagnose(rows, config)
+    assert (diagnosis.verdict, diagnosis.ended) == ("unstable", "patience")
+    assert [one.change for one in advise(diagnosis, config)][:1] == ["a lower learning rate"]
+
+
+@pytest.mark.parametrize(
     ("val", "train"),
     [
         ([3.372, 3.948, 6.735, 6.260, 6.259, 6.175], [3.681, 3.945, 6.728, 5.806, 5.718, 5.730]),
@@ -231,6 +244,7 @@ def test_a_model_that_learns_nothing_is_told() -> None:
     diagnosis = diagnose(rows, config)
     assert diagnosis.verdict == "stuck"
     assert "Try: a higher learning rate." in sentence(diagnosis, config)
+    assert advise(diagnosis, config)[0].keys == {"optim.lr": 1e-4}
 
 
 def test_one_evaluation_or_none_is_no_story() -> None:
@@ -238,6 +252,15 @@ def test_one_evaluation_or_none_is_no_story() -> None:
     config = config_of(one, "train.max_steps=10")
     assert diagnose(one, config).verdict == "single"
     assert "only one evaluation" in sentence(diagnose(one, config), config)
+    for steps, interval, keys in (
+        (10, 10, {"train.eval_interval": 3}),
+        (6, 100, {"train.eval_interval": 2}),
+        (1, 10, {"train.max_steps": 30}),
+        (1, 1, {"train.max_steps": 3}),
+    ):
+        single = rows_of([3.0], every=steps)
+        config = config_of(single, f"train.eval_interval={interval}")
+        assert [one.keys for one in advise(diagnose(single, config), config)] == [keys]
     none = diagnose([], config)
     assert none.verdict == "none" and none.best is None and none.steps_after_best == 0
     assert sentence(none, config) == "There is no evaluation to judge from yet."

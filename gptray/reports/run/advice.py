@@ -183,7 +183,7 @@ def _against_being_stuck(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
     optim, steps = config.optim, config.train.max_steps
     if optim.warmup_steps > 0.5 * steps:
         yield _shorter_warmup(config)
-    change, lr = "a higher learning rate", 3 * optim.lr
+    change, lr = "a higher learning rate", max(3 * optim.lr, 1e-4)
     if optim.lr >= 1e-2:
         change, lr = "a lower learning rate", optim.lr / 10
     reason = f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual"
@@ -243,7 +243,12 @@ def _to_get_lower(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
 def _to_see_more(diagnosis: Diagnosis, config: Config) -> Iterator[Advice]:
     if diagnosis.ended is None:
         return
-    if config.train.eval_interval > 1:
-        interval = f"train.eval_interval is {config.train.eval_interval:,}"
-        often = {"train.eval_interval": -(-config.train.eval_interval // 3)}
-        yield Advice("more frequent evaluations", interval, 3.0, often)
+    interval, steps = config.train.eval_interval, config.train.max_steps
+    often = min(-(-interval // 3), steps // 3)
+    if often:
+        told = f"train.eval_interval is {interval:,}"
+        yield Advice("more frequent evaluations", told, 3.0, {"train.eval_interval": often})
+    else:
+        more = {"train.max_steps": 3 * interval}
+        resumes = diagnosis.landed is None
+        yield Advice("more steps", f"train.max_steps is {steps:,}", 3.0, more, resumes=resumes)

@@ -185,7 +185,7 @@ def _verdict(
     rise = points[-1].val_loss - best.val_loss
     if rise > turn.band:
         since = best if turn.index is None else points[turn.index]
-        if _training_rose(points, since):
+        if _training_rose(points, since, rows[0]["train_loss"]):
             return "unstable"
         return "unsure" if turn.index is None else "overfitting"
     if not config.model.init_from and _is_stuck(rows, best):
@@ -193,13 +193,17 @@ def _verdict(
     return "falling" if ended != "patience" and _is_falling(points) else "level"
 
 
-def _training_rose(points: Sequence[Point], since: Point) -> bool:
-    """Whether training loss rose at least half as much as validation loss: not overfitting."""
+def _training_rose(points: Sequence[Point], since: Point, began: float) -> bool:
+    """Whether training loss rose, too, which is not overfitting.
+
+    It rose half as much as validation loss, or to notably more than it was when training began.
+    """
     before = [point for point in points if point.step <= since.step][-FOLLOWING:]
     after = [point for point in points if point.step > since.step][-FOLLOWING:]
-    train = fmean(p.train_loss for p in after) - fmean(p.train_loss for p in before)
+    ended = fmean(p.train_loss for p in after)
+    train = ended - fmean(p.train_loss for p in before)
     val = fmean(p.val_loss for p in after) - fmean(p.val_loss for p in before)
-    return train > val / 2
+    return train > val / 2 or ended > (1 + NOTABLE) * began
 
 
 def _is_stuck(rows: Sequence[MetricsRow], best: Point) -> bool:
