@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import shutil
 import subprocess
@@ -178,6 +179,27 @@ def test_a_step_that_fails_leaves_no_other_thread_waiting(
     answers = [told.get(timeout=60) for _ in prompts]
     failed = [answer for answer in answers if "generate.max_batch_size" in answer]
     assert len(failed) == 1 and len({*answers} & expected) == 3
+
+
+def test_a_stream_that_python_collects_during_a_step_is_cancelled(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(model_dir, backend="torch", max_batch_size=1)
+    expected = llm.generate("the cat", **SETTINGS)
+    cycle: list[Any] = [llm.stream("a dog", max_new_tokens=60)]
+    cycle.append(cycle)
+    next(cycle[0])
+    del cycle
+    softmax, answers = torch.softmax, Queue[list[Output]]()
+
+    def collecting(*given: Any, **named: Any) -> torch.Tensor:
+        gc.collect()
+        return softmax(*given, **named)
+
+    monkeypatch.setattr(torch, "softmax", collecting)
+    ask = Thread(target=lambda: answers.put(llm.generate("the cat", **SETTINGS)), daemon=True)
+    ask.start()
+    assert answers.get(timeout=60) == expected
 
 
 def test_numbers_of_numpy_are_numbers(llm: LLM) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import abc
+from collections import abc, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,10 +105,8 @@ class LLM:
         Raises UserError for a wrong keyword or value, and for a model that does not exist or fails
         to load; RunFailed if the kernels of backend="native" fail to build.
         """
-        values = values_of(options, _OPTIONS)
-        if model is not None:
-            values["generate.model"] = str(model)
-        self._open(check_model(override(Config(), values)))
+        named = {} if model is None else {"generate.model": str(model)}
+        self._open(check_model(override(Config(), values_of(options, _OPTIONS) | named)))
 
     @classmethod
     def of(cls, model: CheckedModel) -> LLM:
@@ -128,6 +126,7 @@ class LLM:
         with doing("opening the model"):
             self._engine, self._tokenizer = open_engine(self.folder, self._config)
         self._turn = Lock()  # for stepping the engine, which also advances other threads' texts
+        self._left = deque[Sequence]()  # to be cancelled before the next step
 
     def generate(
         self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]
@@ -228,13 +227,22 @@ class LLM:
                     self._engine.submit(sequence)
             yield
         finally:
-            with self._turn:
-                for sequence in sequences:
-                    self._engine.cancel(sequence)
+            # Never wait here: Python may collect a stream while this thread makes a step.
+            self._left.extend(sequence for sequence in sequences if not sequence.ended)
+            if self._turn.acquire(blocking=False):
+                try:
+                    self._cancel_left()
+                finally:
+                    self._turn.release()
 
     def _step(self) -> None:
         with self._turn, memory_told("generate.max_batch_size", self._engine.max_batch_size):
+            self._cancel_left()
             self._engine.step()
+
+    def _cancel_left(self) -> None:
+        while self._left:
+            self._engine.cancel(self._left.popleft())
 
     def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
         row = self._sequence(prompt, sample, number, live_text=True)
