@@ -16,12 +16,20 @@ log = logging.getLogger("gptray")
 
 
 def make_decoder(
-    backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
+    backend: str,
+    model: GPT,
+    slots: int,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    *,
+    takes_adapters: bool = False,
 ) -> Network:
     """The decoder of a backend for S = `slots` sequences; arguments as `engine.Engine`'s."""
     if backend == "graph":
         try:
-            return GraphDecoder(model, slots, dtype=dtype, quantize=quantize)
+            return GraphDecoder(
+                model, slots, dtype=dtype, quantize=quantize, takes_adapters=takes_adapters
+            )
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:

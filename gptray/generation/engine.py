@@ -37,8 +37,9 @@ class Engine:
 
     dtype: what the network computes in. quantize: "none", or how to quantize the weights. backend:
     "native" (C++ on CPUs), "torch", or "graph" (CUDA graphs), which falls back to "torch" where its
-    kernels do not compile. Memory: the KV cache grows to 2 x n_layer x max_batch_size x n_positions
-    x K x E numbers of `dtype`, for K heads of keys and values of width E.
+    kernels do not compile. takes_adapters: sequences may have adapters from `pack`. Memory: the KV
+    cache grows to 2 x n_layer x max_batch_size x n_positions x K x E numbers of `dtype`, for K
+    heads of keys and values of width E.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         quantize: str = "none",
         backend: str = "torch",
+        takes_adapters: bool = False,
     ) -> None:
         self.max_batch_size, self.n_positions = max_batch_size, model.config.n_positions
         self.vocab_size = model.valid_vocab_size
@@ -58,7 +60,9 @@ class Engine:
         self.eos_ids = list(dict.fromkeys([tokenizer.eos_id, *known]))
         self.backend = backend
         self._tokenizer = tokenizer
-        self._network = make_decoder(backend, model, max_batch_size, dtype, quantize)
+        self._network = make_decoder(
+            backend, model, max_batch_size, dtype, quantize, takes_adapters=takes_adapters
+        )
         utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
         # Decoding sequences hold slots 0, 1, ...; the first that waits, once in prefill, the slot
@@ -91,7 +95,7 @@ class Engine:
         return first if first.prefilled else None
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
-        """Pack an adapter for sequences of this engine, see `Network.pack`; not for "graph"."""
+        """Pack an adapter for sequences of this engine, see `Network.pack`."""
         return self._network.pack(layers)
 
     def check(self, sequence: Sequence) -> None:

@@ -228,6 +228,7 @@ class Kernels:
 
     layers: ModuleType
     weights: ModuleType
+    adapters: ModuleType
     interpreted: bool
 
 
@@ -248,10 +249,11 @@ def _triton_kernels() -> Kernels | None:
     # Triton takes a while to import, and comes with any PyTorch for GPUs: an engine on the CPU of
     # such a machine does without.
     try:
-        from gptray.generation import triton_layers, triton_weights
+        from gptray.generation import triton_adapters, triton_layers, triton_weights
     except ImportError:
         return None
-    return Kernels(triton_layers, triton_weights, triton_layers.is_interpreted())
+    is_interpreted = triton_layers.is_interpreted()
+    return Kernels(triton_layers, triton_weights, triton_adapters, is_interpreted)
 
 
 def _has_tensor_cores(numbers: Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from weakref import ref
 
 import numpy as np
 import torch
@@ -91,7 +92,8 @@ class GraphSampler:
         # The graph draws for slots without a row as well, so they need valid settings.
         self._whole["top_k"][:] = 1
         self._real["temperature"][:] = 1.0
-        self._held: list[Row | None] = [None] * slots
+        # Not kept alive by this: a row may hold an adapter.
+        self._held: list[ref[Row] | None] = [None] * slots
         # True for the tokens that each mask bans; mask 0 bans none.
         self._masks = torch.zeros(_MASKS, width, dtype=torch.bool, device=device)
         self._known: dict[Mask | None, int] = {None: 0}
@@ -138,8 +140,9 @@ class GraphSampler:
         B, held, whole = len(rows), self._held, self._whole
         self._asked.wait()
         for i, row in enumerate(rows):
-            if held[i] is not row:
-                held[i] = row
+            known = held[i]
+            if known is None or known() is not row:
+                held[i] = ref(row)
                 self._fill_constants(i, row)
         whole["new_tokens"][:B] = new = [len(row.history) - row.prompt_tokens for row in rows]
         try:

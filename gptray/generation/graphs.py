@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from gptray.generation import gpu_kernels
-from gptray.generation.adapted_rows import PackedAdapter
+from gptray.generation.adapted_rows import PackedAdapter, run_plain
 from gptray.generation.cache import FIRST_TOKENS, grown
 from gptray.generation.decoder import Network, Piece, StepRows
+from gptray.generation.gpu_adapters import GpuAdaptedRows, GpuAdapter, addresses
 from gptray.generation.gpu_kernels import CHUNK_KEYS, TILE_ROWS
 from gptray.generation.graph_sampler import GraphSampler, token_of
 from gptray.generation.packed import PackedGPT
@@ -39,23 +41,33 @@ PROMPT_ROWS, PROMPT_PASSES = 1024, 8
 # Tokens that are tried when a decoder opens, and the relative error of their logits that rounding
 # to 16 bits in many layers may make.
 TRIED_TOKENS, TRIED_ERROR = 100, 0.05
+# The largest rank of adapters for which there is room at first.
+FIRST_RANK = 64
 
 
 class GraphDecoder(Network):
     """The network in `dtype` for S = `slots` sequences, on the model's device.
 
     quantize: what `gptray.model.quantized` makes of the weights of linear layers and head.
+    takes_adapters: rows may have adapters from `pack`; where some do, other graphs run.
     Memory: keys and values take 2 x n_layer x (S + 1) x K x P x E numbers of `dtype`. P is at first
-    FIRST_TOKENS, and twice as many when that is too little; then all graphs are recorded anew.
+    FIRST_TOKENS, and twice as many when that is too little; then all graphs are recorded anew, as
+    they are for an adapter of a larger rank than FIRST_RANK.
     """
 
     piece_tokens = PROMPT_ROWS
     prompt_tokens = PROMPT_PASSES * PROMPT_ROWS
 
     def __init__(
-        self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
+        self,
+        model: GPT,
+        slots: int,
+        *,
+        dtype: torch.dtype,
+        quantize: str = "none",
+        takes_adapters: bool = False,
     ) -> None:
-        config = model.config
+        self._config = config = model.config
         self._network = PackedGPT(model, dtype, rows=slots, quantize=quantize, fused=True)
         self._device = device = self._network.device
         self._most, self._room = config.n_positions, min(config.n_positions, FIRST_TOKENS)
@@ -71,24 +83,27 @@ class GraphDecoder(Network):
         self._is_steady = False  # whether the step after may begin by what is drawn
         self._begun = False  # whether it has begun
         self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
-        self._check()
+        self._takes_adapters, self._ranks = takes_adapters, FIRST_RANK
+        if gpu_kernels.kernels_for(self._caches[0]):
+            self._check(None)
+            if takes_adapters:
+                self._check(GpuAdapter.tried(model, dtype, device))
         self._record()
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def _check(self, adapter: GpuAdapter | None) -> None:
         """Raise RuntimeError where kernels give other logits than their formulas on this GPU."""
-        if gpu_kernels.kernels_for(self._caches[0]) is None:
-            return
         count = min(TRIED_TOKENS, self._most - 1)
         # Around the place where the second chunk of keys begins; what is before them is zeros.
         start = max(0, min(CHUNK_KEYS - count // 2, self._most - 1 - count))
         tokens = [number % self._network.vocab_size for number in range(count)]
-        prompt = StepRows([], [Piece(0, start, tokens)])
-        after = StepRows([(0, start + count)], [])
+        prompt = StepRows([], [Piece(0, start, tokens, adapter=adapter)])
+        after = StepRows([(0, start + count)], [], [adapter])
+        hidden = partial(self._hidden, adapted=adapter is not None)
 
         def computed() -> Tensor:
-            parts = [self._hidden(self._reading)[:count] for _ in self._reading.passes(prompt)]
-            parts += [self._hidden(self._decoding)[:1] for _ in self._decoding.passes(after)]
+            parts = [hidden(self._reading)[:count] for _ in self._reading.passes(prompt)]
+            parts += [hidden(self._decoding)[:1] for _ in self._decoding.passes(after)]
             return self._network.logits(torch.cat(parts))[:, : self._network.vocab_size].float()
 
         found = computed()
@@ -101,29 +116,41 @@ class GraphDecoder(Network):
 
     def _record(self) -> None:
         graphs = Graphs(self._device)
-        self._read = graphs.recorded(lambda: self._hidden(self._reading))
-        self._decode = graphs.recorded(lambda: self._network.logits(self._hidden(self._decoding)))
-        self._read()
-        self._logits = self._decode()
+
+        def decoded(*, adapted: bool) -> Tensor:
+            return self._network.logits(self._hidden(self._decoding, adapted=adapted))
+
+        # By whether rows have adapters. The sampler always reads logits from the same memory.
+        self._read = {False: graphs.recorded(lambda: self._hidden(self._reading))}
+        self._decode = {False: graphs.recorded(lambda: decoded(adapted=False))}
+        self._read[False]()
+        self._logits = logits = self._decode[False]()
+        if self._takes_adapters:
+            self._read[True] = graphs.recorded(lambda: self._hidden(self._reading, adapted=True))
+            self._decode[True] = graphs.recorded(lambda: logits.copy_(decoded(adapted=True)))
         self._sampler = GraphSampler(self._logits, self._decoding.columns[0], graphs)
 
     @torch.no_grad()
     def step(self, rows: StepRows) -> Tensor:
         """See `Network`; slots never disturb each other here."""
-        assert not any(rows.adapters), "graphs take no adapters"
-        if (tokens := max(rows.positions) + 1) > self._room:
-            self._grow(tokens)
+        tokens, adapters = max(rows.positions) + 1, [one for one in rows.adapters if one]
+        ranks = max((one.rank for one in adapters if isinstance(one, GpuAdapter)), default=0)
+        if tokens > self._room or ranks > self._ranks:
+            self._grow(tokens, ranks)
         decoding, pieces = rows.decoding, rows.pieces
         read = StepRows([], [replace(piece, tokens=piece.tokens[:-1]) for piece in pieces])
         if pieces:
-            rows = StepRows(decoding, [_last(piece) for piece in pieces])
+            own = rows.adapters[: len(decoding)]
+            rows = StepRows(decoding, [_last(piece) for piece in pieces], own)
         ahead, self._ahead = self._ahead, None
+        self._adapted = bool(adapters)
+        run, decode = self._read[self._adapted], self._decode[self._adapted]
         is_scored = any(piece.scored for piece in pieces)
         passes = self._reading.passes(read)
-        hidden = [self._read().clone() if is_scored else self._read() for _ in passes]
+        hidden = [run().clone() if is_scored else run() for _ in passes]
         if pieces or ahead != (rows.tokens, rows.positions):
             for _ in self._decoding.passes(rows):
-                self._logits = self._decode()
+                self._logits = decode()
         is_same_batch = not pieces and len(rows.positions) == len(self._positions)
         self._is_steady = is_same_batch and tokens < self._room
         self._positions = rows.positions
@@ -143,8 +170,8 @@ class GraphDecoder(Network):
         return torch.cat(parts)
 
     def pack(self, layers: Mapping[str, LowRank]) -> PackedAdapter:
-        """Not here: an engine with adapters runs another decoder."""
-        raise AssertionError("graphs take no adapters")
+        assert self._takes_adapters
+        return GpuAdapter(layers, self._config, self._network.dtype, self._device)
 
     def draw(self, logits: Tensor, rows: Sequence[Row]) -> list[Drawn | None]:
         self._begun = False
@@ -158,11 +185,15 @@ class GraphDecoder(Network):
         for cache in self._caches:
             cache[:, target, :, :tokens] = cache[:, source, :, :tokens]
 
-    def _grow(self, tokens: int) -> None:
-        """Make room for sequences of `tokens`, or raise OutOfMemoryError and go on as before."""
+    def _grow(self, tokens: int, ranks: int) -> None:
+        """Make room for sequences of `tokens` and adapters of rank `ranks`.
+
+        Raises OutOfMemoryError where there is no memory, and goes on as before.
+        """
         del self._read, self._decode, self._logits, self._sampler  # and so the graphs' memory
         self._ahead = None
         room = grown(self._room, tokens, self._most)
+        self._ranks = max(self._ranks, ranks)
         try:
             for layer, old in enumerate(self._caches):
                 self._caches[layer] = old.new_zeros(*old.shape[:3], room, old.size(4))
@@ -179,11 +210,12 @@ class GraphDecoder(Network):
     def _begin_next(self) -> None:
         """Run the step in which all rows go on by what is drawn."""
         self._decoding.columns[1].add_(1).clamp_(max=self._room - 1)  # padding's grow as well
-        self._logits = self._decode()
+        self._logits = self._decode[self._adapted]()
         self._begun = True
 
-    def _hidden(self, rows: _Rows) -> Tensor:
-        codes, positions, slots = rows.columns
+    def _hidden(self, rows: _Rows, *, adapted: bool = False) -> Tensor:
+        codes, positions, slots, adapters = rows.columns
+        run = GpuAdaptedRows(adapters, slots, rows.tiles, self._ranks).run if adapted else run_plain
 
         def attend(layer: int, qkv: Tensor, queries: Queries, angles: Angles | None) -> Tensor:
             return gpu_kernels.attend(
@@ -192,7 +224,7 @@ class GraphDecoder(Network):
                 tiles=rows.tiles,
             )
 
-        return self._network.hidden(token_of(codes), positions, attend)
+        return self._network.hidden(token_of(codes), positions, attend, run)
 
 
 def _last(piece: Piece) -> Piece:
@@ -201,7 +233,9 @@ def _last(piece: Piece) -> Piece:
 
 
 class _Rows:
-    """The tokens, positions and slots that a pass reads, (3, N); padding is in slot `spare`.
+    """The tokens, positions, slots and addresses of adapters that a pass reads, (4, N).
+
+    Padding is in slot `spare`.
 
     tiles: see `attend`; None unless `is_tiled`.
     """
@@ -215,20 +249,20 @@ class _Rows:
         passes: int = 1,
         is_tiled: bool = False,
     ) -> None:
-        fields = 4 if is_tiled else 3
+        fields = 5 if is_tiled else 4
         self._mirror, self._spare = Mirror(fields, count, device, pages=passes), spare
-        self.columns = self._mirror.sent[:3]
+        self.columns = self._mirror.sent[:4]
         # Each of the pass's pieces has at most one tile that is not full.
         most = min(count, count // TILE_ROWS + spare)
-        self.tiles = self._mirror.sent[3, :most] if is_tiled else None
+        self.tiles = self._mirror.sent[4, :most] if is_tiled else None
         self.clear()
 
     def clear(self) -> None:
         """Have the next pass read padding alone."""
         self._mirror.wait()
         numbers = self._mirror.numbers[0]
-        numbers[:3] = [[0], [0], [self._spare]]
-        numbers[3:] = numbers.shape[1]
+        numbers[:4] = [[0], [0], [self._spare], [0]]
+        numbers[4:] = numbers.shape[1]
         self._mirror.send()
 
     def passes(self, rows: StepRows) -> Iterator[None]:
@@ -239,12 +273,12 @@ class _Rows:
             numbers, part = self._mirror.numbers[page], slice(start, start + count)
             columns = rows.tokens[part], rows.positions[part], rows.slots[part]
             filled = len(columns[0])
-            numbers[:3, filled:] = [[0], [0], [self._spare]]
-            numbers[:3, :filled] = columns
+            numbers[:4, filled:] = [[0], [0], [self._spare], [0]]
+            numbers[:4, :filled] = *columns, addresses(rows.adapters[part])
             if self.tiles is not None:
                 tiles = _tiles(columns[2])
-                numbers[3] = count
-                numbers[3, : len(tiles)] = tiles
+                numbers[4] = count
+                numbers[4, : len(tiles)] = tiles
             self._mirror.send(page)
             yield
 

@@ -51,9 +51,9 @@ def open_engine(
 
     Returns it with the folder's tokenizer. generate.adapter is merged into the model;
     compute.use_gpu puts it on a GPU. max_batch_size: serve's; None takes generate.max_batch_size.
-    takes_adapters: sequences may have adapters from `pack_adapter`; on GPUs the backend is then
-    PyTorch. Raises UserError naming what is wrong with the folder, or why the backend or a GPU is
-    not available; RunFailed if a GPU's memory is too small.
+    takes_adapters: sequences may have adapters from `pack_adapter`. Raises UserError naming what is
+    wrong with the folder, or why the backend or a GPU is not available; RunFailed if a GPU's memory
+    is too small.
     """
     generate, device = config.generate, "cuda" if config.compute.use_gpu else "cpu"
     if config.compute.use_gpu:
@@ -83,7 +83,8 @@ def open_engine(
             max_batch_size=slots,
             dtype=pick_dtype(generate.precision, device, key="generate.precision"),
             quantize=config.quantize.weights,
-            backend=picked if picked != "auto" else "torch" if takes_adapters else "graph",
+            backend="graph" if picked == "auto" else picked,
+            takes_adapters=takes_adapters,
         )
     keep_freed_memory()  # only now, so that what packing the weights freed went back to the system
     return engine, tokenizer

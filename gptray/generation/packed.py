@@ -154,10 +154,12 @@ class _Block:
         self.c_attn = packed("attn.c_attn")
         self.queries = _queries(block.attn, config, full, dtype)
         self.attn_proj = packed("attn.c_proj")
-        self.c_fc = packed("mlp.c_fc", None if config.is_gated else config.mlp)
+        # Adapters add to what goes into an activation, on GPUs in place: there it comes by itself.
+        is_apart = fused or config.is_gated
+        self.c_fc = packed("mlp.c_fc", None if is_apart else config.mlp)
         self.mlp_proj = packed("mlp.c_proj")
-        gated = gpu_kernels.gated if fused else activation
-        self.gated = partial(gated, kind=config.mlp) if config.is_gated else None
+        act = gpu_kernels.gated if fused and config.is_gated else activation
+        self.activate = partial(act, kind=config.mlp) if is_apart else None
         self.residual, self.parallel = config.residual, config.parallel_residual
 
     @property
@@ -175,8 +177,8 @@ class _Block:
         attended = attend(run(self.c_attn, self.before_attn(x)), self.queries, angles)
         y = self._add(run, self.attn_proj, attended, self.after_attn, x if self.residual else None)
         inner = run(self.c_fc, self.before_mlp(x if self.parallel else y))
-        if self.gated:
-            inner = self.gated(inner)
+        if self.activate:
+            inner = self.activate(inner)
         to = y if self.residual or self.parallel else None
         return self._add(run, self.mlp_proj, inner, self.after_mlp, to)
 

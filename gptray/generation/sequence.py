@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 NOT_FINITE = "the model's logits are not finite for this text and these settings"
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """A prompt's token ids, how to continue it, and what an engine has made of it so far.
 

@@ -38,8 +38,8 @@ def prompt_of(tokenizer: Tokenizer, length: int, seed: int) -> list[int]:
 def network(
     backend: str, model: GPT, slots: int, dtype: torch.dtype, quantize: str = "none"
 ) -> Network:
-    """The decoder of that backend."""
-    return make_decoder(backend, model, slots, dtype, quantize)
+    """The decoder of that backend, which takes adapters."""
+    return make_decoder(backend, model, slots, dtype, quantize, takes_adapters=True)
 
 
 def random_gpt(tokenizer: Tokenizer, *, seed: int = 0, **shape: Any) -> GPT:

@@ -24,6 +24,7 @@ from gptray.model.adapter_folder import open_adapter
 from gptray.model.hf import load_pretrained
 from tests.generation.adapted import save_base, write_adapter
 from tests.generation.models import (
+    BACKENDS,
     needs_native,
     network,
     prompt_of,
@@ -42,11 +43,13 @@ GRANITE = LLAMA | {
     "attention_scale": 0.5, "residual_multiplier": 0.3, "embedding_multiplier": 5.0,
     "logits_scaling": 2.0,
 }  # fmt: skip
-BACKENDS = ["torch", pytest.param("native", marks=needs_native)]
 KINDS = [
     ("torch", torch.float32, "none"),
     ("torch", torch.bfloat16, "none"),
     ("torch", torch.bfloat16, "int8"),
+    ("graph", torch.float32, "none"),
+    ("graph", torch.bfloat16, "none"),
+    ("graph", torch.bfloat16, "int8"),
     pytest.param("native", torch.float32, "none", marks=needs_native),
     pytest.param("native", torch.bfloat16, "none", marks=needs_native),
     pytest.param("native", torch.bfloat16, "int8", marks=needs_native),
@@ -140,7 +143,7 @@ def test_texts_of_many_adapters_are_those_of_each_alone(
     base: Base, tokenizer: Tokenizer, backend: str
 ) -> None:
     model = load_pretrained(base.folder)
-    engine = Engine(model, tokenizer, max_batch_size=4, backend=backend)
+    engine = Engine(model, tokenizer, max_batch_size=4, backend=backend, takes_adapters=True)
     each = [packed(engine, base, name) for name in ("one", "two", None)]
     sampling = Sampling(max_new_tokens=12, temperature=0.7, utf8=False)
     asked = [
