@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gptray.config import UserError
+from gptray.config import RunFailed, UserError
 from gptray.files import expanded
 from gptray.generation.loading import pack_adapter
 from gptray.model.adapter import CONFIG, WEIGHTS, Base, adapted_name
 from gptray.model.adapter_folder import adapter_folder
+from gptray.model.gpu_faults import memory_told
 from gptray.serving.endpoint import Served
 
 # (size, modification time) of each of an adapter's files; None if a file is missing.
@@ -61,10 +62,11 @@ class AdapterWatch:
 
     def _take(self, name: str) -> str:
         """Serve an adapter or, if it is invalid, keep the previous one. Returns what to log."""
-        adapted = adapted_name(self._served.name, name)
+        adapted, engine = adapted_name(self._served.name, name), self._served.engine
         try:
-            packed = pack_adapter(self._served.engine, self._base, self._folder / name)
-        except (UserError, OSError) as error:
+            with memory_told("serve.max_batch_size", engine.max_batch_size):
+                packed = pack_adapter(engine, self._base, self._folder / name)
+        except (UserError, RunFailed, OSError) as error:
             stays = "; the previous one stays" if name in self._names else ""
             return f"{adapted} is not served: {error}{stays}"
         self._served.put(name, packed)

@@ -28,6 +28,7 @@ from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.adapter import Base, adapted_name
 from gptray.model.example import load_example
+from gptray.model.gpu_faults import memory_told
 from gptray.model.usage import Usage
 from gptray.serving.engine_thread import EngineThread, Overloaded
 from gptray.serving.streams import EngineStopped
@@ -85,7 +86,8 @@ class Served:
         )
         named = serve.adapters if isinstance(serve.adapters, dict) else {}
         base = Base.of(str(folder))
-        packed = {one: pack_adapter(engine, base, source) for one, source in named.items()}
+        with memory_told("serve.max_batch_size", serve.max_batch_size):
+            packed = {one: pack_adapter(engine, base, source) for one, source in named.items()}
         served = cls(
             name,
             engine,

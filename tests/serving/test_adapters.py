@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from gptray.config import load_config
 from gptray.generation.loading import pack_adapter
@@ -121,6 +122,30 @@ def test_adapters_of_a_folder_come_change_and_leave(base: Base, tmp_path: Path) 
         shutil.rmtree(folder)
         (line,) = watch.scan()
         assert line.startswith(f"serve.adapters={folder}: ") and watch.scan() == []
+
+
+def test_an_adapter_that_finds_no_memory_leaves_the_others_served(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base.folder.parent / "one", tmp_path / "tales")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has no room. Try something."
+        )
+
+    with running(tiny(n_positions=256)) as server:
+        model = server.endpoint.served
+        assert model is not None
+        watch, slots = AdapterWatch(tmp_path, model, base), server.limits.max_batch_size
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "cat", full)
+            (line,) = watch.scan()
+        assert line.startswith(
+            "tiny:tales is not served: the GPU is out of memory (Tried to allocate 2.00 MiB. "
+            f"GPU 0 has no room); lower serve.max_batch_size from {slots}"
+        )
+        assert watch.scan() == [] and names_at(server) == ["tiny"]
 
 
 @pytest.mark.parametrize("given", ["{{one: {0}}}", "{1}"])
