@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from gptray import gpus
 from gptray.config import ComputeConfig, Config, RunFailed, UserError, override
 from gptray.jobs.cluster.connection import check_resources, check_training
-from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory, runs_on
+from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory, runs_on, why_failed
 from gptray.model.precision import pick_dtype
 from gptray.native.compiler import why_not_compile
 
@@ -128,6 +129,33 @@ def test_too_little_memory_names_the_key_to_lower(size: int, smaller: str) -> No
     assert "Tried to allocate 2.30 GiB" in message and "22.05 GiB" in message
     with pytest.raises(RunFailed, match="train.block_size"), memory_told("serve.max_batch_size", 1):
         raise error
+
+
+class CompilationError(Exception):
+    """Triton's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            CompilationError("at 3:5:\n    bits = lost\n    ^\nlost is not defined\n"),
+            "CompilationError: lost is not defined",
+        ),
+        (
+            ValueError("PTXAS error: `ptxas` failed\n`ptxas` stderr:\nptxas fatal"),
+            "ValueError: PTXAS error: `ptxas` failed",
+        ),
+        (RuntimeError("Failed to find C compiler."), "Failed to find C compiler."),
+        (
+            subprocess.CalledProcessError(1, ["gcc", "/tmp/tmp1/cuda_utils.c"]),
+            "Triton needs a C compiler and Python's headers to start kernels",
+        ),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_kernel_that_fails_is_told_of_in_one_line(error: Exception, told: str) -> None:
+    assert why_failed(error) == told
 
 
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

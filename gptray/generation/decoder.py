@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -93,6 +94,8 @@ class StepRows:
 class Network(ABC):
     """A decoder as the engine sees it: the network, and a KV cache of S slots, one per sequence."""
 
+    # Its name in `generate.backend`, or "graph".
+    backend: ClassVar[str]
     # Prompts are cut at multiples of this whatever else the step carries, so that a prompt gives
     # the same numbers under any load.
     piece_tokens = PIECE_TOKENS
@@ -134,6 +137,8 @@ class Decoder(Network):
 
     quantize: how the weights of linear layers and head are quantized, see `gptray.model.quantized`.
     """
+
+    backend = "torch"
 
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"

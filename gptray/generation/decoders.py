@@ -11,6 +11,7 @@ from gptray.generation.decoder import Decoder, Network
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.native_decoder import NativeDecoder
 from gptray.model.gpt import GPT
+from gptray.model.gpu_faults import why_failed
 
 log = logging.getLogger("gptray")
 
@@ -33,9 +34,7 @@ def make_decoder(
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            # Triton, which comes with PyTorch for most GPUs, needs a C compiler and Python's
-            # headers; its exceptions have no base class outside Triton.
-            log.warning("generating without CUDA graphs, which is slower: %s", error)
+            log.warning("generating without CUDA graphs, which is slower: %s", why_failed(error))
         gc.collect()  # a reference cycle keeps the unfinished decoder and its cache
     decoder = NativeDecoder if backend == "native" else Decoder
     return decoder(model, slots, dtype=dtype, quantize=quantize)

@@ -58,11 +58,11 @@ class Engine:
         # The tokens that end a text: the tokenizer's first, then those that the model adds.
         known = [number for number in model.usage.eos_ids if number < self.vocab_size]
         self.eos_ids = list(dict.fromkeys([tokenizer.eos_id, *known]))
-        self.backend = backend
         self._tokenizer = tokenizer
         self._network = make_decoder(
             backend, model, max_batch_size, dtype, quantize, takes_adapters=takes_adapters
         )
+        self.backend = self._network.backend  # the one that runs
         utf8 = Utf8(tokenizer, self.vocab_size, model.device)
         self._utf8 = utf8 if utf8.is_needed else None
         # Decoding sequences hold slots 0, 1, ...; the first that waits, once in prefill, the slot

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptray.generation import gpu_kernels
 from gptray.generation.choosing import (
     FIRST_RANKS,
     Columns,
@@ -23,7 +24,6 @@ from gptray.generation.choosing import (
     draw_unranked,
     top_candidates,
 )
-from gptray.generation.gpu_kernels import random_numbers
 from gptray.generation.recording import Graphs, Inbox, Mirror
 from gptray.generation.sampling import Drawn, Row, draw, is_ranked
 from gptray.generation.settings import Sampling
@@ -44,6 +44,15 @@ _SOUND, _ENOUGH = 1 << 40, 1 << 41
 def token_of(codes: Tensor) -> Tensor:
     """Tokens without their flags; 0 where none could be drawn."""
     return codes & (_SOUND - 1)
+
+
+def check_random_numbers(device: torch.device) -> None:
+    """Raise RuntimeError where a kernel draws other random numbers than a CPU."""
+    asked = torch.arange(100, device=device) << 40, *torch.arange(200, device=device).view(2, 100)
+    found = gpu_kernels.random_numbers(*asked)
+    with gpu_kernels.formulas():
+        if not torch.equal(found.cpu(), gpu_kernels.random_numbers(*asked)):
+            raise RuntimeError("the kernels draw other random numbers than PyTorch on this GPU")
 
 
 @lru_cache(maxsize=1 << 17)
@@ -222,5 +231,5 @@ class GraphSampler:
 
     def _columns(self, asked: dict[str, Tensor]) -> Columns:
         temperature, top_p, min_p = self._asked.sent[len(_WHOLE) :].view(torch.float64)[:, :, None]
-        numbers = random_numbers(asked["seed"], asked["row"], asked["new_tokens"])
+        numbers = gpu_kernels.random_numbers(asked["seed"], asked["row"], asked["new_tokens"])
         return Columns(temperature, asked["top_k"][:, None], top_p, min_p, numbers[:, None])

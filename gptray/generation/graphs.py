@@ -27,7 +27,7 @@ from gptray.generation.cache import FIRST_TOKENS, grown
 from gptray.generation.decoder import Network, Piece, StepRows
 from gptray.generation.gpu_adapters import GpuAdaptedRows, GpuAdapter, addresses
 from gptray.generation.gpu_kernels import CHUNK_KEYS, TILE_ROWS
-from gptray.generation.graph_sampler import GraphSampler, token_of
+from gptray.generation.graph_sampler import GraphSampler, check_random_numbers, token_of
 from gptray.generation.packed import PackedGPT
 from gptray.generation.queries import Queries
 from gptray.generation.recording import Graphs, Mirror
@@ -55,6 +55,7 @@ class GraphDecoder(Network):
     they are for an adapter of a larger rank than FIRST_RANK.
     """
 
+    backend = "graph"
     piece_tokens = PROMPT_ROWS
     prompt_tokens = PROMPT_PASSES * PROMPT_ROWS
 
@@ -85,6 +86,7 @@ class GraphDecoder(Network):
         self._ahead: tuple[list[int], list[int]] | None = None  # its tokens and positions
         self._takes_adapters, self._ranks = takes_adapters, FIRST_RANK
         if gpu_kernels.kernels_for(self._caches[0]):
+            check_random_numbers(device)
             self._check(None)
             if takes_adapters:
                 self._check(GpuAdapter.tried(model, dtype, device))

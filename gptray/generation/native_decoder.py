@@ -41,6 +41,8 @@ class NativeDecoder(Network):
     if the native library cannot be built.
     """
 
+    backend = "native"
+
     def __init__(
         self, model: GPT, slots: int, *, dtype: torch.dtype, quantize: str = "none"
     ) -> None:

@@ -6,12 +6,15 @@ On a CPU the same code simply runs, so tests do not need a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_one_at_a_time = Lock()
 
 
 class Graphs:
@@ -45,10 +48,11 @@ class _Graph:
             body()
         now.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local, as other threads of the process may use the GPU meanwhile. If recording
-        # fails, the first context brings this thread back to its stream.
+        # thread_local, as other threads of the process may use the GPU meanwhile, but only one may
+        # record: a new model opens while the old one answers. If recording fails, the stream's
+        # context brings this thread back to its stream.
         recording = torch.cuda.graph(self._graph, pool, capture_error_mode="thread_local")
-        with torch.cuda.stream(now), recording:
+        with _one_at_a_time, torch.cuda.stream(now), recording:
             self._result = body()
 
     def __call__(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.generation.gpu_kernels import Kernels, kernels_for
+from gptray.model.gpu_faults import why_failed
 from gptray.model.packed_weights import GROUP
 from gptray.model.quantized import CODES, QuantizedWeight, quantize
 
@@ -205,8 +206,8 @@ def is_right(
         found = compute()
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # Triton's exceptions have no base class outside Triton
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:
+        why = why_failed(error)
     else:
         if bool(((found - expected).abs() <= tolerance).all()):
             return True

@@ -1,8 +1,9 @@
-"""Messages for GPU faults: no driver, a PyTorch not built for the GPU, or not enough memory."""
+"""Messages for GPU faults: no driver, a PyTorch not built for it, failed kernels, full memory."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -67,6 +68,19 @@ def out_of_gpu_memory(error: torch.OutOfMemoryError, *, key: str, size: int) -> 
             f"{key} is already 1, so the model, train.block_size or model.n_positions is too large"
         )
     return RunFailed(f"the GPU is out of memory ({facts}); {remedy}")
+
+
+def why_failed(error: Exception) -> str:
+    """One line for a failure of kernels or graphs.
+
+    Triton's exceptions have no base class outside Triton, and show code before the reason.
+    """
+    if isinstance(error, subprocess.CalledProcessError):
+        return "Triton needs a C compiler and Python's headers to start kernels"
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[-1 if lines[0].endswith(":") else 0].strip()
+    name = "" if type(error) is RuntimeError else type(error).__name__
+    return ": ".join(filter(None, [name, told]))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from gptray.config import ModelConfig
 from gptray.generation import gpu_kernels as gpu
 from gptray.generation.decoder import Decoder, Piece, StepRows
+from gptray.generation.engine import Engine
 from gptray.generation.graphs import GraphDecoder
 from gptray.generation.queries import Queries
 from gptray.model.rotary import Rotary
@@ -199,16 +200,40 @@ def wrong_later_chunks(qkv: torch.Tensor, *given: Any, **named: Any) -> torch.Te
     return made * (1 + wrong)
 
 
-GATED, ATTEND = gpu.gated, gpu.attend
+def wrong_draws(*asked: torch.Tensor) -> torch.Tensor:
+    return DRAWS(*asked) / (1 if gpu.kernels_for(asked[0]) is None else 2)
+
+
+def no_draws(*asked: torch.Tensor) -> torch.Tensor:
+    if gpu.kernels_for(asked[0]):
+        raise ValueError("at 3:5:\n    bits = lost\n    ^\nlost is not defined")
+    return DRAWS(*asked)
+
+
+GATED, ATTEND, DRAWS = gpu.gated, gpu.attend, gpu.random_numbers
+DIFFERENT = "the kernels give other numbers than PyTorch on this GPU"
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("gated", wrong_gates), ("attend", wrong_later_chunks)]
+    ("name", "wrong", "why"),
+    [
+        ("gated", wrong_gates, DIFFERENT),
+        ("attend", wrong_later_chunks, DIFFERENT),
+        ("random_numbers", wrong_draws, "the kernels draw other random numbers than PyTorch"),
+        ("random_numbers", no_draws, "ValueError: lost is not defined"),
+    ],
 )
 def test_kernels_that_are_wrong_here_are_not_used(
-    name: str, wrong: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    wrong: Any,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(gpu, name, wrong)
-    model = random_gpt(small_tokenizer(), mlp="swiglu", n_positions=500).to(DEVICE)
-    assert isinstance(network("graph", model, 2, torch.float32), Decoder)
-    assert "the kernels give other numbers than PyTorch" in caplog.text
+    tokenizer = small_tokenizer()
+    model = random_gpt(tokenizer, mlp="swiglu", n_positions=500).to(DEVICE)
+    assert Engine(model, tokenizer, max_batch_size=2, backend="graph").backend == "torch"
+    (told,) = caplog.messages
+    assert told.startswith(f"generating without CUDA graphs, which is slower: {why}")
+    assert "\n" not in told
