@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gptray.config.values import Precision
 from gptray.data.difference import percent
 from gptray.data.scoring import Score, Windows
 from gptray.data.tokens import TokenSplit
@@ -72,7 +73,7 @@ class DocumentSums:
         return spread / float(self.tokens.sum())
 
 
-def scoring_dtype(precision: str, device: torch.device) -> torch.dtype:
+def scoring_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype for `evaluate.precision`; auto is fp32 on a CPU.
 
     Raises UserError for a GPU that does not compute in bf16.

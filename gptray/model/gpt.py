@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """y = x + attn(ln_1(x)), then y + mlp(ln_2(y)), with the config's variations."""
+    """x + attn(ln_1(x)) = y, then y + mlp(ln_2(y)): GPT-2's block, with the config's variations."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class Block(nn.Module):
         before_attn, after_attn, before_mlp, after_mlp = self.norms
         y: Tensor = self._scaled(after_attn(self.attn(before_attn(x), angles)))
         y = x + y if self.residual else y
-        mlp_out = self._scaled(after_mlp(self.mlp(before_mlp(x if self.parallel else y))))
-        return y + mlp_out if self.residual or self.parallel else mlp_out
+        z = self._scaled(after_mlp(self.mlp(before_mlp(x if self.parallel else y))))
+        return y + z if self.residual or self.parallel else z
 
     def _scaled(self, output: Tensor) -> Tensor:
         return output if self.multiplier == 1 else output * self.multiplier
@@ -109,17 +109,17 @@ class Transformer(nn.Module):
         x = F.embedding(idx, self.wte.weight)  # (B, T, C)
         if self.scale != 1:
             x = x * self.scale
-        angles: Sequence[Angles | None]
+        layer_angles: Sequence[Angles | None]
         if self.rotary:
-            angles = self.rotary.at(torch.arange(T, device=idx.device), dtype)
+            layer_angles = self.rotary.at(torch.arange(T, device=idx.device), dtype)
         else:
-            x, angles = x + self.wpe.weight[:T], [None] * len(self.h)
+            x, layer_angles = x + self.wpe.weight[:T], [None] * len(self.h)
         x = dropout(x.to(dtype), p)
-        for block, turns in zip(self.h, angles, strict=True):
+        for block, angles in zip(self.h, layer_angles, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, turns, use_reentrant=False, preserve_rng_state=p > 0)
+                x = checkpoint(block, x, angles, use_reentrant=False, preserve_rng_state=p > 0)
             else:
-                x = block(x, turns)
+                x = block(x, angles)
         out: Tensor = self.ln_f(x)
         return out if self.divisor == 1 else out / self.divisor
 

@@ -14,6 +14,7 @@ from gptray.model.hf_config import family_in
 from gptray.model.parameters import HEAD, IGNORED, Part, stored_name, stored_parts
 from gptray.model.stored_weights import StoredWeight, stored_weights
 from gptray.model.tensor_file import FLOATS
+from gptray.wording import count
 
 
 def check_weights(folder: Path, shape: ModelConfig) -> None:
@@ -29,7 +30,7 @@ def check_weights(folder: Path, shape: ModelConfig) -> None:
     if found and len(found) != shape.n_layer:
         raise UserError(
             f"{folder / 'config.json'}: {family.keys['n_layer'].name}={shape.n_layer}, but the "
-            f"weights have {len(found)} layer{'s' if len(found) > 1 else ''}"
+            f"weights have {count(len(found), 'layer')}"
         )
     if not found and shape.n_layer:
         raise UserError(f"{folder}: {first}0 is missing from the weights")

@@ -23,7 +23,7 @@ from gptray.model.frozen_layer import Adapters, FrozenLayer, dequantized
 from gptray.model.gpt import GPT, MLP
 from gptray.model.layers import LayerNorm, Linear, RMSNorm, drawn_mask, dropout
 from gptray.model.parameters import Part
-from gptray.model.quantized_linear import QuantizedLinear, stored_form
+from gptray.model.quantized_linear import QuantizedLinear
 
 
 class LoRALinear(nn.Module):
@@ -83,8 +83,10 @@ class LoRALinear(nn.Module):
         if self.native:
             return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
         read = dropout(x, self.dropout if self.training else 0.0)
-        arguments = (x, read, *stored_form(self.base), self.bias, self.lora_A, self.lora_B)
-        y: Tensor = _Adapted.apply(*arguments, self.spans, self.scale)  # type: ignore[no-untyped-call]
+        base = self.base.frozen_layer(x.shape[:-1])
+        stored = base.values, base.scales, base.kind, base.bias
+        adapters = self.lora_A, self.lora_B, self.spans, self.scale
+        y: Tensor = _Adapted.apply(x, read, *stored, *adapters)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -161,11 +163,11 @@ class _Adapted(torch.autograd.Function):
         return grad_x.view(read.shape), torch.mm(grad_narrow, a).view(read.shape), *rest
 
 
-def frozen_weight(base: nn.Linear | QuantizedLinear) -> Tensor:
+def frozen_weight(base: Linear | QuantizedLinear) -> Tensor:
     """A copy of a frozen layer's weight in fp32."""
-    values, scales, kind = stored_form(base)
-    weight = dequantized(values.detach(), scales, kind, base.in_features, torch.float32)
-    return weight.float().clone() if scales is None else weight
+    if isinstance(base, Linear):
+        return base.weight.detach().float().clone()
+    return dequantized(base.values, base.scales, base.kind, base.in_features, torch.float32)
 
 
 def _split(b: Tensor, spans: Sequence[slice]) -> tuple[Tensor, ...]:

@@ -12,17 +12,16 @@ from functools import cache
 import torch
 
 from gptray.config import UserError
+from gptray.config.values import Precision
 
 
 def pick_dtype(
-    precision: str, device: torch.device | str, *, key: str = "train.precision"
+    precision: Precision, device: torch.device | str, *, key: str = "train.precision"
 ) -> torch.dtype:
-    """The dtype for `precision` auto | fp32 | bf16; auto is bf16 only if the hardware supports it.
+    """The dtype for a precision; auto is bf16 only if the hardware supports it.
 
-    Raises UserError, naming `key`, for an unknown precision or one that the GPU does not support.
+    Raises UserError, naming `key`, for one that the GPU does not support.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise UserError(f"{key}={precision}: choose auto, fp32 or bf16")
     device = torch.device(device)
     if precision == "fp32" or (precision == "auto" and not computes_bf16(device)):
         return torch.float32
@@ -51,21 +50,19 @@ def has_onednn_linear(dtype: torch.dtype) -> bool:
     return computes and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def enable_fast_fp32() -> bool:
-    """Let oneDNN run fp32 GEMMs on a CPU if they keep fp32's precision; return whether they do.
+def enable_fast_fp32() -> None:
+    """Let oneDNN run fp32 GEMMs on a CPU if they keep fp32's precision.
 
     PyTorch's "medium" allows bf16 internally. Many processors do not use that and are merely
     faster; some (AMX) do, so a product is first compared with its float64 value. The setting is
     process-wide and would mean TF32 on a GPU, so it stays unchanged in a process that sees a GPU.
     """
     if torch.cuda.is_available():
-        return False
+        return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    if _gemm_error() < 1e-5:
-        return True
-    torch.set_float32_matmul_precision(before)
-    return False
+    if _gemm_error() >= 1e-5:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.native:
             return frozen_kernels.linear(x, self.frozen_layer(x.shape[:-1]))
-        y: Tensor = _Frozen.apply(x, *stored_form(self), self.bias)  # type: ignore[no-untyped-call]
+        stored = self.values, self.scales, self.kind
+        y: Tensor = _Frozen.apply(x, *stored, self.bias)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -58,13 +59,6 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers of a network, by their weights' names."""
     layers = model.named_modules()
     return {f"{name}.weight": one for name, one in layers if isinstance(one, QuantizedLinear)}
-
-
-def stored_form(linear: nn.Linear | QuantizedLinear) -> tuple[Tensor, Tensor | None, str]:
-    """The values, scales and kind of a frozen layer, as in `FrozenLayer`."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.values, linear.scales, linear.kind
-    return linear.weight, None, "none"
 
 
 class _Frozen(torch.autograd.Function):

@@ -17,6 +17,7 @@ from gptray.model.memory import keep_freed_memory, return_freed_memory
 from gptray.model.precision import enable_fast_fp32
 from gptray.native.compiler import cannot_compile, why_not_compile
 from gptray.native.core_sharing import share_cores
+from gptray.wording import count
 
 
 def use_device(config: Config, device: torch.device) -> None:
@@ -55,8 +56,7 @@ def device_name(device: torch.device) -> str:
     """A description of the worker's GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{platform.machine()} processor, {threads} thread" + ("s" if threads > 1 else "")
+    return f"{platform.machine()} processor, {count(torch.get_num_threads(), 'thread')}"
 
 
 def compiles(config: Config, device: torch.device) -> bool:

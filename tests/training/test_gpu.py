@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from gptray.config import Config, ModelConfig, override
+from gptray.config.values import Precision
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
 from gptray.evaluation.metrics import scoring_dtype
@@ -162,11 +163,12 @@ def test_evaluation_computes_in_bf16_and_says_the_same(data: TokenData) -> None:
     model = GPT(ModelConfig(n_layer=2, n_head=4, n_embd=64, n_positions=64), vocab_size=100)
     model.initialise(3)
     score: dict[str, float] = {}
-    for name, device, precision in (
+    kinds: tuple[tuple[str, torch.device, Precision], ...] = (
         ("cpu", torch.device("cpu"), "auto"),
         ("auto", GPU, "auto"),
         ("fp32", GPU, "fp32"),
-    ):
+    )
+    for name, device, precision in kinds:
         model.compute_dtype = scoring_dtype(precision, device)
         assert (model.compute_dtype == torch.bfloat16) == (name == "auto")
         found = score_split(
