@@ -42,6 +42,7 @@ FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_READABLE = f"readable: {' '.join(FORMATS)}, also {' '.join(COMPRESSIONS)} of all but .parquet"
 BUFFER_BYTES = 1 << 20
 # Files by which a folder of `save_to_disk` of Hugging Face's datasets is known.
 _SAVED_DATA = ({"dataset_dict.json"}, {"dataset_info.json", "state.json"})
@@ -216,7 +217,10 @@ def _unlisted(entry: str) -> str:
 def _missing(path: str) -> str:
     if os.path.islink(path):
         return f"a link to {shown(os.readlink(path))}, which does not exist"
-    return f"there is no such file or folder{_nearby(path)}"
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder):
+        return f"there is no such file or folder ({folder} is not a folder)"
+    return f"there is no such file or folder{did_you_mean(nearest(name, names_in(folder)))}"
 
 
 def _from_folder(entry: str, path: str) -> list[SourceFile]:
@@ -244,7 +248,7 @@ def _local(path: str) -> SourceFile:
 def _of_folder(entry: str, readable: list[SourceFile], others: int) -> list[SourceFile]:
     if not readable:
         raise UserError(
-            f"{shown(entry)}: the folder holds no file that can be read ({_extensions()}); "
+            f"{shown(entry)}: the folder holds no file that can be read ({_READABLE}); "
             f"it holds {count(others, 'other file')}"
         )
     return readable
@@ -270,18 +274,6 @@ def _readable(entry: str, files: Sequence[SourceFile]) -> list[SourceFile]:
                 suffix, near = "".join(PurePosixPath(file.path).suffixes[-2:]), ""
             raise UserError(
                 f"{file.name}: cannot read {shown(suffix) or 'a name without extension'}"
-                f"{near} ({_extensions()})"
+                f"{near} ({_READABLE})"
             )
     return sorted(files, key=lambda file: file.path)
-
-
-def _extensions() -> str:
-    return f"readable: {' '.join(FORMATS)}, also {' '.join(COMPRESSIONS)} of all but .parquet"
-
-
-def _nearby(path: str) -> str:
-    """Suggest the nearest name in the same folder, or say that the folder is missing."""
-    folder, name = os.path.split(path)
-    if not os.path.isdir(folder):
-        return f" ({folder} is not a folder)"
-    return did_you_mean(nearest(name, names_in(folder)))
