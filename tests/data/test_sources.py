@@ -3,11 +3,14 @@ from __future__ import annotations
 import os
 import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from gptray.config import UserError
 from gptray.data.sources import find_files
+
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ def test_uri_that_leads_nowhere_is_named(folder: Path, uri: str) -> None:
 
 @pytest.mark.parametrize("typed", ["NFC", "NFD"])
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
-def test_a_name_is_found_in_any_unicode_form(tmp_path: Path, typed: str, stored: str) -> None:
+def test_a_name_is_found_in_any_unicode_form(tmp_path: Path, typed: Form, stored: Form) -> None:
     name = "\ud55c\uae00 caf\u00e9"
     path = tmp_path / name / unicodedata.normalize(stored, f"{name}.txt")
     path.parent.mkdir()
