@@ -10,7 +10,6 @@ with --quick. --save writes a file for this kind of machine to benchmarks/result
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import statistics
@@ -36,20 +35,16 @@ HERE = Path(__file__).parent
 SHAPES = ("a", "quick", "b16", "c", "llama")
 # Generation uses the shape of GPT-2 124M.
 DECODED = "124m"
-GEMM, MEMORY_BYTES = 2048, 1 << 30
+GEMM, MEMORY_BYTES, ROUNDS = 2048, 1 << 30, 5
 
 Say = Callable[[str], None]
 
 
-def is_there(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def best_seconds(work: Callable[[], object], *, rounds: int = 5) -> float:
+def best_seconds(work: Callable[[], object]) -> float:
     """The least seconds of a few rounds, after a warm-up."""
     work()
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
@@ -105,7 +100,7 @@ def train_config(shape: train.Shape) -> Config:
 
 def training(say: Say, *, quick: bool) -> dict[str, Any]:
     """A training step in bf16 with auto and with each backend, compared with transformers."""
-    systems = ["hf-bf16"] * is_there("transformers") + ["bf16", "bf16:native", "bf16:torch"]
+    systems = generate.installed(["hf-bf16", "bf16"]) + ["bf16:native", "bf16:torch"]
     found = {}
     for name in SHAPES:
         steps = {"a": 20, "quick": 5, "llama": 5}.get(name, 1 if quick else 3)
