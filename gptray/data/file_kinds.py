@@ -9,7 +9,7 @@ PARQUET = b"PAR1"
 _KINDS = (
     (b"\x1f\x8b", "a gzip file; add .gz to its name"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard file; add .zst to its name"),
-    (b"BZh91AY&SY", "a bzip2 file; unpack it"),
+    (b"BZh91AY&SY", "a bzip2 file; add .bz2 to its name"),
     (b"\xfd7zXZ\0", "an xz file; unpack it"),
     (b"PK\3\4", "a zip archive, as documents of office programs and e-books are, too; unpack it"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it"),

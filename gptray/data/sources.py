@@ -41,7 +41,7 @@ FORMATS = {
     ".txt": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json",
     ".csv": "csv", ".tsv": "csv", ".parquet": "parquet",
 }  # fmt: skip
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _READABLE = f"readable: {' '.join(FORMATS)}, also {' '.join(COMPRESSIONS)} of all but .parquet"
 BUFFER_BYTES = 1 << 20
 # Files by which a folder of `save_to_disk` of Hugging Face's datasets is known.

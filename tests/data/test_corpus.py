@@ -20,6 +20,7 @@ ROW_FORMATS = [
     "r.jsonl",
     "r.jsonl.gz",
     "r.jsonl.zst",
+    "r.jsonl.bz2",
     "r.csv",
     "r.csv.gz",
     "r.csv.zst",
@@ -233,12 +234,20 @@ def test_utf8_cut_off_at_the_end_is_named(tmp_path: Path) -> None:
         read(path)
 
 
-@pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst", "r.jsonl.gz", "r.csv.zst"])
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst", "r.jsonl.gz", "r.csv.zst", "t.txt.bz2"])
 def test_truncated_compressed_file_is_named(tmp_path: Path, name: str) -> None:
     path = write_rows(tmp_path / name, DOCUMENTS * 50)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=rf"{name}: truncated or damaged"):
         read(path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2"])
+def test_compressed_streams_behind_one_another_are_one_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.txt.{suffix}"
+    both = [write_bytes(path, text.encode()).read_bytes() for text in (KOREAN, ENGLISH)]
+    path.write_bytes(b"".join(both))
+    assert read(path) == [KOREAN + ENGLISH]
 
 
 def test_file_that_is_not_compressed_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ def many_documents(count: int) -> list[str]:
 
 def write_rows(path: Path, texts: Sequence[str], *, column: str = "text") -> Path:
     """Write one row per text in the format that the name asks for."""
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    name = path.name.removesuffix(".gz").removesuffix(".zst").removesuffix(".bz2")
     if name.endswith(".jsonl"):
         rows = [json.dumps({"id": n, column: text}, ensure_ascii=n % 2 == 0)
                 for n, text in enumerate(texts)]  # fmt: skip
@@ -55,5 +56,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         content = gzip.compress(content, mtime=0)
     elif path.suffix == ".zst":
         content = pa.Codec("zstd").compress(content, asbytes=True)
+    elif path.suffix == ".bz2":
+        content = bz2.compress(content)
     path.write_bytes(content)
     return path
