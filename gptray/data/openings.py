@@ -26,7 +26,7 @@ def first_words(data: TokenData) -> list[str]:
         lines = begins[0].partition("\n")[2].lstrip() or begins[0]
         word = _WORD.search(lines)
         begins = [lines[word.start() :] if word else lines]
-    return [_few_words(text) for text in begins if text]
+    return [prompt for text in begins if (prompt := _few_words(text))]
 
 
 def _text(data: TokenData, begin: int) -> str:
@@ -39,11 +39,12 @@ def _text(data: TokenData, begin: int) -> str:
 
 
 def _few_words(text: str) -> str:
-    """The first words, but not all of a short text, so that something is left to continue."""
-    words = text.split(" ")
+    """The first words of the first line, but not all of a text, so that something is left."""
+    line, _, rest = text.strip().partition("\n")
+    words = line.rstrip().split(" ")
     prompt = words[0][:CHARACTERS]
-    for word in words[1 : min(WORDS, len(words) - 1)]:
+    for word in words[1 : min(WORDS, len(words) if rest else len(words) - 1)]:
         if len(prompt) + 1 + len(word) > CHARACTERS:
             break
         prompt += f" {word}"
-    return prompt.rstrip() or text[:1]
+    return prompt.rstrip()

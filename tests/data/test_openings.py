@@ -19,6 +19,8 @@ from tests.data.prepared import prepared_here
         ("잘린 줄\n- 첫째\n나무가 저기 서 있다\n", "나무가 저기 서"),
         ("| a |\n| b |\n", "| b"),
         ("only one line", "only one"),
+        ("cut off\r\n\r\nYes\r\nNo maybe so\r\n", "Yes"),
+        ("cut off\nOne line of words\nNo", "One line of words"),
     ],
 )
 def test_prompt_of_a_single_document_begins_with_a_word(
@@ -27,6 +29,11 @@ def test_prompt_of_a_single_document_begins_with_a_word(
     data = prepared_here(tmp_path, char_tokenizer(val), train=val, val=val)
     (found,) = first_words(data)
     assert found == prompt
+
+
+def test_white_space_is_no_prompt(tmp_path: Path) -> None:
+    data = prepared_here(tmp_path, char_tokenizer("a \n"), train="a", val=" \n  ")
+    assert first_words(data) == []
 
 
 def test_a_prompt_is_text_alone(tmp_path: Path) -> None:
