@@ -8,6 +8,7 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.jobs.train.check import check, plan
+from gptray.training.optim import learning_rate
 from tests.generation.models import small_tokenizer
 from tests.model.foreign_models import make_hf
 
@@ -38,6 +39,18 @@ def test_sharded_workers_are_told_of_and_need_less_memory(tmp_path: Path) -> Non
     # 16 bytes a parameter, or half of that and the embedding with its gradient for a while.
     assert memory(whole) == pytest.approx(124.5e6 * 16 / 2**30, abs=0.2)
     assert memory(sharded) == pytest.approx(124.5e6 * 8 / 2**30 + 0.3, abs=0.2)
+
+
+def test_the_peak_rate_is_the_highest_that_the_training_reaches(tmp_path: Path) -> None:
+    short = ("train.max_steps=9", "optim.lr=1e-2", SMALL)
+    reached = planned(tmp_path, *short, "optim.warmup_steps=8")
+    assert reached["peak learning rate"] == "0.01"
+    config = load_config(None, [*short[:2], "optim.warmup_steps=99"])
+    assert learning_rate(8, 9, config.optim) == pytest.approx(9e-4)
+    rows = planned(tmp_path, *short, "optim.warmup_steps=99")
+    told = "0.0009: training ends in its warm-up of 99 steps"
+    assert rows["peak learning rate"] == told
+    assert rows["micro-batch"] == "1 x 1 pass a worker"
 
 
 def test_recomputed_blocks_need_less_memory(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def plan(checked: CheckedTraining) -> Plan:
         ("tokens per step", f"{config.tokens_per_step:,}"),
         ("micro-batch", _passes(config)),
         ("tokens in all", f"{config.tokens_per_step * steps:,} at most"),
-        ("peak learning rate", f"{config.optim.lr:g}"),
+        ("peak learning rate", _peak_rate(config)),
     ]
     if config.optim.lands:
         stable = config.stable_steps
@@ -223,7 +223,16 @@ def _passes(config: Config) -> str:
     micro = config.micro_batch_size
     if config.compute.is_elastic:
         return f"{micro:,} x {config.micro_batches} passes, shared among the workers"
-    return f"{micro:,} x {config.grad_accum_steps} passes a worker"
+    passes = config.grad_accum_steps
+    return f"{micro:,} x {passes:,} {'pass' if passes == 1 else 'passes'} a worker"
+
+
+def _peak_rate(config: Config) -> str:
+    """The highest learning rate: optim.lr, unless the training ends in its warm-up."""
+    lr, warmup, steps = config.optim.lr, config.optim.warmup_steps, config.train.max_steps
+    if warmup < steps:
+        return f"{lr:g}"
+    return f"{lr * steps / (warmup + 1):.3g}: training ends in its warm-up of {warmup:,} steps"
 
 
 def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:
