@@ -71,7 +71,9 @@ class Gate:
             scheme = {"WWW-Authenticate": "Bearer"}
             if path == "/":
                 return HTMLResponse(self._page, 401, headers=scheme)
-            message = "an API key is required: Authorization: Bearer <key>"
+            is_wrong = key.lower().startswith("bearer ")
+            required = "an API key is required: Authorization: Bearer <key>"
+            message = "the API key is incorrect" if is_wrong else required
             return ApiError(401, message, code="invalid_api_key", headers=scheme).response()
         if self._endpoint.draining and path not in DRAINING_PATHS:
             return ApiError(

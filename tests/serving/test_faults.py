@@ -393,6 +393,9 @@ def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: P
                 answer = client.request(method, route, headers={"Authorization": value})
                 assert answer.status_code == 401, (route, value)
                 assert answer.headers["www-authenticate"] == "Bearer"
+                if route.startswith("/v1"):
+                    said = "is incorrect" if value == "Bearer wrong" else "is required"
+                    assert f"API key {said}" in answer.json()["error"]["message"]
             for key in ("first-key", "second-key"):
                 inside = {"Authorization": f"Bearer {key}"}
                 assert client.request(method, route, headers=inside).status_code != 401
