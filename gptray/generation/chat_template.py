@@ -49,12 +49,19 @@ def _text(content: object, place: str) -> str:
         return content
     if not isinstance(content, (list, tuple)) or not content:
         raise ValueError(f"{place} must be text, or a list of parts of text")
-    for number, part in enumerate(content):
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            what = f"of type {str(kind)[:60]} is not supported: this model reads text"
-            raise ValueError(f"{place}[{number}] {what}")
-    return "\n".join(part["text"] for part in content)
+    return "\n".join(_part(part, f"{place}[{number}]") for number, part in enumerate(content))
+
+
+def _part(part: object, place: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if isinstance(text, str):
+        return text
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{place} must be a part of text")
+    kind = part.get("type", "text")
+    if kind == "text":
+        raise ValueError(f"{place}.text must be text")
+    raise ValueError(f"{place} of type {str(kind)[:60]} is not supported: this model reads text")
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,8 @@ def test_parts_of_text_and_the_templates_variables_are_read(client: OpenAI) -> N
     parts = [{"role": "user", "content": [{"type": "text", "text": "a dog"}]}]
     plain = create(client, [{"role": "user", "content": "a dog"}], max_tokens=5, seed=1)
     assert create(client, parts, max_tokens=5, seed=1).choices == plain.choices
+    texts = [{"role": "user", "content": ["a dog"]}]  # as langchain sends a list of texts
+    assert create(client, texts, max_tokens=5, seed=1).choices == plain.choices
     loud = create(client, parts, max_tokens=1, extra_body={"chat_template_kwargs": {"shout": True}})
     more = len(TOKENIZER.encode("LOUD"))
     assert loud.usage.prompt_tokens >= plain.usage.prompt_tokens + more - 1
@@ -223,6 +225,11 @@ def test_a_wrong_message_is_named_once(server: Server) -> None:
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages[0].content[0] of type image_url is not supported: this model reads text",
         ),
+        (
+            [{"role": "user", "content": [{"type": "text", "content": "a"}]}],
+            "messages[0].content[0].text must be text",
+        ),
+        ([{"role": "user", "content": [3]}], "messages[0].content[0] must be a part of text"),
         (
             [{"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}],
             "messages[0].tool_calls is not supported",
