@@ -160,6 +160,7 @@ FAMILIES = (
             "logits_scaling": "logit_scale",
         },
     ),
+    replace(_QWEN2, model_type="ernie4_5", architecture="ernie4_5", biased=()),
     _EXAONE4,
     replace(
         _EXAONE4, model_type="olmo2", architecture="olmo2", optional={}, scalings=_QWEN2.scalings

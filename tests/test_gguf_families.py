@@ -37,6 +37,7 @@ REFUSED = {
     "phi3": "does not support sliding windows",
     **dict.fromkeys(("gpt_neo", "gpt_neo without windows, exact GELU"), "not gpt_neo; export.for"),
     **dict.fromkeys(("opt", "opt untied, without biases"), "not opt; export.format=hf does"),
+    "ernie4_5 with biases": "llama.cpp's ernie4_5 does not support a bias of",
     "gemma with biases": "llama.cpp's gemma does not support a head that is not the embedding",
     "gemma3_text": "sliding windows in other layers than all but every 6th",
 }

@@ -142,7 +142,7 @@ class ModelConfig(Section):
         None,
         description="start from these weights: a run by name or folder, a model folder of GPT-2, "
         "GPT-Neo, OPT, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, EXAONE 4, OLMo, SmolLM3, Phi-3, "
-        "StableLM, Granite, Gemma or Gemma 3, or a hub id",
+        "StableLM, Granite, ERNIE 4.5, Gemma or Gemma 3, or a hub id",
     )
     resize_vocab: bool = Field(
         False,

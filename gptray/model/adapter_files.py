@@ -228,7 +228,7 @@ def _reordered(
     convert: Callable[[Tensor, Part, ModelConfig], Tensor],
 ) -> Tensor:
     """B with its outputs in the file's or the network's order; B is never transposed."""
-    return convert(b, part, config) if part.layout == "by_head" else b
+    return b if part.layout == "transposed" else convert(b, part, config)
 
 
 @torch.no_grad()

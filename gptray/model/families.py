@@ -12,6 +12,7 @@ from dataclasses import replace
 from gptray.config import ModelConfig
 from gptray.model.family import Family, Key
 from gptray.model.llama_families import (
+    ERNIE45,
     EXAONE4,
     GEMMA,
     GEMMA3,
@@ -183,6 +184,7 @@ KNOWN: dict[str, Family] = {
     "gemma": GEMMA,
     "stablelm": STABLELM,
     "granite": GRANITE,
+    "ernie4_5": ERNIE45,
 }
 
 

@@ -39,7 +39,8 @@ class Family:
     supports. unrotated: every how many layers one has no positions, in files without
     no_rope_layers. prefix, layers: how the names of weights and of layers begin. modules: its
     modules for each of `gptray.model.parameters`'s, which may fuse several. transposed: linear
-    layers are stored (in, out). by_head: q, k and v are interleaved head by head. even_heads:
+    layers are stored (in, out). by_head: q, k and v are interleaved head by head. by_pair: the two
+    rows of q or k that are rotated together are neighbours, not half a head apart. even_heads:
     n_head must divide n_embd even if head_dim is set.
     """
 
@@ -63,4 +64,5 @@ class Family:
     unrotated: Key | None = None
     transposed: bool = False
     by_head: bool = False
+    by_pair: bool = False
     even_heads: bool = False

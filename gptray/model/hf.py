@@ -183,7 +183,9 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
 def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
     """A part's weight in the layout of its file."""
     if part.layout == "by_head":
-        return weight.view(3, config.n_head, -1).transpose(0, 1).reshape(weight.shape)
+        return _turned(weight, 1, 3, config.n_head)
+    if part.layout == "by_pair":
+        return _turned(weight, part.rows // config.head_width, 2, config.head_width // 2)
     if part.layout == "transposed":
         return weight.t()
     unused = part.dims[0] - part.rows
@@ -193,5 +195,12 @@ def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:
 def from_file(stored: Tensor, part: Part, config: ModelConfig) -> Tensor:
     """A file's tensor in the layout of the network's parameter."""
     if part.layout == "by_head":
-        return stored.view(config.n_head, 3, -1).transpose(0, 1).reshape(stored.shape)
+        return _turned(stored, 1, config.n_head, 3)
+    if part.layout == "by_pair":
+        return _turned(stored, part.rows // config.head_width, config.head_width // 2, 2)
     return stored.t() if part.layout == "transposed" else stored[-part.rows :]
+
+
+def _turned(weight: Tensor, times: int, outer: int, inner: int) -> Tensor:
+    """A weight with rows (times, outer, inner, ...) as one with rows (times, inner, outer, ...)."""
+    return weight.view(times, outer, inner, -1).transpose(1, 2).reshape(weight.shape)

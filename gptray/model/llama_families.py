@@ -165,6 +165,28 @@ PHI3 = replace(
     scalings=("longrope",),
 )
 
+ERNIE45 = replace(
+    LLAMA,
+    architecture="Ernie4_5ForCausalLM",
+    keys={
+        **_LLAMA_KEYS,
+        "vocab_size": Key("vocab_size", 103424),
+        "n_positions": Key("max_position_embeddings", 131072),
+        "n_embd": Key("hidden_size", 1024),
+        "n_layer": Key("num_hidden_layers", 18),
+        "n_head": Key("num_attention_heads", 16),
+        "n_kv_head": Key("num_key_value_heads", 2),
+        "head_dim": Key("head_dim", 128),
+        "n_inner": Key("intermediate_size", 3072),
+        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
+        **dict.fromkeys(_PLAIN_BIASES, Key("use_bias", False)),
+        "tie_word_embeddings": Key("tie_word_embeddings", True),
+    },
+    rope_base=Key("rope_theta", 500000.0),
+    by_pair=True,
+    even_heads=False,
+)
+
 GRANITE = replace(
     LLAMA,
     architecture="GraniteForCausalLM",

@@ -26,7 +26,7 @@ IGNORED = (
 )
 
 
-Layout = Literal["", "transposed", "by_head"]
+Layout = Literal["", "transposed", "by_head", "by_pair"]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,12 @@ def _parts(module: Module, config: ModelConfig, family: Family, layer: str) -> I
     theirs = f"{family.prefix}{family.layers + layer if layer else ''}"
     is_linear = bool(layer and module.inputs)
     start = 0
-    for name, size in zip(names, sizes, strict=True):
+    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
         layout: Layout = ""
         if family.by_head and module.name == "attn.c_attn":
             layout = "by_head"
+        elif family.by_pair and module.name == "attn.c_attn" and number < 2:  # q and k
+            layout = "by_pair"
         unused = family.first_position if module.name == "wpe" else 0
         weight = [size + unused, *module.inputs]
         yield Part(

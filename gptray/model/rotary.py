@@ -1,7 +1,7 @@
 """Rotary positions: rotates queries and keys, pair by pair, by angles that grow with position.
 
 Su et al. 2021, RoFormer. The two numbers of a pair are R / 2 apart, as in Hugging Face's files of
-all supported families.
+all supported families but ERNIE 4.5, whose rows `gptray.model.hf` reorders.
 
 Shapes: T positions, R rotated dimensions of a head.
 """

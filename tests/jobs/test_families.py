@@ -86,6 +86,6 @@ def test_one_architecture_that_is_not_known_is_refused_with_those_that_are(
     config = json.loads((qwen / "config.json").read_text()) | {"model_type": "qwen3_moe"}
     (tmp_path / "moe" / "config.json").write_text(json.dumps(config))
     known = "gpt2, llama, mistral, qwen2, qwen3, gpt_neox, exaone4, olmo2, olmo3, smollm3, phi3, "
-    known += "gemma3_text, gpt_neo, opt, gemma, stablelm, granite"
+    known += "gemma3_text, gpt_neo, opt, gemma, stablelm, granite, ernie4_5"
     with pytest.raises(UserError, match=f"model_type 'qwen3_moe' is not one of {known}$"):
         check_model(load_config(None, [f"generate.model={tmp_path / 'moe'}"]))

@@ -104,6 +104,7 @@ def test_greedy_texts_are_the_same(trained: Path, tmp_path: Path) -> None:
         *((name, {}) for name in ("gemma", "stablelm", "stablelm, tied")),
         ("granite", {}),
         ("granite with biases", {}),
+        ("ernie4_5", {}),
         ("gemma3_text, six layers", {}),
         ("phi3", {"sliding_window": None}),
         ("phi3, LongRoPE", {"original_max_position_embeddings": 256}),  # its shortest context

@@ -158,6 +158,12 @@ SHAPES |= {
         _SHAPE | {"attention_multiplier": 0.25, "residual_multiplier": 1.5, "logits_scaling": 3,
                   "attention_bias": True, "mlp_bias": True, "rope_parameters": _LLAMA3},
     ),
+    "ernie4_5": ("Ernie4_5", _GROUPED | {"head_dim": 12}),
+    "ernie4_5 with biases": (
+        "Ernie4_5",
+        _SHAPE | {"num_key_value_heads": 6, "head_dim": 8, "use_bias": True,
+                  "tie_word_embeddings": False},
+    ),
     "opt": ("OPT", _OPT),
     "opt untied, without biases": (
         "OPT", _OPT | {"enable_bias": False, "tie_word_embeddings": False},
@@ -206,6 +212,7 @@ FAMILIES += [
     "gemma",
     "stablelm",
     "granite",
+    "ernie4_5",
 ]
 
 

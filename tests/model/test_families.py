@@ -268,7 +268,7 @@ def test_a_network_from_scratch_is_saved_as_the_family_that_has_its_choices() ->
         "stablelm": llama | {"norm": "layernorm"},
         "granite": llama | {"residual_multiplier": 0.22},
     }
-    assert found.keys() == KNOWN.keys()
+    assert found.keys() == KNOWN.keys() - {"ernie4_5"}  # its networks are Llama's
     assert {name: family_of(ModelConfig(**fields)) for name, fields in found.items()} == {
         name: name for name in found
     }

@@ -103,7 +103,7 @@ def test_peft_computes_what_an_adapter_from_here_does(
     assert learning == trained_count(base, lora)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "qwen3", "ernie4_5"])
 @pytest.mark.parametrize("use_rslora", [True, False])
 def test_an_adapter_of_pefts_computes_the_same_here(
     name: str, use_rslora: bool, tmp_path: Path
