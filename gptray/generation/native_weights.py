@@ -20,7 +20,8 @@ from gptray.model.layers import RMSNorm
 from gptray.model.quantized import QuantizedWeight, head_kind, quantize
 from gptray.model.rotary import Angles
 from gptray.native import abi
-from gptray.native.abi import GROUP, LANES, PANEL
+from gptray.native.abi import GROUP, LANES, PANEL, load_library
+from gptray.native.backend import GENERATE_KEY
 
 DTYPES = {abi.FP32: torch.float32, abi.BF16: torch.bfloat16, abi.INT8: torch.uint8}
 QUANTIZED = {"int8": abi.INT8, "int4": abi.INT4, "iq4_nl": abi.IQ4_NL}
@@ -167,7 +168,9 @@ class NativeWeights:
                 packed = self._panels(rounded.values.view(torch.uint8) ^ 128, kind)  # unsigned
                 scale = rounded.scales[:, 0].float()
         floats = map(self._floats, (bias, scale))
-        return abi.Linear(packed.data_ptr(), *floats, inputs, outputs, kind, -1)
+        linear = abi.Linear(packed.data_ptr(), *floats, inputs, outputs, kind, -1)
+        load_library(key=GENERATE_KEY).pair_weights(linear)
+        return linear
 
     def _panels(self, weight: Tensor, kind: int) -> Tensor:
         """Pack weight (out, in) as [panel][word][64 outputs][numbers of a word]."""

@@ -115,7 +115,7 @@ void attend(From q, From k, From v, Size size, To out, float *log_sums) {
                       store(scores + r * width + column, sum);
                       most[r] = where(lanes(t + r + 1 - column), max(most[r], sum), most[r]);
                     });
-    const int words = (t + rows + 1) / 2;
+    const int words = whole_words(t + rows);
     float factors[TILE];
     for (int r = 0; r < rows; ++r) factors[r] = scale * reduce_max(most[r]);
     for (int r = 0; r < rows; ++r) {
@@ -172,6 +172,10 @@ struct BackwardWorkspace {
   }
 };
 
+// Queries whose probabilities are stored at a time: of the words that stand side by side.
+constexpr int AT_A_TIME = 2 * ABREAST;
+static_assert(TILE % AT_A_TIME == 0);
+
 // Probabilities and gradients of the scaled scores of queries t .. t + rows - 1 and all their keys.
 void score_gradients(const BackwardWorkspace &w, const Queries &of, int t, int rows,
                      int32_t *p_words, int32_t *s_words) {
@@ -197,9 +201,9 @@ void score_gradients(const BackwardWorkspace &w, const Queries &of, int t, int r
                   FromZero<Bf16>{}, [&](int r, int b, Floats sum) { grads[r][b] = sum; });
     for (int b = 0; b < BLOCKS; ++b) {
       const int column = k + b * LANES;
-      for (int r = 0; r < rows; r += 2) {
-        Floats p[2], s[2];
-        for (int o = 0; o < 2; ++o) {
+      for (int r = 0; r < rows; r += AT_A_TIME) {
+        Floats p[AT_A_TIME], s[AT_A_TIME];
+        for (int o = 0; o < AT_A_TIME; ++o) {
           const Mask mask = r + o < rows ? lanes(t + r + o + 1 - column) : 0;
           p[o] = s[o] = Floats{};
           if (!mask) continue;
@@ -207,10 +211,12 @@ void score_gradients(const BackwardWorkspace &w, const Queries &of, int t, int r
           p[o] = where(mask, p[o], Floats{});
           s[o] = p[o] * (grads[r + o][b] - delta[r + o]);
         }
-        const size_t at = r / 2 * width + column;
-        store(p_words + at, pair(p[0], p[1]));
-        store(s_words + at, pair(s[0], s[1]));
-        for (int o = 0; o < 2 && r + o < rows; ++o)
+        const auto put = [&](int32_t *to, const Floats *rows) {
+          const auto word = [&](int k) { return pair(rows[2 * k - r], rows[2 * k - r + 1]); };
+          put_words(to, width, r / 2, column, r / 2 + ABREAST, word);
+        };
+        put(p_words, p), put(s_words, s);
+        for (int o = 0; o < AT_A_TIME && r + o < rows; ++o)
           store(w.s_rows + (r + o) * width + column, s[o]);
       }
     }
@@ -225,12 +231,12 @@ void add_to_keys(const BackwardWorkspace &w, int p, int first, int last) {
   for (int k = 0; k < last; k += TILE) {
     const int rows = std::min(TILE, last - k);
     const int skip = std::max(k - first, 0) / 2;  // queries before these keys
-    const int words = (last - first + 1) / 2 - skip;
-    const size_t at = skip * width + k;
+    const int words = whole_words(last - first) - skip;
+    const size_t at = skip * width + k * ABREAST;
     const size_t panel = p * w.size.column_panel() + (size_t)(first / 2 + skip) * BLOCKS;
     for (const bool is_key : {true, false}) {
       float *to = (is_key ? w.key_grad : w.value_grad) + (p * width + k) * PANEL;
-      const Rows rows_of = {(is_key ? w.s_words : w.p_words) + at, 1, width};
+      const Rows rows_of = {(is_key ? w.s_words : w.p_words) + at, ABREAST, width};
       product<Bf16>(
           rows, rows_of, (is_key ? w.queries : w.grads) + panel, words,
           [&](int r, int b) { return load(to + r * PANEL + b * LANES); },
@@ -255,7 +261,7 @@ void attend_backward(const BackwardWorkspace &w, const Queries &of, To dq) {
       score_gradients(w, of, t, rows, w.p_words + at, w.s_words + at);
       for (int p = 0; p < w.size.panels(); ++p)
         product<Bf16>(rows, words_of(w.s_rows, width), w.keys + p * w.size.column_panel(),
-                      (t + rows + 1) / 2, FromZero<Bf16>{},
+                      whole_words(t + rows), FromZero<Bf16>{},
                       ToRows{dq.row(t) + p * PANEL, dq.stride, D - p * PANEL, scales});
     }
     for (int p = 0; p < w.size.panels(); ++p) add_to_keys(w, p, first, last);

@@ -12,6 +12,9 @@ constexpr int SUMS = 24, IN_REGISTERS = 6;
 using Floats = __m512;  // has + - * /
 using Words = __m512i;
 
+// Whether panels have their words in pairs (panel_layout.h), which x86 has no instructions for.
+constexpr bool IN_PAIRS = false;
+
 inline Floats splat(float value) { return _mm512_set1_ps(value); }
 
 inline Words splat(int32_t word) { return _mm512_set1_epi32(word); }

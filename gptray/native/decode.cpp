@@ -127,6 +127,9 @@ extern "C" void decode_step(const Model *model, const Cache *cache, const Step *
   }
 }
 
+// Put a packed layer's weights into pairs of words, if this library multiplies them so.
+extern "C" void pair_weights(const Linear *linear) { pair_words(*linear); }
+
 // For `gptray.native.build`: whether this library works here.
 extern "C" int32_t works_here() {
   if constexpr (HAS_TILES) return tiles_are_right();
@@ -169,7 +172,7 @@ extern "C" const char *decode_abi() {
       ABI_STRUCT(Draw, ABI_FIELD(Draw, temperature), ABI_FIELD(Draw, top_p), ABI_FIELD(Draw, min_p),
                  ABI_FIELD(Draw, seed), ABI_FIELD(Draw, row), ABI_FIELD(Draw, position),
                  ABI_FIELD(Draw, top_k)) +
-      ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates) + ABI_FUNCTION(rank_rows) +
-      ABI_FUNCTION(draw_rows);
+      ABI_FUNCTION(pair_weights) + ABI_FUNCTION(decode_step) + ABI_FUNCTION(top_candidates) +
+      ABI_FUNCTION(rank_rows) + ABI_FUNCTION(draw_rows);
   return text.c_str();
 }

@@ -68,12 +68,16 @@ void frozen_gradient(const uint16_t *dy, const uint16_t *w, const Adapter &adapt
 }
 
 // Rows at once of a product with one or two blocks of columns: enough sums to hide the latency.
-constexpr int NARROW_TILE = SUMS / 2;
+constexpr int NARROW_TILE = IN_PAIRS ? IN_REGISTERS : SUMS / 2;
 
 // ROWS rows by the first USED blocks of a panel of `count` words.
 template <int ROWS, int USED>
 inline void narrow_tile(const int32_t *x, const Words *panel, int count, const Output &to,
                         int row) {
+  if constexpr (IN_PAIRS)
+    return paired_tile<Bf16, ROWS + ROWS % 2, USED>(
+        ROWS, {x, (size_t)count, 1}, panel, count, FromZero<Bf16>{},
+        [&](int r, int b, Floats sum) { to.take(row + r, b * LANES, sum, to.mask(b * LANES)); });
   Floats sums[ROWS][USED] = {};
   for (int k = 0; k < count; ++k, panel += BLOCKS) {
     Words first = load((const int32_t *)panel), last = load((const int32_t *)(panel + USED - 1));

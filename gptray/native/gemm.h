@@ -1,8 +1,8 @@
 // Products of rows by panels, up to TILE rows by 64 columns at once: in vector registers, or in
 // tiles if the processor has them.
 //
-// One side is read a word per row, broadcast to all lanes; the other side is packed into panels:
-// [panel of 64 columns][word][64 columns]. Each sum runs in one fixed order.
+// One side is read a word per row, broadcast to all lanes; the other side is packed into panels
+// (panel_layout.h). Each sum runs in one fixed order.
 
 #pragma once
 
@@ -10,26 +10,14 @@
 #include <cassert>
 #include <cstddef>
 
-#include "tiles.h"
+#include "panel_layout.h"
 
 namespace {
 
-constexpr int BLOCKS = 4, PANEL = LANES * BLOCKS;
-constexpr int AT_ONCE = SUMS / IN_REGISTERS;  // blocks of a register tile
-constexpr int TILE = HAS_TILES ? 2 * LANES : IN_REGISTERS;
-constexpr int ROW_BLOCK = 96;  // most rows that use a panel while it is cached
-
-// M rows in blocks of about the same height, so that threads share them evenly: the number of
-// blocks, and the first row of each.
-inline int row_blocks(int M) { return (M + ROW_BLOCK - 1) / ROW_BLOCK; }
-
-inline int block_start(int block, int M) { return (int64_t)M * block / row_blocks(M); }
-
-inline int panel_count(int columns) { return (columns + PANEL - 1) / PANEL; }
-
 // For each kind of number: how to unpack a word of weights, how to multiply it by another word and
-// add it to a sum, and the number of rows from which to use tiles.
+// add it to a sum, the number of rows from which to use tiles, and whether panels have pairs.
 struct Fp32 {
+  static constexpr bool PAIRED = false;
   static constexpr int TILED_FROM = 0;  // never
   using Sum = Floats;
   static Words weights(Words w) { return w; }
@@ -37,6 +25,7 @@ struct Fp32 {
 };
 
 struct Bf16 {
+  static constexpr bool PAIRED = IN_PAIRS;
   static constexpr int TILED_FROM = 1;  // always: tiles round differently from registers
   using Sum = Floats;
   static Words weights(Words w) { return w; }
@@ -50,6 +39,7 @@ struct Bf16 {
 
 // Packed weights have 128 added.
 struct Int8 {
+  static constexpr bool PAIRED = IN_PAIRS;
   static constexpr int TILED_FROM = IN_REGISTERS + 1;  // sums are exact either way
   using Sum = Words;
   static Words weights(Words w) { return biased(w); }
@@ -61,7 +51,8 @@ struct Int8 {
   }
 };
 
-// The unpacked side of a product: the strides from row to row and from word to word.
+// The unpacked side of a product: the strides from row to row and from word to word. In products by
+// pairs, an odd word stands beside the even one before it.
 struct Rows {
   const int32_t *words;
   size_t row, place;  // strides
@@ -129,9 +120,43 @@ inline void tile(Rows x, const Words *panel, int count, const Begin &begin, cons
   }
 }
 
+// As `tile`, of ROWS rows, or one less, by the first USED blocks of a panel in pairs.
+template <typename Kind, int ROWS, int USED = BLOCKS, typename Begin, typename End,
+          typename Meanwhile = Nothing>
+inline void paired_tile(int rows, Rows x, const Words *panel, int count, const Begin &begin,
+                        const End &end, const Meanwhile &meanwhile = {}) {
+  const int even = count / 2 * 2;
+  const auto actual = [&](int r) { return r < ROWS - 1 ? r : rows - 1; };
+  for (int b = 0; b < USED; ++b) {
+    typename Kind::Sum sums[ROWS][1];
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) sums[r][0] = begin(actual(r), b);
+    meanwhile(count);
+    const int32_t *const w = (const int32_t *)(panel + 2 * b);
+    add_pairs(sums, rows, even / 2, x.words, x.row, 2 * x.place,
+              [=](int k, int half) { return load(w + 2 * k * PANEL + half * LANES); });
+    if (even < count) {
+      const Words last = load((const int32_t *)(panel + even * BLOCKS + b));
+#pragma GCC unroll 6
+      for (int r = 0; r < ROWS; ++r) {
+        const int32_t word = x.words[even * x.place + actual(r) * x.row];
+        sums[r][0] = Kind::add(sums[r][0], splat(word), last);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+      if (r < ROWS - 1 || r < rows) end(r, b, sums[r][0]);
+  }
+}
+
 template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void register_product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
                              const End &end, const Meanwhile &meanwhile = {}) {
+  if constexpr (Kind::PAIRED) switch ((rows + 1) / 2) {
+      case 1: return paired_tile<Kind, 2>(rows, x, panel, count, begin, end, meanwhile);
+      case 2: return paired_tile<Kind, 4>(rows, x, panel, count, begin, end, meanwhile);
+      default: return paired_tile<Kind, 6>(rows, x, panel, count, begin, end, meanwhile);
+    }
   switch (rows) {
     case 1: return tile<Kind, 1>(x, panel, count, begin, end, meanwhile);
     case 2: return tile<Kind, 2>(x, panel, count, begin, end, meanwhile);
@@ -149,6 +174,7 @@ inline void in_tiles(int first, int stop, const Run &run, int most = TILE) {
   for (int row = first, rows; row < stop; row += rows) {
     const int left = (stop - row + most - 1) / most;
     rows = (stop - row + left - 1) / left;
+    if (IN_PAIRS) rows = std::min(rows + rows % 2, stop - row);
     run(row, rows);
   }
 }
@@ -239,10 +265,10 @@ inline void tile_product(int rows, Rows x, const Words *panel, int count, const 
 template <typename Kind, typename Begin, typename End, typename Meanwhile = Nothing>
 inline void product(int rows, Rows x, const Words *panel, int count, const Begin &begin,
                     const End &end, const Meanwhile &meanwhile = {}) {
-  if constexpr (!HAS_TILES) {
+  if constexpr (TILE == IN_REGISTERS) {
     register_product<Kind>(rows, x, panel, count, begin, end, meanwhile);
   } else {
-    if constexpr (Kind::TILED_FROM > 0)
+    if constexpr (HAS_TILES && Kind::TILED_FROM > 0)
       if (rows >= Kind::TILED_FROM)
         return tile_product<Kind>(rows, x, panel, count, begin, end, meanwhile);
     const auto run = [&](int first, int height) {

@@ -106,8 +106,21 @@ inline void add_group(const Kind &weights, const RowGroup<GROUP> *x, size_t stri
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
       for (int b = 0; b < AT_ONCE; ++b) sums[r][b] = splat(x[r * stride].offset);
+    // Two or more rows are worth zipping the weights' words into pairs.
+    constexpr bool in_pairs = IN_PAIRS && ROWS > 1;
+    if constexpr (in_pairs)
+      add_pairs(sums, ROWS, HALF_WORDS, x->words, stride * sizeof *x / sizeof *x->words, 2,
+                [&](int pair, int half) {
+                  const auto word = [&](int k) {
+                    return load((const int32_t *)panel.values[k][first]);
+                  };
+                  Words left = word(pair % 2 * 2), right = word(pair % 2 * 2 + 1);
+                  zip(left, right);
+                  const Words both = half ? right : left;
+                  return weights(pair < 2 ? low_nibbles(both) : high_nibbles(both));
+                });
 #pragma GCC unroll 4
-    for (int k = 0; k < HALF_WORDS; ++k) {
+    for (int k = in_pairs ? HALF_WORDS : 0; k < HALF_WORDS; ++k) {
       Words both[AT_ONCE];
 #pragma GCC unroll 4
       for (int b = 0; b < AT_ONCE; ++b) both[b] = load((const int32_t *)panel.values[k][first + b]);

@@ -45,14 +45,26 @@ inline size_t panel_size(const Linear &linear) {
 
 // The weights (inputs) of one output of an fp32 or bf16 layer.
 inline void read_row(const Linear &linear, size_t output, float *to) {
-  const int words = word_count(linear), per_word = linear.kind == BF16 ? 2 : 1;
-  const uint32_t *from =
-      (const uint32_t *)linear.weight + output / PANEL * words * PANEL + output % PANEL;
+  const int words = word_count(linear), column = output % PANEL;
+  const uint32_t *panel = (const uint32_t *)linear.weight + output / PANEL * words * PANEL;
   for (int i = 0; i < linear.inputs; ++i) {
-    uint32_t bits = from[(size_t)(i / per_word) * PANEL];
-    if (linear.kind == BF16) bits = i % 2 ? bits & 0xFFFF0000 : bits << 16;
+    uint32_t bits;
+    if (linear.kind == BF16) {
+      bits = panel[place_in_panel(i / 2, column, words)];
+      bits = i % 2 ? bits & 0xFFFF0000 : bits << 16;
+    } else {
+      bits = panel[(size_t)i * PANEL + column];
+    }
     std::memcpy(to + i, &bits, sizeof bits);
   }
+}
+
+// Put a layer's packed words into pairs, if products read them so.
+void pair_words(const Linear &linear) {
+  if (!IN_PAIRS || (linear.kind != BF16 && linear.kind != INT8)) return;
+  const int words = word_count(linear);
+  for (int panel = 0; panel < panel_count(linear.outputs); ++panel)
+    pair_words((int32_t *)linear.weight + (size_t)panel * words * PANEL, words);
 }
 
 // Pack a row into words; those beyond it are 0 or are multiplied by weights of 0.

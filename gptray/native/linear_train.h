@@ -164,7 +164,7 @@ void sum_panel(const Words *panel, int words, float *sum, int columns) {
   for (int b = 0; b < BLOCKS; ++b) {
     Floats even = {}, odd = even;
     for (int k = 0; k < words; ++k) {
-      const Words w = panel[(size_t)k * BLOCKS + b];
+      const Words w = word_of(panel, words, k, b);
       even = even + even_of(w), odd = odd + odd_of(w);
     }
     const Mask mask = lanes(columns - b * LANES);

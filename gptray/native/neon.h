@@ -1,5 +1,5 @@
-// simd.h's vectors for ARM processors, four NEON registers each: with dot products of bf16 and int8
-// if the compiler may use them, else by conversion.
+// simd.h's vectors for ARM processors, four NEON registers each: with dot products of bf16 and
+// int8, and matrix instructions, if the compiler may use them, else by conversion.
 //
 // avx512.h documents the functions. Arm Architecture Reference Manual, chapter C7.
 
@@ -16,6 +16,12 @@ namespace {
 constexpr int SUMS = 6, IN_REGISTERS = 6;
 #else
 constexpr int SUMS = 4, IN_REGISTERS = 4;
+#endif
+
+#ifdef __ARM_FEATURE_MATMUL_INT8  // asked for with bf16 only, see processor.py
+constexpr bool IN_PAIRS = true;
+#else
+constexpr bool IN_PAIRS = false;
 #endif
 
 // Not arrays: GCC keeps arrays of registers in memory.
@@ -238,5 +244,8 @@ inline Mask not_equal(Mask mask, Floats x, Floats y) {
 }  // namespace
 
 #include "neon_words.h"
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#include "neon_pairs.h"
+#endif
 
 #undef OF

@@ -38,9 +38,14 @@ inline Floats dot_bf16(Floats sum, Words x, Words w) {
   return each<Floats>(of, sum, x, w);
 }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8  // products of unsigned by signed bytes
+constexpr int BYTE_BIAS = 128;
+#else
 constexpr int BYTE_BIAS = 0;
+#endif
 
 inline Words biased(Words bytes) {
+  if (BYTE_BIAS) return bytes;
   const auto of = [](int32x4_t x) { return veorq_s32(x, vdupq_n_s32((int32_t)0x80808080)); };
   return each<Words>(of, bytes);
 }
@@ -48,7 +53,9 @@ inline Words biased(Words bytes) {
 inline Words dot_bytes(Words sum, Words x, Words w) {
   const auto of = [](int32x4_t sum, int32x4_t words, int32x4_t weights) {
     const int8x16_t x = vreinterpretq_s8_s32(words), w = vreinterpretq_s8_s32(weights);
-#ifdef __ARM_FEATURE_DOTPROD
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    return vusdotq_s32(sum, vreinterpretq_u8_s8(w), x);
+#elif defined(__ARM_FEATURE_DOTPROD)
     return vdotq_s32(sum, x, w);
 #else
     const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(w)));

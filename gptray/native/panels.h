@@ -22,17 +22,36 @@ T *scratch(std::vector<T> &vector, size_t size) {
   return vector.data();
 }
 
+// Write words k .. k + ABREAST - 1 of 16 columns, but only to `count`, into panels of `width`
+// columns: words(k) gives one.
+template <typename Get>
+inline void put_words(int32_t *panel, size_t width, int k, int column, int count,
+                      const Get &words) {
+  Words word = words(k);
+  int32_t *const to = panel + k * width;
+  if constexpr (IN_PAIRS)
+    if (k + 1 < count) {
+      Words next = words(k + 1);
+      zip(word, next);
+      store(to + 2 * column, word), store(to + 2 * column + LANES, next);
+      return;
+    }
+  store(to + column, word);
+}
+
 // Pack 16 rows of `count` words into block `block` of panels; words(r, k) gives 16 words of the
 // block's row r from word k on.
 template <typename Get>
 inline void pack_block(const Get &words, Words *panels, int block, int count) {
-  Words *to = panels + (size_t)(block / BLOCKS) * count * BLOCKS + block % BLOCKS;
+  int32_t *const panel = (int32_t *)(panels + (size_t)(block / BLOCKS) * count * BLOCKS);
   for (int k = 0; k < count; k += LANES) {
     Words square[LANES];
 #pragma GCC unroll 16
     for (int r = 0; r < LANES; ++r) square[r] = words(r, k);
     transpose(square);
-    for (int i = 0; i < std::min(LANES, count - k); ++i) to[(size_t)(k + i) * BLOCKS] = square[i];
+    for (int i = k; i < std::min(k + LANES, count); i += ABREAST)
+      put_words(panel, PANEL, i, block % BLOCKS * LANES, count,
+                [&](int at) { return square[at - k]; });
   }
 }
 
@@ -97,36 +116,55 @@ void pack_columns(const Number *w, Words *panels, int N, int K) {
   const int count = (N + 1) / 2;
 #pragma omp for collapse(2) schedule(static)
   for (int panel = 0; panel < panel_count(K); ++panel)
-    for (int n = 0; n < count; ++n)
+    for (int n = 0; n < count; n += ABREAST)
       for (int b = 0; b < BLOCKS; ++b) {
         const int column = panel * PANEL + b * LANES;
-        const Mask mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
-        const Number *from = w + (size_t)2 * n * K + column;
-        const Words words = pair_of(from, from + K, mask, odd);
-        panels[((size_t)panel * count + n) * BLOCKS + b] = words;
+        put_words((int32_t *)(panels + (size_t)panel * count * BLOCKS), PANEL, n, b * LANES, count,
+                  [&](int n) {
+                    const Mask mask = lanes(K - column), odd = 2 * n + 1 < N ? mask : 0;
+                    const Number *from = w + (size_t)2 * n * K + column;
+                    return pair_of(from, from + K, mask, odd);
+                  });
       }
+}
+
+// Words of so many numbers, rounded up to whole pairs if panels have pairs.
+inline int whole_words(int numbers) {
+  return (numbers + 2 * ABREAST - 1) / (2 * ABREAST) * ABREAST;
 }
 
 // Words of a column of M rows, rounded up to whole tiles if there are tiles.
 inline int column_words(int M) {
   constexpr int whole = HAS_TILES ? LANES : 1;
-  return ((M + 1) / 2 + whole - 1) / whole * whole;
+  return (whole_words(M) + whole - 1) / whole * whole;
+}
+
+// Word k of 16 columns of a panel.
+inline Words word_of(const Words *panel, int count, int k, int block) {
+  if (!IN_PAIRS) return panel[(size_t)k * BLOCKS + block];
+  int32_t words[LANES];
+  for (int i = 0; i < LANES; ++i)
+    words[i] = ((const int32_t *)panel)[place_in_panel(k, block * LANES + i, count)];
+  return load(words);
 }
 
 // `columns` <= 64 columns of rows (M, stride) in bf16 -> a panel, words along M.
 void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int columns) {
-  for (int m = 0; m < M; m += 2, x += 2 * stride)
-    for (int b = 0; b < BLOCKS; ++b) {
-      const Mask mask = lanes(columns - b * LANES), odd = m + 1 < M ? mask : 0;
-      const uint16_t *from = x + b * LANES;
-      *panel++ = pair_of(from, from + stride, mask, odd);
-    }
-  for (int fill = ((M + 1) / 2 - column_words(M)) * BLOCKS; fill < 0; ++fill) *panel++ = Words{};
+  const int words = whole_words(M);
+  for (int k = 0; k < words; k += ABREAST)
+    for (int b = 0; b < BLOCKS; ++b)
+      put_words((int32_t *)panel, PANEL, k, b * LANES, words, [&](int k) {
+        const Mask mask = 2 * k < M ? lanes(columns - b * LANES) : 0,
+                   odd = 2 * k + 1 < M ? mask : 0;
+        const uint16_t *from = x + 2 * k * stride + b * LANES;
+        return pair_of(from, from + stride, mask, odd);
+      });
+  std::fill(panel + words * BLOCKS, panel + column_words(M) * BLOCKS, Words{});
 }
 
 // The left operand of a product of two panels: registers read it as it is, tiles need it transposed
 // to [16 words][64 columns][16 words].
-constexpr int LEFT_STEP = HAS_TILES ? LANES : 1;  // stride from column to column
+constexpr int LEFT_STEP = HAS_TILES ? LANES : ABREAST;  // stride from column to column
 
 void transpose_left(Words *panel, int words) {
   if (!HAS_TILES) return;

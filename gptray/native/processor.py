@@ -23,6 +23,7 @@ INSTRUCTIONS = {
 ARM_LEVELS = {
     ("asimddp", "FEAT_DotProd"): "-march=armv8.2-a+dotprod",
     ("bf16", "FEAT_BF16"): "-march=armv8.2-a+dotprod+bf16",
+    ("i8mm", "FEAT_I8MM"): "-march=armv8.2-a+dotprod+bf16+i8mm",
 }
 ARM_BASE = "-march=armv8-a"
 # Matrix tiles (Intel AMX), used if the processor has all of these.

@@ -19,6 +19,11 @@ constexpr Mask ALL = 0xFFFF;
 // A mask of the first `count` lanes.
 inline Mask lanes(int count) { return count >= LANES ? ALL : count <= 0 ? 0 : (1u << count) - 1; }
 
+// Make a0 b0 a1 b1 ... of two vectors, the first half of it in a. Only there if panels have words
+// in pairs.
+template <typename Vectors>
+void zip(Vectors &a, Vectors &b);
+
 }  // namespace
 
 #ifdef __aarch64__

@@ -21,12 +21,13 @@ needs_cross = pytest.mark.skipif(
 )
 # The compiler's option of each level, a processor that has no more, and the tests: those of what
 # depends on the processor, and below the best level of what is otherwise there.
-BASE, DOT, BF16 = processor.ARM_BASE, *processor.ARM_LEVELS.values()
+BASE, DOT, BF16, MATRIX = processor.ARM_BASE, *processor.ARM_LEVELS.values()
 OTHERWISE = ["decode", "frozen_train", "gemm", "grouped_decode", "linear_train", "panels", "simd"]
 LEVELS = {
     BASE: ("cortex-a72", OTHERWISE),
     DOT: ("neoverse-n1", ["gemm", "grouped_decode"]),
-    BF16: ("max", [name for name in NAMES if name not in ("draw", "team", "tiles")]),
+    BF16: ("max", OTHERWISE),
+    MATRIX: ("max", [name for name in NAMES if name not in ("draw", "team", "tiles")]),
 }
 OPTIONS = ["-O1", "-std=c++17", "-fopenmp", f"-I{NATIVE}", "-Wall", "-Wextra", "-Werror"]
 
@@ -75,7 +76,7 @@ def test_a_header_computes_on_arm_what_scalar_loops_compute(
 
 
 @needs_cross
-@pytest.mark.parametrize("level", [BASE, BF16])
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["decode.cpp", "train.cpp"])
 def test_a_source_compiles_for_arm_without_a_warning(name: str, level: str) -> None:
     done = run(COMPILER, *OPTIONS, level, "-fsyntax-only", NATIVE / name)
@@ -108,8 +109,16 @@ def on_mac(monkeypatch: pytest.MonkeyPatch, folder: Path, features: str) -> None
 @pytest.mark.parametrize(
     ("become", "features"),
     [
-        (on_linux, ("aes", "aes asimddp", "asimddp sve i8mm bf16")),
-        (on_mac, ("FEAT_AES", "FEAT_DotProd", "FEAT_DotProd FEAT_I8MM FEAT_BF16")),
+        (on_linux, ("aes", "aes asimddp", "asimddp bf16", "asimddp sve i8mm bf16")),
+        (
+            on_mac,
+            (
+                "FEAT_AES",
+                "FEAT_DotProd",
+                "FEAT_DotProd FEAT_BF16",
+                "FEAT_DotProd FEAT_I8MM FEAT_BF16",
+            ),
+        ),
     ],
 )
 def test_the_compiler_may_use_what_an_arm_processor_has(
@@ -117,19 +126,22 @@ def test_the_compiler_may_use_what_an_arm_processor_has(
 ) -> None:
     assert callable(become)
     names = set()
-    for level, told in zip((BASE, DOT, BF16), features, strict=True):
+    for level, told in zip(LEVELS, features, strict=True):
         become(monkeypatch, tmp_path, told)
         assert processor.why_not_here() is None
         asked = options(tiles=False)
         assert level in asked and not [one for one in asked if one.startswith("-mavx")]
         names.add(library_name())
-    assert len(names) == 3, "each has a library of its own"
+    assert len(names) == len(LEVELS), "each has a library of its own"
     assert ("-Xpreprocessor" in asked) == (become is on_mac)
     assert become is on_linux or processor.processor_name() == "Apple M9"
 
 
-def test_bf16_is_not_asked_of_a_compiler_without_the_dot_product_before_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("features", "level"), [("bf16", BASE), ("i8mm", BASE), ("asimddp i8mm", DOT)]
+)
+def test_a_compiler_is_asked_for_nothing_without_the_levels_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, features: str, level: str
 ) -> None:
-    on_linux(monkeypatch, tmp_path, "bf16")
-    assert processor.instruction_options() == (BASE,)
+    on_linux(monkeypatch, tmp_path, features)
+    assert processor.instruction_options() == (level,)

@@ -44,6 +44,7 @@ struct Matrix {
     }
     linear.weight = words.data();
     if (kind == INT8) linear.scale = scale.data();
+    pair_weights(&linear);
   }
 
   std::vector<double> of(const std::vector<double> &x) const {

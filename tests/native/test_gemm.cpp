@@ -13,7 +13,16 @@ static void multiply(const std::vector<int32_t> &x, const std::vector<int32_t> &
   const auto end = [&](int r, int b, typename Kind::Sum sum) {
     std::memcpy(out + r * PANEL + b * LANES, &sum, sizeof sum);
   };
-  product<Kind>(rows, {x.data(), (size_t)words, 1}, (const Words *)panel.data(), words, begin, end);
+  std::vector<int32_t> own = panel;
+  if (Kind::PAIRED) pair_words(own.data(), words);
+  product<Kind>(rows, {x.data(), (size_t)words, 1}, (const Words *)own.data(), words, begin, end);
+}
+
+static std::vector<int32_t> random_words(size_t count, unsigned seed) {
+  const auto halves = bf16(randoms(2 * count, seed));
+  std::vector<int32_t> words(count);
+  std::memcpy(words.data(), halves.data(), count * sizeof(int32_t));
+  return words;
 }
 
 TEST(a_tile_of_fp32_is_a_loop_over_its_words) {
@@ -37,19 +46,16 @@ TEST(a_tile_of_fp32_is_a_loop_over_its_words) {
 TEST(a_tile_of_bf16_is_a_loop_over_pairs) {
   const int words = 37;
   for (int rows = 1; rows <= TILE; ++rows) {
-    const auto x = bf16(randoms(2 * rows * words, rows)), w = bf16(randoms(2 * words * PANEL, 9));
-    std::vector<int32_t> x_words(rows * words), panel(words * PANEL);
-    std::memcpy(x_words.data(), x.data(), x.size() * 2);
-    std::memcpy(panel.data(), w.data(), w.size() * 2);
+    const auto x = random_words(rows * words, rows), panel = random_words(words * PANEL, 9);
     float out[TILE * PANEL];
-    multiply<Bf16>(x_words, panel, rows, words, Floats{}, out);
+    multiply<Bf16>(x, panel, rows, words, Floats{}, out);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         double sum = 0;
         for (int k = 0; k < words; ++k)
-          for (int o = 0; o < 2; ++o)
-            sum += (double)from_bf16(x[2 * (r * words + k) + o]) *
-                   from_bf16(w[2 * (k * PANEL + c) + o]);
+          for (const int shift : {0, 16})
+            sum += (double)from_bf16((uint32_t)x[r * words + k] >> shift) *
+                   from_bf16((uint32_t)panel[k * PANEL + c] >> shift);
         CHECK_CLOSE(out[r * PANEL + c], sum, 1e-4);
       }
   }
@@ -75,6 +81,23 @@ TEST(a_tile_of_int8_is_a_loop_over_fours) {
   }
 }
 
+TEST(a_sum_of_bf16_has_the_bits_of_dot_products_of_one_word_after_another) {
+  if (HAS_TILES) return;
+  const int words = 37;
+  for (int rows = 1; rows <= TILE; ++rows) {
+    const auto x = random_words(rows * words, rows), panel = random_words(words * PANEL, 9);
+    float out[TILE * PANEL];
+    multiply<Bf16>(x, panel, rows, words, splat(0.5f), out);
+    for (int r = 0; r < rows; ++r)
+      for (int b = 0; b < BLOCKS; ++b) {
+        Floats sum = splat(0.5f);
+        for (int k = 0; k < words; ++k)
+          sum = dot_bf16(sum, splat(x[r * words + k]), load(&panel[k * PANEL + b * LANES]));
+        CHECK(!std::memcmp(&sum, &out[r * PANEL + b * LANES], sizeof sum));
+      }
+  }
+}
+
 template <typename Kind>
 static int words_called_for(int rows, int words) {
   const std::vector<int32_t> x(rows * words), panel(words * PANEL);
@@ -94,14 +117,14 @@ TEST(a_product_calls_for_each_word_as_often_as_it_goes_through_a_panel) {
   }
 }
 
-TEST(tiles_cover_all_rows_once_and_differ_by_one_row_at_most) {
+TEST(tiles_cover_all_rows_once_and_differ_by_no_more_than_even_heights_need) {
   for (int stop = 0; stop < 50; ++stop) {
     int next = 3, least = TILE, most = 0;
     in_tiles(3, 3 + stop, [&](int row, int rows) {
       CHECK(row == next);
       next += rows, least = std::min(least, rows), most = std::max(most, rows);
     });
-    CHECK(next == 3 + stop && most <= TILE && (!stop || most - least <= 1));
+    CHECK(next == 3 + stop && most <= TILE && (!stop || most - least < 2 * ABREAST));
   }
 }
 

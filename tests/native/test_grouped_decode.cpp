@@ -45,12 +45,14 @@ TEST(a_product_with_int8_is_a_loop_over_groups) {
   std::mt19937 generator(5);
   std::vector<int32_t> panel(words * PANEL);
   for (int32_t &word : panel) word = (int32_t)generator();
+  std::vector<int32_t> packed = panel;
+  if (IN_PAIRS) pair_words(packed.data(), words);
   for (int rows = 1; rows <= TILE; ++rows) {
     std::vector<RowGroup<INT8_GROUP>> x;
     for (int r = 0; r < rows; ++r)
       for (const auto &group : grouped<INT8_GROUP>(randoms(size, r), BYTE_BIAS)) x.push_back(group);
     Floats totals[TILE][BLOCKS];
-    int8_product(rows, x.data(), (const Words *)panel.data(), words, totals);
+    int8_product(rows, x.data(), (const Words *)packed.data(), words, totals);
     for (int r = 0; r < rows; ++r)
       for (int c = 0; c < PANEL; ++c) {
         float total = 0;

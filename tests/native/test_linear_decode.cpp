@@ -37,6 +37,7 @@ struct Packed {
     }
     linear.weight = words.data();
     if (kind == INT8) linear.scale = scale.data();
+    pair_words(linear);
   }
 
   void pack_groups() {

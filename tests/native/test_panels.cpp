@@ -3,8 +3,9 @@
 
 // The number of a panel's column at place `k`, two of which make a word.
 static float at(const std::vector<Line> &panels, int column, int k, int words) {
-  const size_t word = ((size_t)(column / PANEL) * words + k / 2) * PANEL + column % PANEL;
-  const uint32_t both = ((const uint32_t *)panels.data())[word];
+  const uint32_t *panel =
+      (const uint32_t *)panels.data() + (size_t)(column / PANEL) * words * PANEL;
+  const uint32_t both = panel[place_in_panel(k / 2, column % PANEL, words)];
   return from_bf16(k % 2 ? both >> 16 : both & 0xFFFF);
 }
 
@@ -51,17 +52,18 @@ TEST(a_square_is_turned_over) {
     for (int c = 0; c < LANES; ++c) CHECK(numbers[r][c] == 100 * c + r);
 }
 
-TEST(a_left_panel_is_turned_where_there_are_tiles) {
+TEST(a_left_panel_has_words_of_a_column_side_by_side) {
   const int words = 48;
   std::vector<Line> panel(words * BLOCKS);
   int32_t *numbers = (int32_t *)panel.data();
   for (int k = 0; k < words; ++k)
     for (int c = 0; c < PANEL; ++c) numbers[k * PANEL + c] = 100 * k + c;
+  if (IN_PAIRS) pair_words(numbers, words);
   transpose_left((Words *)panel.data(), words);
   const Rows left = {numbers, LEFT_STEP, PANEL};
   for (int k = 0; k < words; ++k)
     for (int c = 0; c < PANEL; ++c) {
-      const int group = HAS_TILES ? k / LANES * LANES : k;
+      const int group = k / LEFT_STEP * LEFT_STEP;
       CHECK(left.words[group * left.place + c * left.row + (k - group)] == 100 * k + c);
     }
 }
