@@ -1,18 +1,21 @@
 """Benchmarks gptray on one GPU: speed against peers, determinism, where the time goes.
 
-    python benchmarks/gpu.py [--parts gen,quant,serve,facts,right,train] [--seconds N] [--out FILE]
-                             [--data FOLDER]
+    python benchmarks/gpu.py [--parts gen,adapters,compiled,quant,serve,more,facts,right,train]
+                             [--seconds N] [--out FILE] [--data FOLDER]
     python benchmarks/gpu.py --device cpu --tiny
 
 Needs neither Ray nor a network. The last command is a dry run of all code on a CPU. Parts run in
-the given order, by default the least known first; after --seconds, no new figure is started.
+the given order, by default the most needed figures first; after --seconds, no new one is started.
 
 facts: the GPU's GEMM rate, memory bandwidth and attention kernels, with and without determinism.
 right: do two runs, and a resumed one, end with the same bits? Are rows the same alone and in a
     batch, on the GPU and on the CPU?
-train: GPT-2 124M's step against a loop like nanoGPT's and transformers' GPT-2, in turns.
-gen: decoding with GPT-2 124M and SmolLM2's shape against transformers' generate and the bound set
-    by memory bandwidth, long prompts, and one step under the profiler.
+compiled: GPT-2 124M's compiled step with 32 sequences against a loop like nanoGPT's, in turns.
+train: the same with 12 sequences, also without compiling and against transformers' GPT-2.
+gen: decoding with GPT-2 124M and SmolLM2's shape, 1, 32 and 256 sequences at a time, against
+    transformers' generate, and one step under the profiler.
+adapters: a decoding step whose rows have 32 adapters, by CUDA graphs and by plain PyTorch.
+more: the bound of decoding set by memory bandwidth, prompts, long prompts and contexts.
 quant: matrix products with int8, int4 and iq4_nl weights, and the engine's steps with them, against
     bf16, for 1, 8, 32 and 256 sequences.
 serve: the engine thread with many streams, without HTTP.
@@ -36,17 +39,20 @@ from pathlib import Path
 import torch
 from gpu_parts.bench import Bench, OutOfTime
 from gpu_parts.facts import facts
-from gpu_parts.generate import generate
+from gpu_parts.generate import adapters, generate, generate_more
 from gpu_parts.machine import describe
 from gpu_parts.quantized import quantized
 from gpu_parts.right import right
 from gpu_parts.serve import serve
-from gpu_parts.train import train
+from gpu_parts.train import train, train_compiled
 
 PARTS: dict[str, Callable[[Bench], None]] = {
     "gen": generate,
+    "adapters": adapters,
+    "compiled": train_compiled,
     "quant": quantized,
     "serve": serve,
+    "more": generate_more,
     "facts": facts,
     "right": right,
     "train": train,
@@ -59,8 +65,9 @@ def main() -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no GPU; --device cpu --tiny is a dry run", file=sys.stderr)
         return 2
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # events and kernels use the current one
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(
             device,

@@ -27,7 +27,7 @@ def test_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures == json.loads((tmp_path / "cpu.json").read_text("utf-8"))
     assert figures["machine"]["torch"] == torch.__version__
-    for part in ("facts", "right", "train", "gen", "quant", "serve"):
+    for part in ("facts", "right", "train", "gen", "more", "adapters", "quant", "serve"):
         assert figures[f"{part}: seconds"] >= 0
     assert figures["right: same bits, fp32"] == {"twice": True, "resumed": True}
     equal = figures["right: equal rows, alone and in a batch of 4, fp32"]
@@ -35,6 +35,7 @@ def test_dry_run_goes_through_every_part(tmp_path: Path) -> None:
     for name in ("nanoGPT's loop, eager, B=2", "transformers, eager, B=2", "gptray, eager, B=2"):
         assert figures[f"train: {name}"]["tokens_per_s"] > 0
     assert figures["gen: decode step, B=8"]["operators"] > 0
+    assert figures["adapters: step with 32 of rank 8 by torch, B=8"]["ms"] > 0
     for kind in ("bf16", "int8", "int4", "iq4_nl"):
         assert figures[f"quant: product 64 x 96, {kind}, B=8"]["ms"] > 0
     assert figures["quant: decode step, int4, B=8"]["ms"] > 0

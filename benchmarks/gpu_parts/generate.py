@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,30 @@ from generate import (
     N_POSITIONS,
     NEW_TOKENS,
     PROMPT_TOKENS,
+    RANK,
     SHAPES,
     TOP_K,
     hf_generate,
     hf_model,
     make_model,
     prompts,
+    random_adapters,
 )
 from gpu_parts.bench import Bench
 from gpu_parts.facts import copy_rate
 from gpu_parts.profile import profiled_step
 
 from gptray.config import Config, override
+from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 
-__all__ = ["PROMPT_TOKENS", "TOP_K", "engine_of", "generate", "model_folder", "step_seconds"]
+__all__ = [
+    "PROMPT_TOKENS", "TOP_K", "adapters", "engine_of", "generate", "generate_more",
+    "model_folder", "step_seconds",
+]  # fmt: skip
 
 # Tokens of a long prompt.
 LONG_PROMPT = 960
@@ -38,38 +45,71 @@ Run = Callable[[], None]
 
 
 def generate(bench: Bench) -> None:
-    batches = (1, 8) if bench.tiny else (1, 32, 256)
-    folder, bandwidth = model_folder(bench), copy_rate(bench)
-    engine = engine_of(bench, folder, max(batches), precision="bf16")
-    peer = hf_model(folder, "bf16").to(bench.device)
-    new_tokens = 4 if bench.tiny else NEW_TOKENS
+    """With GPT-2 124M and SmolLM2's shape; of each full step one is profiled."""
+    for of, shape in (("", ""), ("llama, ", llama(bench))):
+        folder = model_folder(bench, shape)
+        peer = hf_model(folder, "bf16").to(bench.device)
+        for batch in batch_sizes(bench):
+            engine = engine_of(bench, folder, batch, precision="bf16")
+            contest(bench, engine, peer, batch, new_tokens(bench), of=of)
+            decode_step(bench, engine, batch, of=of)
+            del engine
+            bench.free()
+        del peer
+
+
+def generate_more(bench: Bench) -> None:
+    """The bound set by memory bandwidth, prompts and long contexts, whose attention takes time."""
+    batches, bandwidth = batch_sizes(bench), copy_rate(bench)
     for batch in batches:
-        contest(bench, engine, peer, batch, new_tokens)
-        floor = floor_seconds(bench, batch, new_tokens, bandwidth)
-        bench.keep(f"gen: floor by bandwidth, B={batch}", {"ms_per_step": round(floor * 1e3, 4)})
-        bench.say(f"gen: floor by bandwidth   B={batch:<4}{batch / floor:12,.0f} tok/s"
+        floor = floor_seconds(bench, batch, new_tokens(bench), bandwidth)
+        bench.keep(f"more: floor by bandwidth, B={batch}", {"ms_per_step": round(floor * 1e3, 4)})
+        bench.say(f"more: floor by bandwidth  B={batch:<4}{batch / floor:12,.0f} tok/s"
                   f"{floor * 1e3:9.3f} ms a step")  # fmt: skip
+    engine = engine_of(bench, model_folder(bench), batches[-1], precision="bf16")
     seconds = bench.seconds(gptray_run(engine, batches[-1], 1), warm=1)
-    bench.keep(f"gen: a token after each of {batches[-1]} prompts", {"ms": round(seconds * 1e3, 3)})
-    bench.say(f"gen: a token after each of {batches[-1]} prompts: {seconds * 1e3:.2f} ms")
-    for batch in (batches[0], batches[-1]):
-        decode_step(bench, engine, batch)
-    del engine, peer
-    generate_llama(bench, batches, new_tokens)
-
-
-def generate_llama(bench: Bench, batches: tuple[int, ...], new_tokens: int) -> None:
-    """The same with SmolLM2's shape, and with long prompts, whose attention takes time."""
-    folder = model_folder(bench, "tiny-llama" if bench.tiny else "llama-135m")
-    engine = engine_of(bench, folder, max(batches), precision="bf16")
+    title = f"more: a token after each of {batches[-1]} prompts"
+    bench.keep(title, {"ms": round(seconds * 1e3, 3)})
+    bench.say(f"{title}: {seconds * 1e3:.2f} ms")
+    folder = model_folder(bench, llama(bench))
+    engine = engine_of(bench, folder, batches[1], precision="bf16")
     peer = hf_model(folder, "bf16").to(bench.device)
-    for batch in batches:
-        contest(bench, engine, peer, batch, new_tokens, of="llama, ")
     contest(bench, engine, peer, batches[1], 1, of="llama, long prompts, ", length=LONG_PROMPT)
     # One sequence with a long context, whose keys many programs share.
-    left = min(new_tokens, N_POSITIONS - LONG_PROMPT)
+    left = min(new_tokens(bench), N_POSITIONS - LONG_PROMPT)
     contest(bench, engine, peer, 1, left, of="llama, long context, ", length=LONG_PROMPT)
-    decode_step(bench, engine, batches[-1], of="llama, ")
+
+
+def adapters(bench: Bench) -> None:
+    """Steps in which every row has one of many adapters, by CUDA graphs and by plain PyTorch."""
+    folder = model_folder(bench)
+    for backend in ("auto", "torch"):
+        for batch in batch_sizes(bench):
+            engine = engine_of(
+                bench, folder, batch, precision="bf16", backend=backend, takes_adapters=True
+            )
+            packed = random_adapters(engine, str(folder))
+            plain, adapted = (step_seconds(bench, engine, batch, one) for one in ([None], packed))
+            title = (
+                f"adapters: step with {len(packed)} of rank {RANK} by {engine.backend}, B={batch}"
+            )
+            bench.keep(title, {"ms": round(adapted * 1e3, 3), "ms_without": round(plain * 1e3, 3)})
+            bench.say(f"{title:50} {adapted * 1e3:9.3f} ms, without adapters {plain * 1e3:9.3f} ms")
+            del engine, packed
+            bench.free()
+
+
+def batch_sizes(bench: Bench) -> tuple[int, ...]:
+    return (1, 8) if bench.tiny else (1, 32, 256)
+
+
+def new_tokens(bench: Bench) -> int:
+    return 4 if bench.tiny else NEW_TOKENS
+
+
+def llama(bench: Bench) -> str:
+    """SmolLM2's shape."""
+    return "tiny-llama" if bench.tiny else "llama-135m"
 
 
 def contest(
@@ -116,16 +156,23 @@ def model_folder(bench: Bench, shape: str = "") -> Path:
 
 
 def engine_of(
-    bench: Bench, folder: Path, batch: int, *, precision: str, quantize: str = "none"
+    bench: Bench,
+    folder: Path,
+    batch: int,
+    *,
+    precision: str,
+    quantize: str = "none",
+    backend: str = "auto",
+    takes_adapters: bool = False,
 ) -> Engine:
     asked = {
         "generate.max_batch_size": batch,
         "generate.precision": precision,
-        "generate.backend": "auto" if bench.on_gpu else "torch",
+        "generate.backend": backend if bench.on_gpu else "torch",
         "compute.use_gpu": bench.on_gpu,
         "quantize.weights": quantize,
     }
-    engine, _ = open_engine(folder, override(Config(), asked))
+    engine, _ = open_engine(folder, override(Config(), asked), takes_adapters=takes_adapters)
     return engine
 
 
@@ -163,7 +210,7 @@ def decode_step(bench: Bench, engine: Engine, batch: int, *, of: str = "") -> No
     """Time the steps of a full batch, and profile one."""
     seen: dict[str, Any] = {}
     seconds = step_seconds(
-        bench, engine, batch, lambda: seen.update(profiled_step(bench, engine.step))
+        bench, engine, batch, then=lambda: seen.update(profiled_step(bench, engine.step))
     )
     bench.keep(f"gen: {of}decode step, B={batch}", {"ms": round(seconds * 1e3, 3), **seen})
     words = ", ".join(f"{value} {what.replace('_', ' ')}" for what, value in seen.items())
@@ -171,12 +218,23 @@ def decode_step(bench: Bench, engine: Engine, batch: int, *, of: str = "") -> No
 
 
 def step_seconds(
-    bench: Bench, engine: Engine, batch: int, then: Callable[[], object] = lambda: None
+    bench: Bench,
+    engine: Engine,
+    batch: int,
+    adapters: abc.Sequence[PackedAdapter | None] = (None,),
+    *,
+    then: Callable[[], object] = lambda: None,
 ) -> float:
-    """Seconds of a step with a full batch, which still runs when `then` is called."""
+    """Seconds of a step with a full batch, which still runs when `then` is called.
+
+    adapters: of the rows, in turn.
+    """
     sampling = Sampling(max_new_tokens=400, top_k=TOP_K, ignore_eos=True)
     assert PROMPT_TOKENS + 400 < N_POSITIONS
-    running = [engine.submit(Sequence(ids, sampling)) for ids in prompts(batch, 1)]
+    running = [
+        engine.submit(Sequence(ids, sampling, adapter=adapters[row % len(adapters)]))
+        for row, ids in enumerate(prompts(batch, 1))
+    ]
     while engine.waiting:
         engine.step()
     steps = 20

@@ -13,7 +13,10 @@ COPIES = ("cudaMemcpyAsync", "cudaMemcpy")
 
 
 def profiled_step(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
-    """Counts by name; without a GPU, the number of PyTorch operators."""
+    """Times and counts by name; without a GPU, the number of PyTorch operators.
+
+    ms_merging: of the kernels that merge the chunks of a long context.
+    """
     activities = [ProfilerActivity.CPU]
     if bench.on_gpu:
         activities.append(ProfilerActivity.CUDA)
@@ -25,6 +28,9 @@ def profiled_step(bench: Bench, step: Callable[[], object]) -> dict[str, float]:
         return {"operators": sum(event.name.startswith("aten::") for event in events)}
     on_gpu = [event for event in events if event.device_type.name == "CUDA"]
     return {
+        "ms_merging": round(
+            sum(event.device_time for event in on_gpu if "merge_kernel" in event.name) / 1e3, 3
+        ),
         "ms_GPU_busy": round(sum(event.device_time for event in on_gpu) / 1e3, 3),
         "launches": sum(event.name.startswith(LAUNCHES) for event in events),
         "graph_launches": sum(event.name.startswith("cudaGraphLaunch") for event in events),

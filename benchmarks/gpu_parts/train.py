@@ -57,36 +57,48 @@ Peer = Callable[[Shape, int], nn.Module]
 
 
 def train(bench: Bench) -> None:
-    shape: Shape = (2, 2, 64, 64) if bench.tiny else (12, 12, 768, 1024)
-    block_size = shape[-1]
-
-    def ours(rows: int, **keys: Any) -> Build:
-        return lambda: gptray_step(bench, shaped(bench, shape, rows, **keys)), rows, block_size
-
-    def peer(kind: Peer, vocab_size: int, rows: int, *, compiled: bool = False) -> Build:
-        def build() -> Step:
-            model = kind(shape, vocab_size)
-            return peer_step(model, rows, block_size, bench.device, compiled=compiled)
-
-        return build, rows, block_size
-
-    few, many = (2, 4) if bench.tiny else (12, 32)
+    few = 2 if bench.tiny else 12
     eager = {
-        f"nanoGPT's loop, eager, B={few}": peer(NanoGPT, PADDED, few),
-        f"transformers, eager, B={few}": peer(TransformersGPT2, VOCAB_SIZE, few),
-        f"gptray, eager, B={few}": ours(few, compile=False),
-        f"gptray, eager, deterministic, B={few}": ours(few, compile=False, deterministic=True),
+        f"nanoGPT's loop, eager, B={few}": peer(bench, NanoGPT, PADDED, few),
+        f"transformers, eager, B={few}": peer(bench, TransformersGPT2, VOCAB_SIZE, few),
+        f"gptray, eager, B={few}": ours(bench, few, compile=False),
+        f"gptray, eager, deterministic, B={few}": ours(
+            bench, few, compile=False, deterministic=True
+        ),
     }
     contest(bench, eager)
-    if not bench.tiny:  # a CPU takes half a minute to compile
-        for rows in (few, many):
-            torch.compiler.reset()  # or it would compile with a dynamic number of rows
-            contest(bench, {
-                f"nanoGPT's loop, compiled, B={rows}": peer(NanoGPT, PADDED, rows, compiled=True),
-                f"gptray, compiled, B={rows}": ours(rows, compile=True),
-            })  # fmt: skip
-        torch.compiler.reset()
+    train_compiled(bench, few)
     contest(bench, {"gptray, configs/gpt2_124m.yaml": recipe(bench)})
+
+
+def train_compiled(bench: Bench, rows: int = 32) -> None:
+    if bench.tiny:  # a CPU takes half a minute to compile
+        return
+    torch.compiler.reset()  # or it would compile with a dynamic number of rows
+    contest(bench, {
+        f"nanoGPT's loop, compiled, B={rows}": peer(bench, NanoGPT, PADDED, rows, compiled=True),
+        f"gptray, compiled, B={rows}": ours(bench, rows, compile=True),
+    })  # fmt: skip
+    torch.compiler.reset()
+
+
+def shape_of(bench: Bench) -> Shape:
+    return (2, 2, 64, 64) if bench.tiny else (12, 12, 768, 1024)
+
+
+def ours(bench: Bench, rows: int, **keys: Any) -> Build:
+    shape = shape_of(bench)
+    return lambda: gptray_step(bench, shaped(bench, shape, rows, **keys)), rows, shape[-1]
+
+
+def peer(bench: Bench, kind: Peer, vocab_size: int, rows: int, *, compiled: bool = False) -> Build:
+    shape = shape_of(bench)
+
+    def build() -> Step:
+        model = kind(shape, vocab_size)
+        return peer_step(model, rows, shape[-1], bench.device, compiled=compiled)
+
+    return build, rows, shape[-1]
 
 
 def shaped(bench: Bench, shape: Shape, rows: int, **keys: Any) -> Config:
