@@ -80,9 +80,13 @@ def find_model(config: Config, source: str | None, *, key: str) -> tuple[Path, s
     """
     place = locate(config, source, key=key) if source else own_run(config, key=key)
     try:
-        return open_model(place, key=key), place
+        folder = open_model(place, key=key)
     except NotOnHub as error:
         raise unknown(config, place, error.reason, key=key) from None
+    rows, asked = read_shape(folder).rows, config.model.vocab_size
+    if asked and asked < rows:  # more would be padding, which changes nothing
+        _tell(f"model.vocab_size={asked} is for training: {place} keeps its {rows:,} tokens")
+    return folder, place
 
 
 def for_workers(folder: Path, source: str | None) -> str:

@@ -32,6 +32,7 @@ from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import user_config
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.tune.check import check as check_sweep
+from gptray.model.shape import read_shape
 from tests.damage import locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,19 @@ def test_a_model_that_is_nowhere_is_named_with_the_nearest_run(storage: Path, ke
     assert refused(key, storage, "./ko-p") == f"{key}=./ko-p: {place}"
     near = f"did you mean {storage}/ko-q?"
     assert refused(key, storage, f"{storage}/ko-p/") == f"{key}={storage}/ko-p/: {place}; {near}"
+
+
+def test_a_smaller_vocabulary_than_the_models_is_told(
+    storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = read_shape(storage / "ko-q").rows
+    with caplog.at_level(logging.INFO, logger="gptray"):
+        for asked in (rows, rows + 60, 10):
+            words = [f"model.vocab_size={asked}", "generate.model=ko-q"]
+            check_model(config_of(storage, *words))
+    told = [one.message for one in caplog.records if "vocab_size" in one.message]
+    place = storage / "ko-q"
+    assert told == [f"model.vocab_size=10 is for training: {place} keeps its {rows:,} tokens"]
 
 
 def test_what_could_be_a_gguf_file_is_missed_as_a_file(storage: Path, tmp_path: Path) -> None:
