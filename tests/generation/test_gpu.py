@@ -25,10 +25,12 @@ from gptray.generation.products import product
 from gptray.generation.recording import Graphs
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
+from gptray.model.adapter_files import load_low_rank
+from gptray.model.adapter_folder import open_adapter
 from gptray.model.gpt import GPT
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.quantized import quantize
-from tests.generation.adapted import save_base
+from tests.generation.adapted import save_base, write_adapter
 from tests.generation.models import random_gpt, run, small_tokenizer
 
 pytestmark = [
@@ -131,6 +133,39 @@ def test_a_text_in_bf16_does_not_depend_on_its_neighbours(
     engine = Engine(model, tokenizer, backend="graph", max_batch_size=16, dtype=torch.bfloat16)
     for request, among in zip(requests[:8], together, strict=False):
         assert run(engine, [request])[0].tokens == among.tokens
+
+
+@pytest.mark.parametrize("fields", NETWORKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_with_adapters_have_the_bits_that_each_has_alone(
+    tokenizer: Tokenizer, dtype: torch.dtype, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = random_gpt(tokenizer, n_embd=64, n_positions=200, **fields)
+    base = save_base(model, tmp_path / "base", tokenizer)
+    ranks = {"one": 3, "two": 20}
+    for seed, (name, rank) in enumerate(ranks.items()):
+        write_adapter(base, tmp_path / name, rank=rank, seed=seed)
+    prompts = [list(request.prompt) for request in requests_for(tokenizer, 24)]
+
+    def logits_of(backend: str, model: GPT, rows: list[int]) -> torch.Tensor:
+        decoder = make_decoder(backend, model, 24, dtype, takes_adapters=True)
+        assert decoder.backend == backend
+        each = [
+            decoder.pack(load_low_rank(base, open_adapter(tmp_path / name, base))) for name in ranks
+        ]
+        own = [[*each, None][row % 3] for row in rows]
+        pieces = [Piece(i, 0, prompts[row], adapter=own[i]) for i, row in enumerate(rows)]
+        decoder.step(StepRows([], pieces))
+        asked = [(5, len(piece.tokens)) for piece in pieces]
+        return decoder.step(StepRows(asked, [], own)).float().clone()
+
+    on_gpu = copy.deepcopy(model).cuda()
+    together = logits_of("graph", on_gpu, list(range(24)))
+    for row in (0, 1, 2, 22):
+        assert torch.equal(logits_of("graph", on_gpu, [row])[0], together[row])
+    if dtype == torch.float32:
+        expected = logits_of("torch", model, list(range(24)))
+        torch.testing.assert_close(together.cpu(), expected, rtol=0, atol=1e-3)
 
 
 def test_an_engine_goes_with_its_memory(tokenizer: Tokenizer) -> None:

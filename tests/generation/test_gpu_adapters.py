@@ -80,6 +80,7 @@ def added(
     return y
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("inputs", "outputs"), [(48, 200), (1100, 37)])
@@ -108,6 +109,7 @@ def test_kernels_add_what_their_formula_does(
     assert torch.equal(lone[[2, 20]], given[[2, 20]])
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("fields", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_a_network_of_kernels_gives_pytorchs_logits_with_adapters(
@@ -133,6 +135,7 @@ def test_a_network_of_kernels_gives_pytorchs_logits_with_adapters(
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.gpu
 @needs_kernels
 def test_adapters_kernels_that_are_wrong_here_are_not_used(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -20,7 +20,7 @@ from gptray.model.rotary import Rotary
 from tests.generation.models import network, random_gpt, small_tokenizer
 from tests.generation.test_weight_only import DEVICE, IS_INTERPRETED, needs_kernels, numbers
 
-pytestmark = needs_kernels
+pytestmark = [pytest.mark.gpu, needs_kernels]
 # The interpreter has no arithmetic in bf16.
 DTYPES = [torch.float32, torch.float16, *([] if IS_INTERPRETED else [torch.bfloat16])]
 MIXES: list[dict[str, Any]] = [

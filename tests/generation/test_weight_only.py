@@ -34,6 +34,7 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(DEVICE)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,6 +48,7 @@ def test_weights_become_whole_to_the_bit(kind: str, dtype: torch.dtype) -> None:
             assert torch.equal(found, whole)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @KINDS
 @pytest.mark.parametrize(
@@ -68,6 +70,7 @@ def test_products_are_those_with_exact_weights(kind: str, dtype: torch.dtype, ro
             assert bool(((found.double() - expected).abs() <= room).all())
 
 
+@pytest.mark.gpu
 @needs_kernels
 @KINDS
 @pytest.mark.parametrize("name", ["shared", "sliced"])
