@@ -75,7 +75,12 @@ _by_address: WeakValueDictionary[int, GpuAdapter] = WeakValueDictionary()
 
 def addresses(adapters: Sequence[PackedAdapter | None]) -> list[int]:
     """The addresses of rows' adapters; 0: none."""
-    return [one.address if isinstance(one, GpuAdapter) else 0 for one in adapters]
+    found = [0] * len(adapters)
+    for row, one in enumerate(adapters):
+        if one is not None:
+            assert isinstance(one, GpuAdapter)
+            found[row] = one.address
+    return found
 
 
 @dataclass(frozen=True)
