@@ -315,6 +315,12 @@ def test_a_source_without_text_is_told_without_ray(tmp_path: Path, name: str, co
     check_text(config)
 
 
+def test_a_text_is_identified_once_when_it_is_checked(rows: Path, tmp_path: Path) -> None:
+    checked = check_text(config_for(rows, tmp_path))
+    rows.unlink()  # many files take minutes to read again
+    assert checked.request.data_dir.parent == tmp_path / "data"
+
+
 def test_check_text_accepts_what_can_be_prepared(rows: Path, tmp_path: Path) -> None:
     check_text(Config())
     check_text(config_for(rows, tmp_path))

@@ -119,7 +119,10 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
     mistakes.tell()
     assert request
     # A new request, since downloading a hub's tokenizer changes what identifies it.
-    return CheckedText(config, replace(request))
+    request = replace(request)
+    with doing("identifying the text"):
+        assert request.identity
+    return CheckedText(config, request)
 
 
 def _check_tokenizer(config: Config, request: Request | None) -> None:
@@ -130,8 +133,9 @@ def _check_tokenizer(config: Config, request: Request | None) -> None:
     name = tokenizer_name(config)
     try:
         tokenizer_at_once(config)
-        is_prepared = request is not None and request.data_dir.exists()
-        if name not in KINDS and not is_prepared and tokenizer_path(name) is None:
+        if name in KINDS or tokenizer_path(name) is not None:
+            return
+        if request is None or not request.data_dir.exists():
             hub_tokenizer(name)
     except NotOnHub as error:
         key = TOKENIZER if config.data.tokenizer else "model.init_from"
