@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from queue import Queue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy
@@ -152,6 +152,27 @@ def test_threads_share_the_batch_and_get_their_own_texts(llm: LLM) -> None:
             pieces = pool.map(lambda prompt: ["".join(llm.stream(prompt, **SETTINGS))], prompts)
             assert list(together) == alone
             assert list(pieces) == streamed
+
+
+def test_a_call_is_answered_while_another_threads_prompts_wait(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(model_dir, backend="torch", max_batch_size=2)
+    softmax, begun = torch.softmax, Event()
+
+    def noticed(*given: Any, **named: Any) -> torch.Tensor:
+        begun.set()
+        return softmax(*given, **named)
+
+    monkeypatch.setattr(torch, "softmax", noticed)
+    ask: Settings = {"max_new_tokens": 40, "min_new_tokens": 40}
+    many = Thread(target=lambda: llm.generate(["the cat"] * 30, **ask), daemon=True)
+    many.start()
+    assert begun.wait(60)
+    for _ in range(2):
+        llm.generate("a dog", **ask)
+    assert many.is_alive()
+    many.join(120)
 
 
 def test_a_step_that_fails_leaves_no_other_thread_waiting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import abc, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
 from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.jobs.generate.forks import check_not_forked, note_opening
 from gptray.jobs.progress.doing import doing
 from gptray.model.gpu_faults import memory_told
 from gptray.model.usage import Usage
@@ -35,8 +35,6 @@ _OPTIONS = {
 }
 # The keywords of `generate` and `stream`: keys of the config's `sample` section.
 _SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")}
-# The processes that have opened a model: this one, and those that it was forked from.
-_OPENED_IN: set[int] = set()
 
 
 class Options(TypedDict, total=False):
@@ -119,8 +117,7 @@ class LLM:
         raise TypeError("an LLM cannot be pickled or copied; open one in each process")
 
     def _open(self, model: CheckedModel) -> None:
-        _check_not_forked()
-        _OPENED_IN.add(os.getpid())
+        note_opening()
         self.name, self.folder = model.name, model.folder
         self._config = model.config
         with doing("opening the model"):
@@ -201,11 +198,12 @@ class LLM:
         self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
     ) -> list[Output]:
         """Run the sequences; a row that is a string is an error, which goes into its output."""
-        running = [row for row in rows if isinstance(row, Sequence)]
-        with self._queued(running):
-            for sequence in running:
-                while not sequence.ended:
-                    self._step()
+        rest = deque(row for row in rows if isinstance(row, Sequence))
+        with self._under_way() as running:
+            while rest or running:
+                self._queue(rest, running)
+                self._step()
+                running[:] = [sequence for sequence in running if not sequence.ended]
         return [
             _output_of(prompt, row)
             if isinstance(row, Sequence)
@@ -215,25 +213,33 @@ class LLM:
 
     def _pieces(self, sequence: Sequence) -> Iterator[str]:
         """Queue a sequence and yield its text; closing the generator cancels the sequence."""
-        with self._queued([sequence]):
+        with self._under_way() as running:
+            self._queue(deque([sequence]), running)
             yield from self.pieces(sequence)
 
     @contextmanager
-    def _queued(self, sequences: abc.Sequence[Sequence]) -> Iterator[None]:
-        """Queue sequences; on exit, cancel those that have not ended."""
+    def _under_way(self) -> Iterator[list[Sequence]]:
+        """A list of queued sequences; on exit, those that have not ended are cancelled."""
+        running: list[Sequence] = []
         try:
-            with self._turn:
-                for sequence in sequences:
-                    self._engine.submit(sequence)
-            yield
+            yield running
         finally:
             # Never wait here: Python may collect a stream while this thread makes a step.
-            self._left.extend(sequence for sequence in sequences if not sequence.ended)
+            self._left.extend(sequence for sequence in running if not sequence.ended)
             if self._turn.acquire(blocking=False):
                 try:
                     self._cancel_left()
                 finally:
                     self._turn.release()
+
+    def _queue(self, rest: deque[Sequence], running: list[Sequence]) -> None:
+        """Queue as many as fit at a time, so that other threads' prompts find room."""
+        if not rest or len(running) == self._engine.max_batch_size:
+            return
+        with self._turn:
+            while rest and len(running) < self._engine.max_batch_size:
+                running.append(rest.popleft())
+                self._engine.submit(running[-1])
 
     def _step(self) -> None:
         with self._turn, memory_told("generate.max_batch_size", self._engine.max_batch_size):
@@ -272,17 +278,8 @@ class LLM:
         return sequence
 
     def _sample(self, settings: Settings) -> SampleConfig:
-        _check_not_forked()
+        check_not_forked()
         return override(self._config, values_of(settings, _SETTINGS)).sample
-
-
-def _check_not_forked() -> None:
-    """Raise UserError where OpenMP would wait for threads that a fork has left behind."""
-    if _OPENED_IN and os.getpid() not in _OPENED_IN:
-        raise UserError(
-            "a process forked from one that has opened an LLM cannot run one: start processes by "
-            "multiprocessing's spawn, and open an LLM in each"
-        )
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:
