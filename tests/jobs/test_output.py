@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ def finished(model_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.parquet"])
 def test_no_rows_are_a_whole_output_with_a_schema(
-    model_dir: Path, tmp_path: Path, name: str
+    model_dir: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if name == "p.parquet":
         kinds = pa.schema([("prompt", pa.string()), ("when", pa.timestamp("ns"))])
@@ -38,7 +39,9 @@ def test_no_rows_are_a_whole_output_with_a_schema(
         (tmp_path / name).write_text("prompt,when\n" if name == "p.csv" else "")
     out = tmp_path / "out"
     config = config_of(model_dir, tmp_path / name, out)
-    assert generate(config)["rows"] == 0 and generate(config)["rows"] == 0
+    with caplog.at_level(logging.INFO, logger="gptray"):
+        assert generate(config)["rows"] == 0 and generate(config)["rows"] == 0
+    assert "the input has no rows, so the output has only columns" in caplog.messages
     (part,) = out.glob("*.parquet")
     schema = parquet.read_schema(part)
     assert schema.names[:3] == ["id", "prompt", "output"]

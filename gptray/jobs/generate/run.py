@@ -73,8 +73,12 @@ def _run_batch(job: CheckedBatch) -> dict[str, Any]:
                 )
                 speed = Engines(job.config, output, missing).run()
         summary = output.finish()
-    reasons = summary["finish_reasons"].items()
-    log.info("ended by %s", ", ".join(f"{reason}: {number:,}" for reason, number in reasons))
+    reasons = ", ".join(f"{why}: {number:,}" for why, number in summary["finish_reasons"].items())
+    log.info(
+        f"ended by {reasons}"
+        if reasons
+        else "the input has no rows, so the output has only columns"
+    )
     tell([reading(job.output)])
     return {**summary, **speed}
 
