@@ -6,6 +6,7 @@ P positions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -247,7 +248,9 @@ def kernels_for(tensor: Tensor) -> Kernels | None:
 @cache
 def _triton_kernels() -> Kernels | None:
     # Triton takes a while to import, and comes with any PyTorch for GPUs: an engine on the CPU of
-    # such a machine does without.
+    # such a machine does without. A product and a sum may round once: unless that is said, Triton
+    # 3.9 warns, and 3.10 rounds twice.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     try:
         from gptray.generation import triton_adapters, triton_layers, triton_weights
     except ImportError:
