@@ -42,7 +42,7 @@ PROMPT_ROWS, PROMPT_PASSES = 1024, 8
 # to 16 bits in many layers may make.
 TRIED_TOKENS, TRIED_ERROR = 100, 0.05
 # The largest rank of adapters for which there is room at first.
-FIRST_RANK = 64
+FIRST_RANK = 256
 
 
 class GraphDecoder(Network):
