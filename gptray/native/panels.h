@@ -154,8 +154,8 @@ void pack_panel(const uint16_t *x, size_t stride, Words *panel, int M, int colum
   for (int k = 0; k < words; k += ABREAST)
     for (int b = 0; b < BLOCKS; ++b)
       put_words((int32_t *)panel, PANEL, k, b * LANES, words, [&](int k) {
-        const Mask mask = 2 * k < M ? lanes(columns - b * LANES) : 0,
-                   odd = 2 * k + 1 < M ? mask : 0;
+        const Mask mask = IN_PAIRS && 2 * k >= M ? 0 : lanes(columns - b * LANES);
+        const Mask odd = 2 * k + 1 < M ? mask : 0;
         const uint16_t *from = x + 2 * k * stride + b * LANES;
         return pair_of(from, from + stride, mask, odd);
       });
