@@ -53,7 +53,7 @@ class NativeDecoder(Network):
         weights = NativeWeights(model, dtype, quantize)
         self._model, self._weights = weights.model(), weights
         self._vocab_size = model.valid_vocab_size
-        # Widths of the scratch buffers of decode.h's Step: x, made, attended; wide, words.
+        # Widths of the scratch buffers of decode.h's Step: x, branch, attended; wide, words.
         H, K, E, C = config.n_head, config.kv_heads, config.head_width, config.n_embd
         widest = _rounded(max(C, H * E, config.inner), INT8_GROUP)
         self._widths = (C, C, H * E), (max((H + 2 * K) * E, config.inner), widest)
@@ -105,7 +105,7 @@ class NativeDecoder(Network):
         return NativeAdapter(layers, self._config, self._kind, self._arena)
 
     def _scratch_for(self, rows: int, most_rank: int) -> list[int]:
-        """The addresses of a step's x, made, attended, narrow, wide and words."""
+        """The addresses of a step's x, branch, attended, narrow, wide and words."""
         if self._planned != (rows, most_rank):
             before, after = self._widths
             sizes = [rows * numbers for numbers in (*before, most_rank, *after)]

@@ -149,8 +149,8 @@ class Cache(_Struct):
 class Step(_Struct):
     text = (
         "tokens i32*, slots i32*, positions i32*, asked i32*, adapters LowRank**, rows i32, "
-        "asked_rows i32, apart i32, most_rank i32, x f32*, made f32*, attended f32*, narrow f32*, "
-        "wide f32*, words i32*, logits f32*, logits_stride i32"
+        "asked_rows i32, apart i32, most_rank i32, x f32*, branch f32*, attended f32*, "
+        "narrow f32*, wide f32*, words i32*, logits f32*, logits_stride i32"
     )
 
 

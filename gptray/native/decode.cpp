@@ -41,12 +41,12 @@ void update_residual(Team &team, const Model &model, const Step &step, const Lin
   const float *add = adds ? step.x : nullptr;
   if (!norm.weight)
     return linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.x, add, C});
-  linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.made, nullptr, C});
+  linear(team, layer, step, rows, nullptr, nullptr, step.rows, {step.branch, nullptr, C});
 #pragma omp for schedule(static)
   for (int row = 0; row < step.rows; ++row) {
-    float *x = step.x + (size_t)row * C, *made = step.made + (size_t)row * C;
-    normalise(made, norm.weight, norm.bias, made, norm.eps, C);
-    for (int i = 0; i < C; ++i) x[i] = adds ? x[i] + made[i] : made[i];
+    float *x = step.x + (size_t)row * C, *branch = step.branch + (size_t)row * C;
+    normalise(branch, norm.weight, norm.bias, branch, norm.eps, C);
+    for (int i = 0; i < C; ++i) x[i] = adds ? x[i] + branch[i] : branch[i];
   }
 }
 
@@ -166,7 +166,7 @@ extern "C" const char *decode_abi() {
       ABI_STRUCT(Step, ABI_FIELD(Step, tokens), ABI_FIELD(Step, slots), ABI_FIELD(Step, positions),
                  ABI_FIELD(Step, asked), ABI_FIELD(Step, adapters), ABI_FIELD(Step, rows),
                  ABI_FIELD(Step, asked_rows), ABI_FIELD(Step, apart), ABI_FIELD(Step, most_rank),
-                 ABI_FIELD(Step, x), ABI_FIELD(Step, made), ABI_FIELD(Step, attended),
+                 ABI_FIELD(Step, x), ABI_FIELD(Step, branch), ABI_FIELD(Step, attended),
                  ABI_FIELD(Step, narrow), ABI_FIELD(Step, wide), ABI_FIELD(Step, words),
                  ABI_FIELD(Step, logits), ABI_FIELD(Step, logits_stride)) +
       ABI_STRUCT(Draw, ABI_FIELD(Draw, temperature), ABI_FIELD(Draw, top_p), ABI_FIELD(Draw, min_p),

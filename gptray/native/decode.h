@@ -68,8 +68,8 @@ struct Step {
   int32_t rows, asked_rows;
   int32_t apart;      // no two rows share a slot
   int32_t most_rank;  // the adapters' largest
-  float *x, *made;    // (N, C); made: a layer's output before its post-norm
-  float *attended;    // (N, H E)
+  float *x, *branch;  // (N, C); branch: a layer's output, before its post-norm and the sum with x
+  float *attended;    // (N, H E): the values that each head attends to, times their weights
   float *narrow;      // (N, most_rank): a layer's input times A^T
   float *wide;        // (N, (H + 2 K) E) or (N, inner)
   int32_t *words;     // N rows of packed input, of as many words as the widest layer needs

@@ -111,20 +111,21 @@ void group_gradient(const Heads &heads, const Preparation &queries, const Prepar
   const From raw_k = heads.head(pass.qkv, b, key);
   const BackwardWorkspace w(prepared(keys, raw_k, size, key_rows),
                             heads.head(pass.qkv, b, key + heads.K), size);
-  const To before = {scratch(rows, (size_t)size.T * size.D), (size_t)size.D};
+  // Gradients of prepared queries or keys, where preparing them changed them.
+  const To apart = {scratch(rows, (size_t)size.T * size.D), (size_t)size.D};
   for (int h = g * heads.group(); h < (g + 1) * heads.group(); ++h) {
     const From raw_q = heads.head(pass.qkv, b, h);
     const To dq = heads.head(pass.dqkv, b, h);
     const Queries of = {prepared(queries, raw_q, size, query_rows), heads.output(pass.out, b, h),
                         heads.output(pass.grad, b, h),
                         pass.log_sums + ((size_t)b * heads.H + h) * heads.T};
-    const To made = queries.is_identity() ? dq : before;
-    attend_backward(w, of, made);
-    write_prepared(queries, made, raw_q, size, dq, weight_sums);
+    const To grad = queries.is_identity() ? dq : apart;
+    attend_backward(w, of, grad);
+    write_prepared(queries, grad, raw_q, size, dq, weight_sums);
   }
-  const To dk = heads.head(pass.dqkv, b, key), made = keys.is_identity() ? dk : before;
-  write_gradients(w, made, heads.head(pass.dqkv, b, key + heads.K));
-  write_prepared(keys, made, raw_k, size, dk, weight_sums + heads.D);
+  const To dk = heads.head(pass.dqkv, b, key), grad = keys.is_identity() ? dk : apart;
+  write_gradients(w, grad, heads.head(pass.dqkv, b, key + heads.K));
+  write_prepared(keys, grad, raw_k, size, dk, weight_sums + heads.D);
 }
 
 }  // namespace

@@ -151,14 +151,15 @@ struct Decoder {
   std::vector<float> step(const std::vector<int32_t> &tokens, const std::vector<int32_t> &slots,
                           const std::vector<int32_t> &positions, bool apart) {
     const int rows = tokens.size(), width = std::max(3 * C, INNER);
-    std::vector<float> x(rows * C), made(x), attended(x), wide(rows * width), logits(rows * WORDS);
+    std::vector<float> x(rows * C), branch(x), attended(x), wide(rows * width),
+        logits(rows * WORDS);
     std::vector<int32_t> asked, words(rows * 1024);
     for (int row = 0; row < rows; ++row) asked.push_back(row);
     const Cache cache = {keys.data(), values.data(), LENGTH, sizeof(T) == 2 ? BF16 : FP32};
     Step step = {};
     step.tokens = tokens.data(), step.slots = slots.data(), step.positions = positions.data();
     step.asked = asked.data(), step.rows = step.asked_rows = rows, step.apart = apart;
-    step.x = x.data(), step.made = made.data(), step.attended = attended.data();
+    step.x = x.data(), step.branch = branch.data(), step.attended = attended.data();
     step.wide = wide.data(), step.words = words.data();
     step.logits = logits.data(), step.logits_stride = WORDS;
     decode_step(&network.model, &cache, &step, threads);
