@@ -28,7 +28,7 @@ _LISTED_COLUMNS, _NAME_CHARACTERS = 30, 40
 # How much of a text that is not JSON a message shows.
 _FOUND_CHARACTERS = 20
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NOT_LINES = "an array, or rows of several lines each, are read from a file named .json"
+_NOT_LINES = "if it is an array, or its rows span lines, name the file .json"
 
 
 def text_lines(file: SourceFile, stream: BufferedReader) -> Iterator[str]:

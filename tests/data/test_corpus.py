@@ -154,11 +154,17 @@ def test_bad_json_line_is_named(
     [
         ("<!DOCTYPE html>\n", r"not JSON: Expecting value \(column 1: <!DOCTYPE html>\)$"),
         ("{'text': 'a'}\n", r"not JSON: .* \(column 2: 'text': 'a'\}\)$"),
-        ('[{"text": "a"}]\n', "expected a JSON object, found a list; an array, .* named .json"),
-        ('[\n{"text": "a"}\n]\n', r"not JSON: Expecting value \(column 2\); .* named .json"),
+        (
+            '[{"text": "a"}]\n',
+            "expected a JSON object, found a list; if it is an array, .* name the file .json",
+        ),
+        (
+            '[\n{"text": "a"}\n]\n',
+            r"not JSON: Expecting value \(column 2\); .* name the file .json",
+        ),
         (
             '{\n "text": "a"\n}\n',
-            ".*; an array, or rows of several lines each, are read from .* named .json",
+            ".*; if it is an array, or its rows span lines, name the file .json",
         ),
     ],
 )
