@@ -59,6 +59,11 @@ def decimals(difference: float) -> int:
     return 5
 
 
+def shortened(text: str, most: int, *, mark: str = "...") -> str:
+    """The text, cut to `most` characters with a mark at the end if it is longer."""
+    return text if len(text) <= most else text[: most - len(mark)] + mark
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

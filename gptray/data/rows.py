@@ -19,6 +19,7 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.encoding import UTF8, check_head, decoded, stream_encoding, undecodable
 from gptray.data.sources import SourceFile
+from gptray.wording import shortened
 
 BOM = codecs.BOM_UTF8
 # Python reads no longer integers.
@@ -26,7 +27,7 @@ MAX_DIGITS = sys.get_int_max_str_digits()
 # How many columns a message lists, and how much of each name.
 _LISTED_COLUMNS, _NAME_CHARACTERS = 30, 40
 # How much of a text that is not JSON a message shows.
-_FOUND_CHARACTERS = 20
+_FOUND_CHARACTERS = 21
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NOT_LINES = "if it is an array, or its rows span lines, name the file .json"
 
@@ -97,7 +98,7 @@ def _unreadable(error: ValueError | RecursionError) -> str:
         return undecodable(error)
     if isinstance(error, json.JSONDecodeError):
         line = error.doc[error.pos :].partition("\n")[0].rstrip()
-        found = line if len(line) <= _FOUND_CHARACTERS else f"{line[:_FOUND_CHARACTERS]}\u2026"
+        found = shortened(line, _FOUND_CHARACTERS, mark="\u2026")
         return f"not JSON: {error.msg} (column {error.colno}{f': {found}' if found else ''})"
     if isinstance(error, RecursionError):
         return "cannot be read as JSON: nested too deeply"
@@ -220,7 +221,7 @@ def no_column(text_column: str, columns: Sequence[str], *, key: str = "data.text
 
 def _column_name(name: str) -> str:
     """A column's name for a list, quoted if it would be misread; a text in its place is cut."""
-    name = name if len(name) <= _NAME_CHARACTERS else f"{name[: _NAME_CHARACTERS - 1]}\u2026"
+    name = shortened(name, _NAME_CHARACTERS, mark="\u2026")
     return name if name.isprintable() and name.strip() == name != "" else repr(name)
 
 

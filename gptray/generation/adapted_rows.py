@@ -69,8 +69,7 @@ def numbered_layers(layers: Mapping[str, LowRank], config: ModelConfig) -> list[
     for layer in range(config.n_layer):
         for name in LAYERS:
             one = layers.get(f"transformer.h.{layer}.{name}.weight")
-            factors = output_factors(name, config)
-            if one and factors is not None:
+            if one and (factors := output_factors(name, config)) is not None:
                 one = LowRank(one.a, one.b * factors[:, None])
             found.append(one)
     return found

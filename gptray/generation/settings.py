@@ -13,6 +13,7 @@ from typing import Any
 
 from gptray.config import SampleConfig
 from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
+from gptray.wording import shortened
 
 # Of the settings with bounds; the others take any real number.
 _WHOLE = ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "seed")
@@ -132,5 +133,4 @@ def _check(name: str, value: object) -> None:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(repr(value), 40)

@@ -36,7 +36,7 @@ from gptray.record import (
     read_metrics,
 )
 from gptray.stored import Unreadable
-from gptray.wording import count, duration, perplexity
+from gptray.wording import count, duration, perplexity, shortened
 
 log = logging.getLogger("gptray")
 POLL_S = 0.2
@@ -131,7 +131,7 @@ class _Watch:
             if event["event"] == "evaluated":
                 for prompt, output in event["samples"][:1]:
                     text = f"{prompt}|{output}".replace("\n", "\\n")
-                    log.info("    %s", text if len(text) <= 110 else f"{text[:107]}...")
+                    log.info("    %s", shortened(text, 110))
         if any(event["event"] in ("start", "evaluated") for event in events):
             self._on_evaluation()
 

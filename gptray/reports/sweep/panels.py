@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, grid, words
 from gptray.reports.sweep.learning import hint, role_of
-from gptray.reports.sweep.worth import cut_off
 from gptray.tuning.levels import Setting
 from gptray.tuning.ranking import Ranking
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import score
+from gptray.wording import shortened
 
 # A panel's size and margins.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 250, 150, 40, 10, 8, 24
@@ -81,7 +81,7 @@ def _by_option(setting: Setting, names: Sequence[str]) -> _Columns:
     # Two rows give each label twice the room.
     rows = 2 if max(map(len, setting.levels)) > letters else 1
     return places, [
-        (LEFT + room * (level + 0.5), level % rows, cut_off(name, rows * letters))
+        (LEFT + room * (level + 0.5), level % rows, shortened(name, rows * letters, mark="\u2026"))
         for level, name in enumerate(setting.levels)
     ]
 

@@ -8,6 +8,7 @@ from gptray.reports.curves import NARROW, TICK_ROOM, WIDE
 from gptray.reports.picture import Figure, Picture, Scale, Shape, dot, line, words
 from gptray.reports.sweep.headline import compared_levels
 from gptray.tuning.effects import Effect, EffectSize, Interval
+from gptray.wording import shortened
 
 # The most letters of a label.
 LETTERS = 44
@@ -74,10 +75,11 @@ def _axis(name: str, scale: Scale, bottom: float) -> list[Shape]:
 
 
 def _label(effect: Effect, worth: EffectSize, y: float) -> list[Shape]:
-    what = cut_off(f"{compared_levels(effect)}, step {worth.step:,}", LETTERS + 10)
+    told = f"{compared_levels(effect)}, step {worth.step:,}"
+    what = shortened(told, LETTERS + 10, mark="\u2026")
     return [
         words("over", (0, y + 14), what),
-        words("label strong over", (0, y), cut_off(effect.setting.name, LETTERS)),
+        words("label strong over", (0, y), shortened(effect.setting.name, LETTERS, mark="\u2026")),
     ]
 
 
@@ -90,8 +92,3 @@ def _reach(now: Interval, first: Interval, scale: Scale, y: float, *, moved: boo
         told = f"at the first rung {first.middle:+.4f}"
         shapes.append(dot("dot hollow single", (scale.clamped(first.middle), y), 3, told))
     return [*shapes, dot(f"dot {css}", (scale.clamped(now.middle), y), 4.5, hint)]
-
-
-def cut_off(text: str, letters: int) -> str:
-    """The text, shortened to `letters` characters with an ellipsis if it is longer."""
-    return text if len(text) <= letters else f"{text[: letters - 1]}\u2026"
