@@ -26,7 +26,7 @@ from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.generate.check import check_batch
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.jobs.progress.next_steps import of_model
+from gptray.jobs.next_steps import of_model
 from gptray.jobs.serve.check import check as check_endpoint
 from gptray.jobs.serve.check import plan as plan_endpoint
 from gptray.jobs.train.check import check as check_training

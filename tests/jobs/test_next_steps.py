@@ -13,7 +13,7 @@ import pytest
 from gptray.config import load_config, override
 from gptray.jobs.folders.resuming import command
 from gptray.jobs.folders.run_folder import resolve
-from gptray.jobs.progress.next_steps import (
+from gptray.jobs.next_steps import (
     differing,
     of_model,
     resumable,

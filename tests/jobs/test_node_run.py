@@ -18,10 +18,10 @@ from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.evaluate.worker import Call, EvaluationTask, Scorer
 from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder
 from gptray.jobs.folders.fetching import fetch_run
-from gptray.jobs.folders.node_run import NodePublisher, needed_by_writer
 from gptray.jobs.folders.origin import FolderAtDriver
 from gptray.jobs.folders.publisher import Sent
 from gptray.jobs.folders.remote_data import publish_data, tokens_here
+from gptray.jobs.train.node_run import NodePublisher, needed_by_writer
 from gptray.manifest import MANIFEST
 from gptray.record import EVENTS, METRICS, read_events, read_metrics, write_event
 from gptray.training.checkpoint import checkpoint_step, damage, find_checkpoints

@@ -18,9 +18,9 @@ from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_job
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
+from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.progress.next_steps import of_model, tell
 from gptray.jobs.progress.reporter import Reporter
 from gptray.remote_folder import RemoteFolder
 

@@ -15,8 +15,8 @@ from gptray.config import RunFailed
 from gptray.files import no_empty_folders, replacing, storing
 from gptray.jobs.base import Job, Plan
 from gptray.jobs.export.check import CheckedExport, GgufContent, HfContent, check
+from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.progress.doing import doing
-from gptray.jobs.progress.next_steps import of_model, tell
 from gptray.model.gguf_file import write_gguf
 from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf

@@ -22,8 +22,8 @@ from gptray.jobs.engine_plan import build_engine_backend, planned_backend, plann
 from gptray.jobs.generate.check import CheckedBatch, CheckedModel, check
 from gptray.jobs.generate.output import scan_input
 from gptray.jobs.generate.remote_output import output_kind
+from gptray.jobs.next_steps import resumable, tell
 from gptray.jobs.progress.doing import doing
-from gptray.jobs.progress.next_steps import resumable, tell
 from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")

@@ -11,7 +11,7 @@ from gptray.config import RunFailed, UserError, override
 from gptray.generation.loading import decoder_backend
 from gptray.jobs.generate.check import CheckedModel
 from gptray.jobs.generate.llm import LLM
-from gptray.jobs.progress.next_steps import of_model, tell
+from gptray.jobs.next_steps import of_model, tell
 from gptray.model.shape import read_shape
 from gptray.standard_output import write_out
 from gptray.visible import visible

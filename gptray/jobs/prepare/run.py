@@ -42,10 +42,10 @@ from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.cluster.tasks import map_items
 from gptray.jobs.folders.remote_data import download_data, publish_data
+from gptray.jobs.next_steps import differing, settings_of, tell
 from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.progress.doing import doing
-from gptray.jobs.progress.next_steps import differing, settings_of, tell
 
 log = logging.getLogger("gptray")
 

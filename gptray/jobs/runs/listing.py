@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.evaluation.model_commands import train_command
 from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.jobs.models import CONFIG, has_model
-from gptray.jobs.progress.next_steps import of_model
+from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
 from gptray.record import METRICS, Event, read_events, read_metrics
 from gptray.reports.run.advice import advise

@@ -20,8 +20,8 @@ from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.engine_plan import build_engine_backend
+from gptray.jobs.next_steps import tell
 from gptray.jobs.progress.doing import doing
-from gptray.jobs.progress.next_steps import tell
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
 from gptray.jobs.serve.worker import bound

@@ -29,15 +29,16 @@ from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.folders.run_folder import outcome, seen_at, set_ray_snapshot_aside
 from gptray.jobs.models import CONFIG, has_model
+from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.progress.next_steps import resumable, tell_run
 from gptray.jobs.progress.reporter import Reporter
 from gptray.jobs.progress.tracking import tracking_run
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.check import BUSY, CheckedTraining, check, check_data, plan
 from gptray.jobs.train.given_models import trained_facts
-from gptray.jobs.train.task import TrainTask, begin_validation, begin_worker
+from gptray.jobs.train.process_entries import begin_validation, begin_worker
+from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.trainer import fitted
 from gptray.jobs.train.watch import show_end, watching
 from gptray.record import try_event, write_event

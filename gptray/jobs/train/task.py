@@ -1,23 +1,15 @@
-"""The input of a training process, and its entry points.
-
-Each process imports only what it runs: importing torch takes seconds, which the driver and the
-controller need not spend, and the driver's modules take time that workers need not spend.
-"""
+"""What a training process and a trial are given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.jobs.folders.origin import Origin
 from gptray.record import write_event
-
-if TYPE_CHECKING:
-    import ray.train
 
 
 @dataclass(frozen=True)
@@ -52,25 +44,6 @@ class TrainTask:
             write_event(self.run_dir, event, **fields)
         else:
             self.origin.call("note", self.origin.name_of(self.run_dir), event, fields)
-
-
-def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
-    """A Ray Train worker: calls `train_worker(**given)`."""
-    train_worker, _ = _run_by_workers()
-    return train_worker(**given)
-
-
-def begin_validation(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
-    """A Ray task that scores a checkpoint: calls `validate`."""
-    _, validate = _run_by_workers()
-    return validate(Path(checkpoint.path), task)
-
-
-def _run_by_workers() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
-    """`train_worker` and `validate`, imported late because they import torch."""
-    from gptray.jobs.train import validate, worker
-
-    return worker.train_worker, validate.validate
 
 
 @dataclass(frozen=True)

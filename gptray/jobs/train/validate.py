@@ -18,7 +18,7 @@ import torch
 from gptray.config import Config, RunFailed
 from gptray.data.scoring import Score
 from gptray.jobs.cluster.tasks import Failure, attempt
-from gptray.jobs.folders.node_run import checkpoint_on_node
+from gptray.jobs.train.node_run import checkpoint_on_node
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event

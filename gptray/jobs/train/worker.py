@@ -21,7 +21,7 @@ from gptray.config import RunFailed, UserError
 from gptray.data.tokens import DamagedData, TokenData
 from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
 from gptray.jobs.cluster.shared_storage import check_seen
-from gptray.jobs.folders.node_run import RunOnNode, run_on_node
+from gptray.jobs.train.node_run import RunOnNode, run_on_node
 from gptray.jobs.train.notices import Notices
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask

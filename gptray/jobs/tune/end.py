@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from gptray.commands import typed
 from gptray.evaluation.forgetting import also_scores, change_sentence
-from gptray.jobs.progress.next_steps import of_model, settings_of, tell
+from gptray.jobs.next_steps import of_model, settings_of, tell
 from gptray.reports.sweep.more_text import text_lines
 from gptray.tuning.more_trials import StoppedEarly
 from gptray.tuning.seen import Seen

@@ -24,9 +24,9 @@ from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command
 from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import CONFIG
+from gptray.jobs.next_steps import resumable
 from gptray.jobs.other_texts import prepared_also
 from gptray.jobs.prepare.run import stored_text
-from gptray.jobs.progress.next_steps import resumable
 from gptray.jobs.progress.reporter import Reporter
 from gptray.jobs.progress.tracking import tracking_sweep
 from gptray.jobs.tune.check import (
