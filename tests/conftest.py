@@ -86,19 +86,18 @@ def pytest_runtest_setup() -> None:
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The session's Ray: two CPUs on this machine, started and ended as a job's own.
 
-    Except for its address. A Ray that is imported before takes the machine's in the network: on the
-    loopback address, to which a job's own is confined, neither other processes would find it nor
-    jobs the clusters that tests start.
+    Except for its address, the machine's in the network: on the loopback address, to which a job's
+    own is confined, neither other processes would find it nor jobs the clusters that tests start.
     """
-    import ray  # noqa: F401
-
     from gptray.jobs.cluster.connection import OWN_TRAIN_ENV, TRAIN_ENV
-    from gptray.jobs.cluster.own_ray import own_ray
+    from gptray.jobs.cluster.own_ray import CLUSTERS, own_ray
 
     # Tiny runs report in quick succession: do not have each report wait for the next poll.
     os.environ.update(TRAIN_ENV | OWN_TRAIN_ENV, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.1")
     before = dict(os.environ)
-    with own_ray(RAY_TOKEN, num_cpus=2, log_to_driver=False, logging_level="ERROR"):
+    with own_ray(
+        RAY_TOKEN | {CLUSTERS: "1"}, num_cpus=2, log_to_driver=False, logging_level="ERROR"
+    ):
         # What keeps this Ray to itself is not for clusters that tests start.
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

@@ -55,7 +55,11 @@ SOURCES = sorted(
 SHARED_BY_JOBS = ("jobs/cluster", "jobs/folders", "jobs/progress")
 LINES = 300
 FUNCTION_LINES = 60
-LATE_IMPORTS = 12  # of gptray's own modules, inside functions
+LATE_IMPORTS = 9  # of gptray's own modules, inside functions
+LATE_RAY = [  # it imports torch
+    "gptray/jobs/train/fitting.py: ray.train.torch",
+    "gptray/jobs/train/fitting.py: ray.train.torch.TorchConfig",
+]
 ANY = 100  # annotations and casts
 
 
@@ -245,6 +249,16 @@ def test_own_modules_are_imported_at_the_top() -> None:
         if module.startswith("gptray") and not eager
     ]
     assert len(late) <= LATE_IMPORTS, "\n".join(late)
+
+
+def test_ray_is_imported_at_the_top() -> None:
+    late = [
+        f"{path}: {module}"
+        for path in PACKAGE
+        for module, eager in imported(tree_of(path))
+        if module.split(".")[0] == "ray" and not eager
+    ]
+    assert late == LATE_RAY
 
 
 def test_any_does_not_spread() -> None:

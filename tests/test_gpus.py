@@ -11,7 +11,7 @@ import torch
 
 from gptray import gpus
 from gptray.config import ComputeConfig, Config, RunFailed, UserError, override
-from gptray.jobs.cluster.connection import check_resources, check_training
+from gptray.jobs.cluster.machine import check_resources, check_training
 from gptray.model.gpu_faults import check_gpu, memory_told, out_of_gpu_memory, runs_on, why_failed
 from gptray.model.precision import pick_dtype
 from gptray.native.compiler import why_not_compile

@@ -95,16 +95,6 @@ def test_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-# Prints whether a job has imported Ray.
-ENTRY = """
-import sys
-from gptray.entry_points import run
-code = run(sys.argv[1], sys.argv[2:])
-print("ray" in sys.modules)
-sys.exit(code)
-"""
-
-
 @pytest.mark.parametrize("name", ["train", "tune", "generate", "prepare", "evaluate", "serve"])
 def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name: str) -> None:
     storage = tmp_path / "new" / "runs"
@@ -121,18 +111,24 @@ def test_a_start_that_fails_leaves_nothing(text_file: Path, tmp_path: Path, name
     if name == "generate":
         (tmp_path / "p.txt").write_text("one\n")
         words += [f"generate.input_path={tmp_path}/p.txt", f"generate.output_path={storage}/out"]
-    done = subprocess.run(
-        [sys.executable, "-c", ENTRY, name, *words],
-        env={**os.environ, "RAY_ADDRESS": f"127.0.0.1:{_free_port()}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
+    done = job(name, *words, environment={"RAY_ADDRESS": f"127.0.0.1:{_free_port()}"})
+    assert done.returncode == 2 and done.stdout == ""
     assert "no Ray answers there: Connection refused" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "new").exists()
-    # A Ray that is imported before its environment is set would open its ports to the network.
-    assert done.stdout == "False\n"
+
+
+@pytest.mark.ray
+def test_a_jobs_own_ray_is_closed_to_the_network_even_if_ray_was_imported_before() -> None:
+    code = (
+        "import ray\n"
+        "from gptray.jobs.cluster.connection import ray_cluster\n"
+        "with ray_cluster(): address = ray.util.get_node_ip_address()\n"
+        "print(address)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "127.0.0.1\n"
 
 
 def _free_port() -> int:

@@ -29,10 +29,19 @@ class Job(Generic[Checked]):
 
 
 def find_job(name: str) -> Job[Any]:
-    """The JOB of `gptray.jobs.<name>.run`, imported on demand."""
-    job = importlib.import_module(f"gptray.jobs.{name}.run").JOB
-    assert isinstance(job, Job)
-    return job
+    """The functions of `gptray.jobs.<name>`: `check` and `plan` of check.py, `run` of run.py.
+
+    The latter is imported when the job runs, since it loads Ray.
+    """
+    checking = importlib.import_module(f"gptray.jobs.{name}.check")
+
+    def run(checked: Any) -> dict[str, Any] | None:
+        result: dict[str, Any] | None = importlib.import_module(f"gptray.jobs.{name}.run").run(
+            checked
+        )
+        return result
+
+    return Job(checking.check, checking.plan, run)
 
 
 class Mistakes:

@@ -7,8 +7,8 @@ from typing import Any
 
 from gptray.config import Config, load_config
 from gptray.jobs.base import Plan
-from gptray.jobs.generate.check import check
-from gptray.jobs.generate.run import plan, run
+from gptray.jobs.generate.check import check, plan
+from gptray.jobs.generate.run import run
 
 
 def config_of(model_dir: Path, prompts: Path, output: Path, *overrides: str) -> Config:

@@ -23,7 +23,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.entry_points import run
 from gptray.jobs.adapters import name_with
 from gptray.jobs.evaluate.check import check as check_evaluation
-from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from gptray.jobs.next_steps import of_model

@@ -19,7 +19,7 @@ from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.parts import part_name
 from gptray.generation.batch import PartWriter
 from gptray.generation.loading import open_engine
-from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import MANIFEST
 from tests.damage import (

@@ -11,7 +11,7 @@ from gptray.config import UserError, load_config
 from gptray.entry_points import run
 from gptray.jobs.evaluate.check import LONGEST_WINDOW
 from gptray.jobs.evaluate.check import check as check_evaluate
-from gptray.jobs.generate.check import check_model
+from gptray.jobs.generate.checked import check_model
 from gptray.jobs.generate.llm import LLM
 from gptray.jobs.train.check import check, plan
 from gptray.model.hf import save_pretrained

@@ -24,7 +24,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.run_folder import resolve
-from gptray.jobs.generate.check import check_model
+from gptray.jobs.generate.checked import check_model
 from gptray.jobs.models import find_model, open_model, with_tokenizer
 from gptray.jobs.prepare.check import check as check_preparation
 from gptray.jobs.prepare.check import plan as preparation_plan

@@ -16,7 +16,7 @@ from gptray.data.sources import SourceFile, find_files
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.engine import Engine
-from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.openai_batch import RequestReader
 from gptray.jobs.generate.output_plan import job_identity
 from gptray.model.hf import save_pretrained

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from gptray.config import RunFailed, UserError, load_config
 from gptray.jobs.cluster.tasks import result_of
-from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from tests.jobs.generating import config_of, generate, planned

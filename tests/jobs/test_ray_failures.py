@@ -12,8 +12,8 @@ import ray.exceptions
 from gptray.config import Config, RunFailed, load_config
 from gptray.config.errors import WorkerFailed
 from gptray.jobs.train.attempts import fit_until_done
-from gptray.jobs.train.run import ray_failures
-from gptray.jobs.train.trainer import fitted
+from gptray.jobs.train.fitting import ray_failures
+from gptray.jobs.train.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,8 @@ def test_workers_that_lack_memory_are_not_started_again(
 
     def fit(number: int) -> dict[str, object]:
         run = RunConfig("run", str(tmp_path), failure_config=FailureConfig(max_failures=retries))
-        result: dict[str, object] = fitted(
-            lack_memory, scaling_config=ScalingConfig(num_workers=1), run_config=run
-        )
+        trainer = Trainer(lack_memory, scaling_config=ScalingConfig(num_workers=1), run_config=run)
+        result: dict[str, object] = trainer.fit()
         return result
 
     with pytest.raises(RunFailed, match="^no memory$"), ray_failures(config, tmp_path):

@@ -18,7 +18,7 @@ from gptray.data.tokenizer_files import tokenizer_path
 from gptray.entry_points import run
 from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
 from gptray.jobs.folders.run_folder import resolve
-from gptray.jobs.generate.check import check_model
+from gptray.jobs.generate.checked import check_model
 from gptray.jobs.serve.check import user_config
 from gptray.manifest import write_manifest
 from gptray.model.hf import load_pretrained

@@ -20,7 +20,7 @@ from pyarrow import fs, parquet
 from gptray.config import Config, RunFailed, UserError, dump
 from gptray.data.parts import part_name
 from gptray.jobs.cluster.tasks import result_of
-from gptray.jobs.generate.check import check_batch
+from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask

@@ -24,8 +24,8 @@ from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import save_config
 from gptray.jobs.folders.run_folder import outcome
-from gptray.jobs.generate.check import check_model
-from gptray.jobs.runs.run import check as check_runs
+from gptray.jobs.generate.checked import check_model
+from gptray.jobs.runs.check import check as check_runs
 from gptray.jobs.train.check import check
 from gptray.lease import leased
 from gptray.manifest import write_manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, UserError
-from gptray.jobs.generate.check import CheckedBatch, check_batch
+from gptray.jobs.generate.checked import CheckedBatch, check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import UNDECIDED
 from gptray.model.hf import save_pretrained

@@ -15,7 +15,8 @@ from gptray.data.tokens import TokenData
 from gptray.jobs.folders.resuming import is_finished, save_config
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.check import check
-from gptray.jobs.train.run import fit_on_ray, train
+from gptray.jobs.train.fitting import fit_on_ray
+from gptray.jobs.train.run import train
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.training.loop import fit
 from gptray.training.stopping import EarlyStopping

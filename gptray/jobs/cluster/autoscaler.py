@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
 import yaml
 
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, Resources, alive_nodes, amount_words, ask
@@ -39,8 +40,6 @@ def node_types() -> list[NodeType] | None:
 
     Empty: there is no autoscaler, or it may add none. None: unknown, as on Kubernetes. Needs Ray.
     """
-    import ray
-
     published = ray._private.state.state.get_cluster_config()
     if published and published.node_group_configs:
         return [
@@ -51,8 +50,6 @@ def node_types() -> list[NodeType] | None:
 
 
 def _is_there() -> bool:
-    import ray
-
     status = ray._private.worker.global_worker.gcs_client.internal_kv_get(
         ray._private.ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
     )

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.progress.doing import telling
 from gptray.wording import count, first_line
@@ -50,8 +53,6 @@ class Node:
 
 def alive_nodes() -> list[Node]:
     """All alive nodes. Needs Ray, like all functions here without arguments."""
-    import ray
-
     return [
         Node(node["NodeManagerAddress"], node["Resources"], node["NodeID"], node["Labels"])
         for node in ray.nodes()
@@ -72,16 +73,12 @@ def has_labels(node: Node, selector: Mapping[str, str]) -> bool:
 
 def free_resources() -> dict[str, Resources]:
     """Free resources of each alive node, by its id."""
-    import ray
-
     free: dict[str, Resources] = ray._private.state.available_resources_per_node()
     return free
 
 
 def nodes_being_preempted() -> dict[str, float]:
     """Ids of the nodes being preempted, and when they will be, as `time.time`; 0: unknown."""
-    import ray
-
     draining = ray._private.state.state.get_draining_nodes()
     return {node: deadline_ms / 1000 for node, deadline_ms in draining.items()}
 
@@ -154,8 +151,6 @@ def ask(
     about: the subject of the question, for the line that says what the job waits for.
     Needs Ray. Returns within DEADLINE_S; answers are in the nodes' order.
     """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def answer(call: object) -> T | NoAnswer:
         try:

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import warnings
@@ -16,16 +15,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
-from gptray.config import ComputeConfig, Config, RunFailed, UserError
+import ray
+
+from gptray.config import RunFailed, UserError
 from gptray.files import cannot_write, is_file_error
-from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
 from gptray.jobs.cluster.own_ray import own_ray, shut_down
 from gptray.jobs.cluster.ray_messages import RayMessages
-from gptray.jobs.cluster.resources import gpu_workers
 from gptray.jobs.cluster.waiting import telling_waits
 from gptray.jobs.progress.doing import doing
-from gptray.native.backend import TRAIN_KEY, check_native
-from gptray.native.compiler import cannot_compile, why_not_compile
 from gptray.wording import first_line
 
 # Read by Ray Train in driver, controller and workers. By default it polls every two seconds, which
@@ -77,8 +74,7 @@ def ray_cluster(
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
     Raises RunFailed if Ray does not start or answer, or the wait took too long.
     """
-    # Ray is imported only once its environment is set.
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+    if ray.is_initialized():
         with telling_waits(wait_s):
             yield False
         return
@@ -95,8 +91,6 @@ def ray_cluster(
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
             if address:
-                import ray
-
                 with ray_answers(), doing(f"joining the cluster at {address}"):
                     ray.init(**options)
                 stack.callback(shut_down)
@@ -152,62 +146,6 @@ def _sigterm_kept() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
-
-
-def check_training(config: Config) -> None:
-    """Raise UserError if this machine or the configured backend cannot run the training.
-
-    Also raises like `check_resources`.
-    """
-    if not os.environ.get("RAY_ADDRESS"):
-        check_native(TRAIN_KEY, config.train.backend, use_gpu=config.compute.use_gpu)
-    check_resources(
-        config.compute,
-        compiling=config.train.compiles(on_gpu=config.compute.use_gpu),
-        beside="train.async_validation" if config.train.async_validation else None,
-    )
-
-
-def check_resources(
-    compute: ComputeConfig, *, compiling: bool = False, beside: str | None = None
-) -> None:
-    """Raise UserError for resources that this machine lacks; a cluster (RAY_ADDRESS) may grow.
-
-    compiling: whether the training step is compiled. beside: the key, if any, that needs one more
-    worker than compute.num_workers.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    gpus = local_gpus() if compute.use_gpu else 0
-    cpus = len(os.sched_getaffinity(0))
-    problems = []
-    workers, shown = compute.min_workers, compute.workers_shown
-    if compute.use_gpu and gpus < workers:
-        problems.append(
-            f"compute.use_gpu=true with compute.num_workers={shown} needs as many GPUs; this "
-            f"machine has {gpus}"
-        )
-    elif compute.use_gpu and is_torch_for_cpus():
-        problems.append(BUILT_FOR_CPUS)
-    if compute.cpus_per_worker and compute.cpus_per_worker * workers > cpus:
-        problems.append(
-            f"compute.cpus_per_worker={compute.cpus_per_worker} x "
-            f"compute.num_workers={shown} is more than this machine's {cpus} cores"
-        )
-    count, cores = workers + 1, compute.cpus_per_worker or 1
-    has_spare = gpu_workers(compute, gpus) >= count and cores * count <= cpus
-    if beside and not problems and not has_spare:
-        spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
-        problems.append(
-            f"{beside}=true needs one more worker than compute.num_workers={shown}, so {spare}; "
-            f"this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}=false) "
-            "the workers do the scoring themselves, with the same results"
-        )
-    missing = why_not_compile(on_gpu=compute.use_gpu) if compiling else None
-    if missing:
-        problems.append(cannot_compile(missing))
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def check_address(address: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import ray
+from ray.core.generated import gcs_pb2
+from ray.core.generated.gcs_pb2 import ActorTableData
 
 from gptray.jobs.cluster.cluster_nodes import Resources, amount_words, total
-
-if TYPE_CHECKING:
-    from ray.core.generated.gcs_pb2 import ActorTableData
 
 # The most characters of a job's command in a message.
 WIDTH = 60
@@ -30,8 +31,6 @@ def holders() -> tuple[int, str]:
 
     Such as "; job 0300 (python x.py) holds 4 cores"; "" if Ray knows of none.
     """
-    import ray
-
     own, own_command = ray.get_runtime_context().get_job_id(), _submission()
     held: dict[str, dict[str, float]] = {}
     number = 0
@@ -71,8 +70,6 @@ def _submission() -> str | None:
 
 def _held() -> list[_Held]:
     """All holders of cores or GPUs except tasks, which are in no table."""
-    import ray
-
     groups = [
         _Held(name[-len(ray.JobID.nil().hex()) :], counted(bundle))
         for name, group in ray.util.placement_group_table().items()
@@ -99,9 +96,6 @@ def _held_by_actors() -> list[_Held]:
 
 def actors_in(state: str) -> list[ActorTableData]:
     """Ray's records of all jobs' actors in a state."""
-    import ray
-    from ray.core.generated import gcs_pb2
-
     accessor = ray._private.state.state._connect_and_get_accessor()
     return [gcs_pb2.ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)]
 

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import ray
+
 from gptray import signals
 from gptray.config import RunFailed, UserError
 
@@ -28,6 +30,8 @@ VITAL = ("raylet", "gcs_server")
 NOTICE_S, POLL_S = 1.0, 0.5
 # How long Ray's shutdown may leave SIGTERM unhandled, in seconds.
 KEPT_S = 0.02
+# Set to 0, confines a Ray to its machine.
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # One token for the lifetime of this process, since Ray keeps the first that it reads.
 _TOKEN = secrets.token_hex(32)
 
@@ -58,17 +62,14 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
     """
     global _is_starting, _is_running
     with _environment(environment):
-        import ray
-
         _is_starting = True
         before = _children()
         try:
-            with _lean(told=bool(options.get("log_to_driver"))):
+            with _lean(told=bool(options.get("log_to_driver"))), _loopback():
                 ray.init(address="local", include_dashboard=False, **options)
         finally:
             _is_starting = False
         if (address := ray.util.get_node_ip_address()) not in ("127.0.0.1", "::1"):
-            # Ray was imported before the environment was set.
             log.warning("Ray's ports are open to the network, at %s", address)
         deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
         with signals.before_ending_at_once(deaths.kill_all):
@@ -95,11 +96,12 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
 
     RAY_AUTH_TOKEN: otherwise Ray creates a world-readable token in ~/.ray, which a later `ray
     start` would demand from clients that do not know it. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: makes
-    Ray bind its ports to the loopback address. GLOO_SOCKET_IFNAME: the same for torch.distributed.
+    Ray's processes bind their ports to the loopback address. GLOO_SOCKET_IFNAME: the same for
+    torch.distributed.
     """
     wanted = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        CLUSTERS: "0",
         "GLOO_SOCKET_IFNAME": "lo",
         **given,
     }
@@ -124,8 +126,6 @@ def _lean(*, told: bool) -> Iterator[None]:
     left), the process that forwards workers' logs unless they are shown, and a check for the
     packages of `ray[default]`.
     """
-    import ray
-
     node = ray._private.node.Node
     left_out = [(node, "start_monitor"), (node, "start_api_server")]
     left_out += [(ray._private.utils, "get_dashboard_dependency_error")]
@@ -140,10 +140,20 @@ def _lean(*, told: bool) -> Iterator[None]:
             setattr(owner, name, function)
 
 
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Make ray.init heed CLUSTERS, which Ray reads only when it is imported."""
+    constants = ray._private.ray_constants
+    before = constants.ENABLE_RAY_CLUSTER
+    constants.ENABLE_RAY_CLUSTER = os.environ[CLUSTERS] != "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+
+
 def shut_down() -> None:
     """Shut Ray down, restoring this process's SIGTERM handler, which Ray's core resets."""
-    import ray
-
     if threading.current_thread() is not threading.main_thread():
         ray.shutdown()
         return

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
+from ray.util import metrics
+
 from gptray.record import MetricsRow
 
 
@@ -180,8 +182,6 @@ class Exporter:
     def _of(self, name: str) -> _Series:
         if name not in self._series:
             # Imported late, since Ray takes a second to import and config checks do not need it.
-            from ray.util import metrics
-
             metric = METRICS[name]
             kinds = {"gauge": metrics.Gauge, "counter": metrics.Counter}
             make = kinds.get(metric.kind, metrics.Histogram)

@@ -18,6 +18,7 @@ from gptray.jobs.cluster.cluster_nodes import (
     nodes_words,
 )
 from gptray.jobs.cluster.holders import held_by_command
+from gptray.jobs.cluster.machine import gpu_workers
 from gptray.jobs.cluster.own_ray import is_own_ray
 
 # A worker's cores on a cluster that others use too, unless compute.cpus_per_worker says otherwise.
@@ -132,11 +133,6 @@ def room(compute: ComputeConfig, nodes: Sequence[Resources], cores: float) -> in
             for node in nodes
         )
     )
-
-
-def gpu_workers(compute: ComputeConfig, gpus: float) -> float:
-    """How many workers fit on a node's GPUs."""
-    return int(gpus / compute.gpus_per_worker + 1e-9) if compute.use_gpu else float("inf")
 
 
 def _cores_to_come(compute: ComputeConfig, nodes: Sequence[Node], workers: int) -> int:

@@ -16,6 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
+
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import check_writable, expanded, is_uri, no_empty_folders, open_regular, storing
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, ask
@@ -101,8 +103,6 @@ def check_seen(folder: Path, *, storage_path: str) -> None:
     The message names storage_path and the node.
     """
     if not folder.is_dir():
-        import ray
-
         node = ray.util.get_node_ip_address()
         remedy = _REMEDY.format(noun="folder")
         raise UserError(f"storage_path={storage_path}: node {node} does not see {folder}; {remedy}")

@@ -13,6 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import ray
+import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from gptray.config import RunFailed, UserError
 from gptray.jobs.cluster.cluster_nodes import alive_nodes
 from gptray.jobs.cluster.ray_metrics import Exporter
@@ -61,8 +65,6 @@ def map_items(
     Raises the first task's UserError, or RunFailed for one that could not read or write; the others
     are stopped.
     """
-    import ray.data
-
     _quiet()
     options = _on_this_node() if here else {"num_cpus": 1}
     if options["num_cpus"]:
@@ -103,9 +105,6 @@ class _Mapped:
 
 def _on_this_node() -> dict[str, Any]:
     """Options for tasks on this node, which may offer no cores to Ray."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     node = ray.get_runtime_context().get_node_id()
     offers = any(one.id == node and one.cpus >= 1 for one in alive_nodes())
     return {
@@ -117,8 +116,6 @@ def _on_this_node() -> dict[str, Any]:
 
 def _quiet() -> None:
     """Silence Ray Data's progress bar and execution plan, except with --verbose."""
-    import ray.data
-
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.data.DataContext.get_current().enable_progress_bars = False

@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import ray
+
 from gptray import signals
 from gptray.config import RunFailed, UserError
 from gptray.jobs.cluster.autoscaler import grows
@@ -178,8 +180,6 @@ def demand_of_job() -> tuple[Sequence[Resources], bool]:
 
 def _placement_groups() -> tuple[list[Resources], bool]:
     """The bundles of this job's pending placement groups, and whether it has others."""
-    import ray
-
     awaited: list[Resources] = []
     holds = False
     job = ray.get_runtime_context().get_job_id()
@@ -196,8 +196,6 @@ def _placement_groups() -> tuple[list[Resources], bool]:
 
 def _actors(state: str) -> list[tuple[Resources, bool]]:
     """What this job's actors in a state need outside placement groups, and whether they have it."""
-    import ray
-
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
     return [
         # Before it has a worker process, the table's node is only the one that was asked.
@@ -214,8 +212,6 @@ def await_core() -> None:
     Pending tasks are in none of Ray's tables, so a placement group waits in their place. Raises
     UserError if no node has a core, and none can be added.
     """
-    import ray
-
     if is_own_ray():
         return
     nodes = alive_nodes()

@@ -8,35 +8,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from gptray.config import Config, RunFailed, UserError
-from gptray.files import is_uri
-from gptray.jobs.base import Job, Plan
+from gptray.config import RunFailed
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node, alive_nodes, ask
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import blind_nodes
 from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.worker import clock, node_facts, two_gpus_add_up
-from gptray.jobs.models import storage_of
 from gptray.standard_output import line_printer
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
-
-
-def check(config: Config) -> Path:
-    """Resolve storage_path. Raises UserError for an object store or an unknown user's home."""
-    if is_uri(config.storage_path):
-        raise UserError(
-            f"storage_path={config.storage_path}: the doctor checks only folders that the nodes "
-            "share; leave storage_path out to check everything else"
-        )
-    return storage_of(config)
-
-
-def plan(storage_path: Path) -> Plan:
-    """What the job would do."""
-    return [("checks", f"every node, and {storage_path}; changes nothing")]
 
 
 def run(storage_path: Path) -> None:
@@ -98,6 +80,3 @@ def outcome(facts: ClusterFacts, findings: Sequence[Finding]) -> dict[str, objec
         "checks": [asdict(finding) for finding in findings],
         "nodes": [asdict(one) for one in facts.nodes],
     }
-
-
-JOB = Job(check, plan, run)

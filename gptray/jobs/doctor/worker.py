@@ -20,6 +20,8 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
+import ray
+
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
 from gptray.wording import first_line
@@ -169,8 +171,6 @@ def two_gpus_add_up(*, backend: str = "nccl", on_gpus: bool = True) -> str:
 
     on_gpus: whether each gets a GPU. Needs Ray.
     """
-    import ray
-
     member = ray.remote(Member).options(
         num_cpus=0, num_gpus=int(on_gpus), scheduling_strategy="SPREAD"
     )
@@ -194,8 +194,6 @@ class Member:
 
     def meeting_point(self) -> str:
         """A free address on this node."""
-        import ray
-
         address = ray.util.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind((address, 0))

@@ -23,7 +23,7 @@ from gptray.data.vocabulary import needed_rows
 from gptray.evaluation.bleu import check_bleu
 from gptray.jobs.adapters import adapter_sha256, check_adapter, with_adapter
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster.connection import check_resources
+from gptray.jobs.cluster.machine import check_resources
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.evaluate.evaluated_model import (
     FoundModel,

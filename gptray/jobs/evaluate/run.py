@@ -14,13 +14,12 @@ from gptray.config import Config, expect_config
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
 from gptray.files import storing
-from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_job
-from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens, plan
+from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens
+from gptray.jobs.evaluate.measure import measure
 from gptray.jobs.next_steps import of_model, tell
-from gptray.jobs.other_texts import prepared_also
-from gptray.jobs.prepare.run import stored_text
+from gptray.jobs.prepare.run import prepared_also, stored_text
 from gptray.jobs.progress.reporter import Reporter
 from gptray.remote_folder import RemoteFolder
 
@@ -47,8 +46,6 @@ def run(checked: CheckedEvaluation) -> dict[str, Any]:
         check_tokens(checked, text)
         also = prepared_also(checked.also, config, text)
         data = TokenData.open(text.data_dir, also=also)
-        from gptray.jobs.evaluate.measure import measure
-
         evaluation = measure(checked, data)
     _say(evaluation)
     path = checked.folder / EVALUATION
@@ -119,6 +116,3 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
         "memorised_20": evaluation["memorised_20"],
         "memorised_50": evaluation["memorised_50"],
     }
-
-
-JOB = Job(check, plan, run)

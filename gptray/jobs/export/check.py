@@ -15,7 +15,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
 from gptray.data.vocabulary import needed_rows
 from gptray.files import absolute, check_writable, is_uri
-from gptray.jobs.base import Mistakes
+from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
     BLOCKS,
@@ -30,6 +30,7 @@ from gptray.model.packed_weights import GROUP, PACKINGS
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, TEMPLATE, Usage
+from gptray.wording import size_words
 
 _SUFFIX = ".gguf"
 # Files, besides the tokenizer's, that say how to use a model.
@@ -107,6 +108,28 @@ def check(config: Config) -> CheckedExport:
     mistakes.tell()
     assert model and content
     return CheckedExport(settings, folder, name, output, model, content)
+
+
+def plan(checked: CheckedExport) -> Plan:
+    """What the job would write."""
+    content = checked.content
+    names = content.files if isinstance(content, HfContent) else [checked.output.name]
+    return [
+        ("model", str(checked.folder)),
+        ("format", _format(content)),
+        ("precision", checked.settings.precision),
+        *([("kept", content.kept)] if content.kept else []),
+        ("output", str(checked.output)),
+        ("files", " ".join(names)),
+        ("size", size_words(content.size)),
+    ]
+
+
+def _format(content: GgufContent | HfContent) -> str:
+    if isinstance(content, HfContent):
+        return "Hugging Face"
+    tokens = content.fields["tokenizer.ggml.model"]
+    return f"GGUF, architecture {content.architecture}, tokenizer {tokens}"
 
 
 def _content(

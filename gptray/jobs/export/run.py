@@ -13,31 +13,16 @@ from pathlib import Path
 
 from gptray.config import RunFailed
 from gptray.files import no_empty_folders, replacing, storing
-from gptray.jobs.base import Job, Plan
-from gptray.jobs.export.check import CheckedExport, GgufContent, HfContent, check
+from gptray.jobs.export.check import CheckedExport, GgufContent
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.progress.doing import doing
 from gptray.model.gguf_file import write_gguf
 from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
+from gptray.model.importance import quantizer
 from gptray.model.rounding import check_tied
-from gptray.wording import size_words
 
 log = logging.getLogger("gptray")
-
-
-def plan(checked: CheckedExport) -> Plan:
-    content = checked.content
-    names = content.files if isinstance(content, HfContent) else [checked.output.name]
-    return [
-        ("model", str(checked.folder)),
-        ("format", _format(content)),
-        ("precision", checked.settings.precision),
-        *([("kept", content.kept)] if content.kept else []),
-        ("output", str(checked.output)),
-        ("files", " ".join(names)),
-        ("size", size_words(content.size)),
-    ]
 
 
 def run(checked: CheckedExport) -> dict[str, object]:
@@ -66,8 +51,6 @@ def run(checked: CheckedExport) -> dict[str, object]:
 
 
 def _write(checked: CheckedExport) -> None:
-    from gptray.model.importance import quantizer  # imports torch, which a plan does not need
-
     content, precision = checked.content, checked.settings.precision
     check_tied(checked.model)
     kind = FOUR_BITS.get(precision, precision)
@@ -109,13 +92,3 @@ def _appearing(folder: Path) -> Iterator[Path]:
 def _refuse_taken(output: Path) -> None:
     if os.path.lexists(output):
         raise RunFailed(f"{output} has appeared in the meantime and is left as it is")
-
-
-def _format(content: GgufContent | HfContent) -> str:
-    if isinstance(content, HfContent):
-        return "Hugging Face"
-    tokens = content.fields["tokenizer.ggml.model"]
-    return f"GGUF, architecture {content.architecture}, tokenizer {tokens}"
-
-
-JOB = Job(check, plan, run)

@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptray.config import Config, RunFailed
 from gptray.files import cached_as, is_uri, replacing, storing
@@ -20,9 +24,6 @@ from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder, Writer
 from gptray.node_cache import hold
 from gptray.remote_folder import StoredFile
 from gptray.wording import first_line
-
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,6 @@ class Origin:
 
     def call(self, method: str, *arguments: object) -> object:
         """Call a method of the actor. Raises its UserError or RunFailed, or RunFailed if gone."""
-        import ray
-
         try:
             answer: object = ray.get(_actor(self.actor).call.remote(method, *arguments))
         except (
@@ -58,8 +57,6 @@ class Origin:
     @property
     def is_here(self) -> bool:
         """Whether this is the driver's node."""
-        import ray
-
         return bool(ray.get_runtime_context().get_node_id() == self.node)
 
     def folder_here(self, run_dir: Path) -> Path:
@@ -69,8 +66,6 @@ class Origin:
         """
         if self.is_here:
             return run_dir
-        import ray
-
         # With the node's id, since nodes may share a home folder.
         text = f"{ray.get_runtime_context().get_node_id()} {self.root}"
         folder = cached_as("nodes", text)
@@ -85,8 +80,6 @@ class Origin:
 
 @cache
 def _actor(name: str) -> ActorHandle[DriverFolder]:
-    import ray
-
     return ray.get_actor(name)
 
 
@@ -99,9 +92,6 @@ def reachable(config: Config, folder: Path) -> Iterator[Origin | None]:
     if not is_uri(config.storage_path) or is_own_ray():
         yield None
         return
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
     node = ray.get_runtime_context().get_node_id()
     name = f"gptray-folder-{secrets.token_hex(8)}"
     actor = (

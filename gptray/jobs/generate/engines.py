@@ -25,7 +25,7 @@ from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.cluster.resources import actor_options, labelled_nodes, worker_resources
 from gptray.jobs.cluster.tasks import Failure, attempt, result_of
-from gptray.jobs.generate.check import engine_compute
+from gptray.jobs.generate.checked import engine_compute
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import UNDECIDED
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask

@@ -18,7 +18,7 @@ from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
 from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
-from gptray.jobs.generate.check import CheckedModel, check_model
+from gptray.jobs.generate.checked import CheckedModel, check_model
 from gptray.jobs.generate.forks import check_not_forked, note_opening
 from gptray.jobs.progress.doing import doing
 from gptray.model.gpu_faults import memory_told

@@ -17,7 +17,7 @@ from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, scan, staged
 from gptray.files import is_uri, no_empty_folders, storing
 from gptray.jobs.folders.driver_lock import held
-from gptray.jobs.generate.check import CheckedBatch
+from gptray.jobs.generate.checked import CheckedBatch
 from gptray.jobs.generate.output_plan import (
     BACKEND,
     MANIFEST,

@@ -18,7 +18,7 @@ from gptray.config import RunFailed, UserError
 from gptray.config.errors import naming
 from gptray.data.parts import SCRATCH, digest_file, part_name
 from gptray.files import is_uri, sha256_of
-from gptray.jobs.generate.check import CheckedBatch
+from gptray.jobs.generate.checked import CheckedBatch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import (
     MANIFEST,

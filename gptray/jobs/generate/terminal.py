@@ -9,7 +9,7 @@ from typing import Any
 
 from gptray.config import RunFailed, UserError, override
 from gptray.generation.loading import decoder_backend
-from gptray.jobs.generate.check import CheckedModel
+from gptray.jobs.generate.checked import CheckedModel
 from gptray.jobs.generate.llm import LLM
 from gptray.jobs.next_steps import of_model, tell
 from gptray.model.shape import read_shape

@@ -11,11 +11,12 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from gptray.commands import retyped
-from gptray.config import Config, RunFailed
+from gptray.config import Config, RunFailed, UserError
 from gptray.data.data_manifest import (
     DataManifest,
     Provenance,
@@ -37,15 +38,16 @@ from gptray.data.tokenizer_files import KINDS
 from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData
 from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
-from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.cluster.tasks import map_items
 from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.next_steps import differing, settings_of, tell
-from gptray.jobs.prepare.check import CheckedText, check, opened, plan, size_of
+from gptray.jobs.other_texts import ALSO_KEY, OtherTexts
+from gptray.jobs.prepare.check import CheckedText, opened, size_of
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.progress.doing import doing
+from gptray.record import last_event, read_events
 
 log = logging.getLogger("gptray")
 
@@ -89,6 +91,31 @@ def stored_text(config: Config, request: Request, *, wait_s: float | None = None
     data = prepare_text(request, wait_s=wait_s)
     publish_data(config, request.data_dir)
     return data
+
+
+def prepared_also(
+    texts: OtherTexts, config: Config, data: TokenData, *, resumed: Path | None = None
+) -> dict[str, Path]:
+    """Prepare the texts with the tokenizer of `data`; return their folders by name. Needs Ray.
+
+    resumed: a run that may have scored them. Raises UserError if a text has changed since or is too
+    short, and like `stored_text`.
+    """
+    start = last_event(read_events(resumed), "start") if resumed else None
+    scored = start.get("also_data", {}) if start else {}  # fingerprints by name
+    folders = {}
+    for name, text in texts.items():
+        own = str(data.data_dir / "tokenizer")
+        also = stored_text(config, replace(text.request, tokenizer=own, eos_token=None))
+        if len(also.splits["test"]) < 2:
+            raise UserError(f"{ALSO_KEY}: {name} has fewer than 2 tokens; give more text")
+        if resumed and scored.get(name) not in (None, also.fingerprint):
+            raise UserError(
+                f"{ALSO_KEY}: the text {name} has changed since the run {resumed.name} started; "
+                "choose another name for the run"
+            )
+        folders[name] = also.data_dir
+    return folders
 
 
 def prepare(config: Config, *, piece_bytes: int = PIECE_BYTES) -> TokenData:
@@ -250,6 +277,3 @@ def _number_shards(
             entries.append({**shard.entry, "file": name})
         splits[names[label]] = split_entry(documents, entries)
     return splits
-
-
-JOB = Job(check, plan, run)

@@ -8,39 +8,20 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gptray.config import Config
-from gptray.jobs.base import Job, Plan
-from gptray.jobs.runs.listing import Listed, listed
+from gptray.jobs.runs.check import CheckedRuns
+from gptray.jobs.runs.listing import Listed
 from gptray.standard_output import write_out
 from gptray.visible import visible
 from gptray.wording import magnitude, size_words
 
 # The fewest columns of a terminal in which a run fits into one row of a table.
 WIDE = 100
-
-
-@dataclass(frozen=True)
-class CheckedRuns:
-    """The content of a storage path."""
-
-    storage_path: str
-    runs: Sequence[Listed]
-
-
-def check(config: Config) -> CheckedRuns:
-    """List the storage path. Raises UserError if that fails."""
-    return CheckedRuns(config.storage_path, listed(config))
-
-
-def plan(checked: CheckedRuns) -> Plan:
-    """What the job would list."""
-    return [("runs", f"{len(checked.runs)} in {checked.storage_path}; the list changes nothing")]
 
 
 def run(checked: CheckedRuns) -> dict[str, object]:
@@ -98,6 +79,3 @@ def _figures(run: Listed) -> dict[str, str]:
 def _text(text: str) -> Text:
     """One line without control characters, since anybody may have named the folder."""
     return Text(visible(text).replace("\n", "\\n"))
-
-
-JOB = Job(check, plan, run)

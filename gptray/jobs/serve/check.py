@@ -13,7 +13,7 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.files import expanded, is_uri
 from gptray.jobs.adapters import check_adapters, with_adapters
 from gptray.jobs.base import Mistakes, Plan
-from gptray.jobs.cluster.connection import check_resources
+from gptray.jobs.cluster.machine import check_resources
 from gptray.jobs.engine_plan import check_engine_backend, planned_backend, planned_memory
 from gptray.jobs.models import find_model
 from gptray.model.adapter import adapted_name

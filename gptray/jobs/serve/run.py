@@ -14,8 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
 from gptray.config import Config, RunFailed, UserError
-from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.shared_storage import check_shared
@@ -23,7 +26,7 @@ from gptray.jobs.engine_plan import build_engine_backend
 from gptray.jobs.next_steps import tell
 from gptray.jobs.progress.doing import doing
 from gptray.jobs.serve.body_limits import environment
-from gptray.jobs.serve.check import CheckedEndpoint, check, completion_command, endpoint_url, plan
+from gptray.jobs.serve.check import CheckedEndpoint, completion_command, endpoint_url
 from gptray.jobs.serve.worker import bound
 from gptray.native.measured import NAMES
 from gptray.signals import failure, leaving_within, sigterm_sets
@@ -56,8 +59,6 @@ def run(checked: CheckedEndpoint) -> None:
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
     log.info("starting %s at %s", model["model"], url)
     with on_cluster as is_own, ExitStack() as stack:
-        from ray import serve
-
         with doing(f"starting {count(config.serve.num_replicas, 'engine')}"):
             stack.enter_context(_started(config, model, is_own=is_own))
             _wait_until_healthy(url)
@@ -89,8 +90,6 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
 
     is_own: whether the cluster ends with the job, and all of Serve with it.
     """
-    from ray import serve
-
     adapters = config.serve.adapters or {}
     places = [adapters] if isinstance(adapters, str) else list(adapters.values())
     read = {"serve.model": [Path(model["model"])], "serve.adapters": list(map(Path, places))}
@@ -123,8 +122,6 @@ def _started(config: Config, model: Mapping[str, str], *, is_own: bool) -> Itera
 
 def _failure_to_start(error: RuntimeError) -> UserError | RunFailed:
     """Why no replica came up: Serve's error does not say, but its status does."""
-    from ray import serve
-
     found = serve.status().applications.get(APPLICATION)
     told = "\n".join(one.message for one in found.deployments.values()) if found else ""
     _, is_mistake, mistake = told.rpartition(f"{UserError.__name__}: ")
@@ -149,8 +146,6 @@ def _wait_until_healthy(url: str) -> None:
 
 def _tell_backends() -> None:
     """Log the replicas' backends, which each has chosen on its machine."""
-    from ray import serve
-
     answers = serve.get_app_handle(APPLICATION).broadcast("backend").results(timeout_s=START_S)
     names = sorted({NAMES[answer] for answer in answers if answer in NAMES})
     if names:
@@ -164,10 +159,6 @@ def _tell_backends() -> None:
 
 def _tell_news(told: Counter[str]) -> None:
     """Log what replicas have to say, such as why an engine ended, beyond the lines told."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
     try:
         found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=NEWS_S)
     except (RayError, RayServeException, TimeoutError):
@@ -182,13 +173,8 @@ def _tell_news(told: Counter[str]) -> None:
 
 def _drain(timeout_s: float) -> None:
     """Have all replicas finish running requests and refuse new ones."""
-    from ray import serve
-
     log.info("draining: running requests have %g s to finish", timeout_s)
     replicas = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
     cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
     if cut:
         log.warning("%d requests did not end in time", cut)
-
-
-JOB = Job(check, plan, run)

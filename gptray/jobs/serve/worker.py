@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
 
 from gptray.config import Config, RunFailed, UserError, override
 from gptray.jobs.cluster.ray_metrics import METRICS, Exporter
@@ -41,8 +42,6 @@ def application(args: Mapping[str, object]) -> object:
 
 def bound(config: Config, model: Mapping[str, str] | None) -> object:
     """The application for a config. model: its deployment's user_config."""
-    from ray import serve
-
     settings, reserved = config.serve, worker_resources(replicas_compute(config))
     scaling: dict[str, object] = {"num_replicas": settings.num_replicas}
     if settings.max_replicas:
@@ -98,20 +97,14 @@ class Replica:
 
     def news(self) -> tuple[str, list[tuple[int, str]]]:
         """This replica's name, and all its lines for the job's log with their levels."""
-        from ray import serve
-
         return serve.get_replica_context().replica_tag, self._answering.news
 
     def own_metrics(self) -> tuple[str, bytes]:
         """This replica's name and metrics."""
-        from ray import serve
-
         return serve.get_replica_context().replica_tag, self._answering.metrics()
 
     async def _all_metrics(self) -> bytes:
         """All replicas' metrics, since a request for them goes to any replica."""
-        from ray import serve
-
         here = serve.get_replica_context()
         handle = serve.get_deployment_handle(here.deployment, here.app_name)
         found = handle.broadcast("own_metrics").results_async(timeout_s=METRICS_S)

@@ -13,7 +13,10 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+
+import ray
+import ray.train
+from ray.util.placement_group import PlacementGroup
 
 from gptray.config import ComputeConfig, Config
 from gptray.jobs.cluster.cluster_nodes import (
@@ -26,10 +29,6 @@ from gptray.jobs.cluster.cluster_nodes import (
 from gptray.jobs.cluster.resources import room
 from gptray.jobs.train.trainer import recurs
 from gptray.wording import count
-
-if TYPE_CHECKING:
-    import ray.train
-    from ray.util.placement_group import PlacementGroup
 
 log = logging.getLogger("gptray")
 
@@ -66,8 +65,6 @@ def fit_until_done(config: Config, reserved: Mapping[str, float], fit: Fit) -> d
 def _fit_where_there_is_room(
     config: Config, reserved: Mapping[str, float], fit: Fit
 ) -> dict[str, object]:
-    import ray.train
-
     most, deaths = config.compute.max_failures, 0
     while True:
         workers = workers_with_room(config, reserved)
@@ -123,8 +120,6 @@ class Places:
     def __init__(
         self, compute: ComputeConfig, reserved: Mapping[str, float], *, settled_s: float
     ) -> None:
-        import ray
-
         self._compute, self._reserved, self._settled_s = compute, dict(reserved), settled_s
         self._places: list[PlacementGroup] = []
         self._seen, self._since = (0, False), time.monotonic()
@@ -132,8 +127,6 @@ class Places:
 
     def ask(self, number: int) -> None:
         """Request places, up to `number` in total, from Ray, and nodes from its autoscaler."""
-        import ray
-
         labels = [self._compute.selector] if self._compute.selector else None
         while len(self._places) < number:
             name = PLACE + secrets.token_hex(8)  # names are unique in a cluster
@@ -157,22 +150,16 @@ class Places:
 
     def close(self) -> None:
         """Give all places back."""
-        import ray
-
         for place in self._places:
             ray.util.remove_placement_group(place)
         self._places.clear()
 
     def _is_given(self, place: PlacementGroup, leaving: Mapping[str, float]) -> bool:
-        import ray
-
         found = ray.util.placement_group_table(place)
         return bool(found["state"] == "CREATED") and found["bundles_to_node_id"][0] not in leaving
 
     def _may_be_more(self, leaving: Mapping[str, float]) -> bool:
         """Whether a node that stays has, or will have, room for one more."""
-        import ray
-
         nodes = {node.id for node in alive_nodes() if has_labels(node, self._compute.selector)}
         in_use = ray.util.get_current_placement_group()  # if this is a training worker
         known = {group.id.hex() for group in [*self._places, *([in_use] if in_use else [])]}

@@ -15,7 +15,7 @@ from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster.connection import check_training
+from gptray.jobs.cluster.machine import check_training
 from gptray.jobs.folders.remote_run import download_run
 from gptray.jobs.folders.resuming import (
     check_free,

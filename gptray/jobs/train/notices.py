@@ -10,10 +10,10 @@ import logging
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import ray
 import ray.train
+from ray.util.placement_group import PlacementGroup
 
 from gptray.jobs.cluster.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
@@ -21,9 +21,6 @@ from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
 from gptray.training.numbers import Request
 from gptray.wording import count
-
-if TYPE_CHECKING:
-    from ray.util.placement_group import PlacementGroup
 
 log = logging.getLogger("gptray")
 

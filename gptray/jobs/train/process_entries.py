@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from ray.train import Checkpoint
 
 from gptray.jobs.train.task import TrainTask
-
-if TYPE_CHECKING:
-    import ray.train
 
 
 def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def begin_worker(given: dict[str, Any]) -> dict[str, Any]:
     return train_worker(**given)
 
 
-def begin_validation(checkpoint: ray.train.Checkpoint, *, task: TrainTask) -> dict[str, Any]:
+def begin_validation(checkpoint: Checkpoint, *, task: TrainTask) -> dict[str, Any]:
     """A Ray task that scores a checkpoint: calls `validate`."""
     _, validate = _run_by_workers()
     return validate(Path(checkpoint.path), task)

@@ -8,12 +8,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import ray
+import ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from gptray.config import RunFailed
 from gptray.config.errors import WorkerFailed
 from gptray.jobs.cluster.cluster_nodes import HEAD
 from gptray.jobs.cluster.own_ray import is_own_ray
+from gptray.jobs.cluster.ray_messages import why_ended
+from gptray.jobs.train.task import TrainTask
 
 # Hands out Ray Data datasets, which are not used here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"
@@ -22,36 +30,32 @@ CLEANER = "PlacementGroupCleanerCallback"
 POLL_S = 0.5
 
 
-def fitted(*given: Any, **named: Any) -> Any:
-    """`DataParallelTrainer(...).fit()` without datasets, and on the job's own Ray without more.
+class Trainer(DataParallelTrainer):  # type: ignore[misc]
+    """Ray Train's trainer without datasets, and on the job's own Ray without more.
 
     Workers start again unless they would fail again, see `recurs`.
     """
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    class Trainer(DataParallelTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            kept = []
-            for one in super()._create_default_callbacks():
-                name = type(one).__name__
-                # The job's own Ray ends with the job, so it needs no cleaner.
-                if name == CLEANER and not is_own_ray():
-                    kept.append(_with_own_cleaner(type(one)))
-                elif name not in (CLEANER, DATASETS):
-                    kept.append(one)
-            return kept
+    def _create_default_callbacks(self) -> list[Any]:
+        kept = []
+        for one in super()._create_default_callbacks():
+            name = type(one).__name__
+            # The job's own Ray ends with the job, so it needs no cleaner.
+            if name == CLEANER and not is_own_ray():
+                kept.append(_with_own_cleaner(type(one)))
+            elif name not in (CLEANER, DATASETS):
+                kept.append(one)
+        return kept
 
-        def _initialize_and_run_controller(self, **given: Any) -> Any:
-            policy = given["failure_policy"]
-            vars(policy).update(_is_retryable_error=partial(_may_pass, policy._is_retryable_error))
-            if is_own_ray():
-                # There is no autoscaler to request resources from.
-                vars(given["scaling_policy"]).update(
-                    after_controller_start=_nothing, _maybe_send_resource_request=_nothing
-                )
-            return super()._initialize_and_run_controller(**given)
-
-    return Trainer(*given, **named).fit()
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        policy = given["failure_policy"]
+        vars(policy).update(_is_retryable_error=partial(_may_pass, policy._is_retryable_error))
+        if is_own_ray():
+            # There is no autoscaler to request resources from.
+            vars(given["scaling_policy"]).update(
+                after_controller_start=_nothing, _maybe_send_resource_request=_nothing
+            )
+        return super()._initialize_and_run_controller(**given)
 
 
 def recurs(error: Exception) -> bool:
@@ -66,7 +70,6 @@ def _may_pass(is_retryable: Callable[[Exception], bool], error: Exception) -> bo
 
 def _with_own_cleaner(base: type) -> object:
     """Ray's callback, of class `base`, with a `Cleaner` instead of Ray's actor."""
-    import ray
 
     class Callback(base):  # type: ignore[misc]
         def after_controller_start(self, train_run_context: object) -> None:
@@ -103,13 +106,9 @@ class Cleaner:
 
     def stop(self) -> None:
         """End, since the controller frees its group itself."""
-        import ray
-
         ray.actor.exit_actor()
 
     def _watch(self) -> None:
-        import ray
-
         own = ray.get_runtime_context().current_actor
         try:
             while True:
@@ -120,6 +119,19 @@ class Cleaner:
                 ray.util.remove_placement_group(self._group)
         finally:
             ray.kill(own)
+
+
+class FailureNotes(ray.train.UserCallback):  # type: ignore[misc]
+    """Runs in Ray Train's controller, and notes workers' failures in the run for the watcher."""
+
+    def __init__(self, task: TrainTask) -> None:
+        self._task = task
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
+        why = why_ended(next(iter(worker_exceptions.values())))
+        with suppress(RunFailed):
+            self._task.note("failure", message=f"worker {ranks} failed: {why}")
 
 
 def _nothing(*given: object) -> None:

@@ -16,7 +16,7 @@ from gptray.config.search_space import Entry
 from gptray.data.request import make_request
 from gptray.data.tokens import TokenData
 from gptray.jobs.base import Plan
-from gptray.jobs.cluster.connection import check_training
+from gptray.jobs.cluster.machine import check_training
 from gptray.jobs.folders.remote_run import download_run
 from gptray.jobs.folders.resuming import check_free, check_resumable, command
 from gptray.jobs.folders.run_folder import resolve, run_dir, seen_at

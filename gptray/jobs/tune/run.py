@@ -14,7 +14,6 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, dump, expect_config, load_config, override
 from gptray.files import replacing, storing
-from gptray.jobs.base import Job
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.resources import check_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_training
@@ -25,8 +24,7 @@ from gptray.jobs.folders.resuming import command
 from gptray.jobs.folders.run_folder import seen_at
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
-from gptray.jobs.other_texts import prepared_also
-from gptray.jobs.prepare.run import stored_text
+from gptray.jobs.prepare.run import prepared_also, stored_text
 from gptray.jobs.progress.reporter import Reporter
 from gptray.jobs.progress.tracking import tracking_sweep
 from gptray.jobs.tune.check import (
@@ -35,11 +33,11 @@ from gptray.jobs.tune.check import (
     check,
     check_same_validation,
     how_to_extend,
-    plan,
 )
 from gptray.jobs.tune.end import outcome, tell_winner
 from gptray.jobs.tune.queue import SweepQueue
 from gptray.jobs.tune.start import check_trials, failed_trials, opened
+from gptray.jobs.tune.trials import run_trials
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
 from gptray.training.checkpoint import exchange_model
@@ -89,8 +87,6 @@ def _run(checked: CheckedSweep, reporter: Reporter, publish: Callable[[], None])
     config, folder = checked.config, checked.folder
     num_trials = checked.num_trials + checked.num_replicates
     with ray_cluster(wait_s=config.compute.wait_s):
-        from gptray.jobs.tune.trials import run_trials  # loads Ray Tune
-
         check_shared_by_training(config, folder)
         check_cluster(config.compute)
         texts = {key: stored_text(config, text.request) for key, text in checked.texts.items()}
@@ -152,6 +148,3 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
     with storing(path), replacing(path) as draft:
         draft.write_text(dump(best), "utf-8")
     record.write("winner", trial=winner.name)
-
-
-JOB = Job(check, plan, run)

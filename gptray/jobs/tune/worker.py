@@ -23,8 +23,8 @@ from gptray.config import Config, RunFailed, UserError
 from gptray.data.tokens import DamagedData
 from gptray.jobs.cluster.connection import TRAIN_ENV
 from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
+from gptray.jobs.train.fitting import ended, fit_in_workers
 from gptray.jobs.train.node_run import RunOnNode, run_on_node
-from gptray.jobs.train.run import ended, fit_in_workers
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrialTask
 from gptray.training.loop import fit
