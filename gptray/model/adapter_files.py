@@ -71,9 +71,7 @@ def adapted_network(
         model.use_kernels()
     # Before loading, so that the weights arrive in the dtype in which they are kept.
     freeze(model, replaced, base.quantized)
-    model.valid_vocab_size = base.config.rows
     load(model, base)
-    model.valid_vocab_size = vocab_size
     add_adapters(model, lora, adapted, seed=seed)
     return model
 

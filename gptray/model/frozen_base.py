@@ -97,7 +97,7 @@ def _load(model: GPT, base: Base) -> None:
         found = base_importance(base, base.quantized)
         for name, layer in layers.items():
             layer.importance = found.get(name)
-    load_weights(model, base.folder)
+    load_weights(model, base.folder, stored_rows=base.config.rows)
 
 
 def _place(model: nn.Module, memory: mmap.mmap) -> None:

@@ -129,18 +129,21 @@ class Rows:
 
 
 @torch.no_grad()
-def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) -> None:
+def load_weights(
+    model: GPT, folder: str | Path, *, stored_rows: int | None = None, rows: Rows | None = None
+) -> None:
     """Copy a folder's weights, and its `Usage`, into a network of the same shape.
 
-    Padding of the vocabulary is zeroed. rows: how to make embedding and head, if not the file's.
-    Raises UserError, naming the file and the first weight that is missing, unknown or misshapen.
+    stored_rows: of the file's embedding, if more than the network's tokens; those beyond are
+    zeroed. rows: how to make embedding and head, if not the file's. Raises UserError, naming the
+    file and the first weight that is missing, unknown or misshapen.
     """
     folder = Path(folder)
     family, config = family_in(folder), model.config
     model.usage = Usage.of(folder)
     parameters, quantized = dict(model.named_parameters()), quantized_layers(model)
-    valid = model.valid_vocab_size
-    missing = {part.name: part for part in stored_parts(config, family, valid)}
+    stored_rows = stored_rows or model.valid_vocab_size
+    missing = {part.name: part for part in stored_parts(config, family, stored_rows)}
     embedding = head = None
     for stored in stored_weights(folder):
         path, key = stored.path, stored.key
@@ -177,7 +180,7 @@ def load_weights(model: GPT, folder: str | Path, *, rows: Rows | None = None) ->
             "(tie_word_embeddings)"
         )
     for name in parameters.keys() & BY_TOKEN:
-        parameters[name][valid:].zero_()
+        parameters[name][stored_rows:].zero_()
 
 
 def to_file(weight: Tensor, part: Part, config: ModelConfig) -> Tensor:

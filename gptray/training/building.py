@@ -72,9 +72,8 @@ def build_model(
     elif config.model.init_from and config.model.resize_vocab:
         _load_resized(model, config, data, config.model.init_from, tell)
     elif config.model.init_from:
-        model.valid_vocab_size = config.model.vocab_size or data.vocab_size
-        load_weights(model, model_folder(config.model.init_from))
-        model.valid_vocab_size = data.vocab_size
+        stored_rows = config.model.vocab_size or data.vocab_size
+        load_weights(model, model_folder(config.model.init_from), stored_rows=stored_rows)
     model.compute_dtype = dtype
     if native:
         model.use_kernels()
