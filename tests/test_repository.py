@@ -70,6 +70,22 @@ def test_the_known_versions_are_within_the_bounds(project: dict[str, Any]) -> No
         assert version and needed.specifier.contains(version), line
 
 
+def test_a_wheel_holds_the_types_and_every_file_that_is_not_python() -> None:
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    data = whole["tool"]["setuptools"]["package-data"]
+    shipped = {
+        path
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    package = ROOT / "gptray"
+    assert package / "py.typed" in shipped
+    files = {path for path in package.rglob("*") if path.is_file()}
+    files |= {package / "configs" / path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} <= shipped
+
+
 def test_readme_opens_with_the_line_that_trains_and_the_line_that_tests() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", readme, re.M | re.S)

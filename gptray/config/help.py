@@ -17,7 +17,7 @@ from gptray.config.keys import FieldSpec, field_specs, shown
 
 OPTIONS = """\
 options:
-  --config FILE        YAML with the keys below in their sections; see configs/
+  --config FILE        YAML with the keys below, such as configs/lora.yaml
   section.field=value  set one key; overrides the file and the defaults
   --dry-run            print what would happen, and the non-default keys
   --verbose            show debug lines and Ray's own log

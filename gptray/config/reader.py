@@ -24,6 +24,8 @@ from gptray.config.suggest import did_you_mean, nearest, nearest_keys
 from gptray.config.yaml_text import Plain, YamlError, read_node, scalar_value
 
 COMMAND_LINE = "command line"
+_CONFIGS = Path("configs")
+_SHIPPED = Path(__file__).parent.parent / _CONFIGS
 
 Root = TypeVar("Root", bound=BaseModel)
 
@@ -53,10 +55,16 @@ class Reader:
         return [text for _, text in sorted(self._problems, key=lambda problem: problem[0])]
 
     def read_file(self, path: str) -> None:
-        """Read every key of a YAML file. Expands ~, which shells leave in --config=~/my.yaml."""
-        file = os.path.expanduser(path)
+        """Read every key of a YAML file. Expands ~, which shells leave in --config=~/my.yaml.
+
+        A path such as configs/lora.yaml that does not exist is the shipped config of that name.
+        """
+        file = Path(os.path.expanduser(path))
+        shipped = _SHIPPED / file.name
+        if file.parent == _CONFIGS and not file.exists() and shipped.exists():
+            file = shipped
         try:
-            node = read_node(Path(file))
+            node = read_node(file)
         except YamlError as error:
             self._problem(f"{path}:{error.line}", error.message)
             return
@@ -254,21 +262,23 @@ def nested(values: Mapping[str, object]) -> dict[str, object]:
     return tree
 
 
-def _unreadable(path: str, error: OSError) -> str:
+def _unreadable(path: Path, error: OSError) -> str:
     """Say why a file cannot be read; if it is missing, suggest others."""
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error.strerror}"
-    folder = Path(path).parent
-    is_named = folder.is_dir() and folder != Path()
-    found = {
-        item.name: str(item)
-        for place in ((folder,) if is_named else (Path("configs"), folder))
-        for item in sorted(place.glob("*.y*ml"))
-    }
-    close = nearest(Path(path).name, found)
+    folder = path.parent
+    known = {item: str(_CONFIGS / item) for item in [*_yaml_in(_SHIPPED), *_yaml_in(_CONFIGS)]}
+    beside = (
+        known if folder == _CONFIGS else {item: str(folder / item) for item in _yaml_in(folder)}
+    )
+    found = known | beside if folder == Path() else beside
+    close = nearest(path.name, found)
     if close:
         return f"no such file{did_you_mean(found[close])}"
-    if not folder.is_dir():
-        return f"no such file; there is no folder {folder}"
-    listed = [name for name, item in found.items() if Path(item).parent == folder]
-    return f"no such file; {folder} has {', '.join(listed[:8])}" if listed else "no such file"
+    if beside:
+        return f"no such file; {folder} has {', '.join(list(beside)[:8])}"
+    return "no such file" if folder.is_dir() else f"no such file; there is no folder {folder}"
+
+
+def _yaml_in(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.glob("*.y*ml"))

@@ -32,7 +32,7 @@ class DataConfig(Section):
     source: NonEmpty | list[NonEmpty] = Field(
         "builtin",
         description="text to train on: builtin (Python's own documentation), or files, folders or "
-        "globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz and .zst too), local or "
+        "globs of .txt .md .jsonl .ndjson .json .csv .tsv .parquet (.gz, .zst, .bz2 too), local or "
         "s3://, gs://",
     )
     val_source: NonEmpty | list[NonEmpty] | None = Field(

@@ -332,6 +332,22 @@ def test_missing_file_names_the_nearest(
     assert problem.endswith(f"did you mean {right}?")  # in the folder that was named
 
 
+def test_shipped_configs_are_found_without_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/lora.yaml", []).lora.rank
+    (problem,) = problems_of("lora")
+    assert problem == "lora: no such file; did you mean configs/lora.yaml?"
+    (problem,) = problems_of("configs/little_txt.yaml")
+    assert problem.endswith("did you mean configs/little_text.yaml?")
+    (problem,) = problems_of("configs/qqqqqq")
+    assert "; configs has continue_pretraining.yaml, " in problem
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "lora.yaml").write_text("seed: 5\n")
+    assert load_config("configs/lora.yaml", []).seed == 5  # one's own goes first
+
+
 def test_typos_in_a_file_are_refused_with_line_and_right_name(write: Write) -> None:
     rng = random.Random(1)
     missed = []
