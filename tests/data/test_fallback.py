@@ -1,4 +1,4 @@
-"""Tokens that spell out parts of characters: counted while tokenising, and what is said of them."""
+"""Tokens that spell out parts of characters: counted while tokenizing, and what is said of them."""
 
 from __future__ import annotations
 

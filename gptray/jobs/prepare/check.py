@@ -77,7 +77,7 @@ def plan(checked: CheckedText) -> Plan:
     rows += [
         ("tokenizer", request.tokenizer),
         ("data_dir", str(request.data_dir)),
-        ("to do", "nothing, it is already prepared" if data else "scan, tokenise, write"),
+        ("to do", "nothing, it is already prepared" if data else "scan, tokenize, write"),
     ]
     return rows + (text_rows(data) if data else [])
 

@@ -170,7 +170,7 @@ def _build(
             return tokenise(unit, folder=folder, number=number)
 
     here = request.is_of_node
-    shards = map_items(split_plan.units, write_shards, doing="tokenising", here=here)
+    shards = map_items(split_plan.units, write_shards, doing="tokenizing", here=here)
     for file in files:
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
