@@ -51,6 +51,7 @@ def test_a_healthy_cluster_has_a_line_for_each_check_and_all_are_ok() -> None:
         "versions",
         "packages",
         "gpus",
+        "compiler",
         "nccl",
         "storage",
         "disk",
@@ -127,6 +128,18 @@ RAYLET = OpenPort("raylet", "10.0.0.2", 40123)
         ),
         (cluster(HEAD, second(clock_s=-8.0)), "fail", "clocks", "10.0.0.2 is 8 s behind this"),
         (cluster(HEAD, second(clock_s=90.0)), "fail", "clocks", "10.0.0.2 is 90 s ahead of this"),
+        (
+            cluster(HEAD, second(replace(HEALTHY, no_code="there is no C++ compiler g++"))),
+            "warn",
+            "compiler",
+            "no C++ kernels on 10.0.0.2: there is no C++ compiler g++; jobs use PyTorch there",
+        ),
+        (
+            cluster(HEAD, second(replace(H100, no_code="it needs a C compiler"), gpus=1)),
+            "fail",
+            "compiler",
+            "torch.compile does not work on the GPUs of 10.0.0.2: it needs a C compiler",
+        ),
         (cluster(nccl="timed out"), "fail", "nccl", "cannot communicate: timed out"),
         (
             cluster(HEAD, second(replace(H100, torch_cuda=None), gpus=1)),
@@ -222,6 +235,13 @@ def test_a_node_tells_its_versions_disks_and_memory(tmp_path: Path) -> None:
     assert facts.missing == ()
     assert [disk.what for disk in facts.disks] == ["storage_path", "Ray's files"]
     assert all(0 < disk.free <= disk.total for disk in facts.disks)
+
+
+def test_a_node_tells_of_a_missing_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in str(node_facts(str(tmp_path)).no_code)
 
 
 def test_two_processes_add_up_a_number(ray_cluster: None) -> None:

@@ -35,7 +35,8 @@ class NodeFacts:
 
     versions: of python, ray, torch and gptray; None: not installed. missing: required packages that
     are not installed. torch_cuda: the CUDA version of the PyTorch build; None: a CPU build. gpus:
-    names. driver: NVIDIA's version. needs_token: whether Ray requires a token there.
+    names. driver: NVIDIA's version. no_code: why nothing can be compiled for its GPUs or, without
+    GPUs, why it has no C++ kernels. needs_token: whether Ray requires a token there.
     """
 
     hostname: str
@@ -44,6 +45,7 @@ class NodeFacts:
     torch_cuda: str | None = None
     gpus: tuple[str, ...] = ()
     driver: str | None = None
+    no_code: str | None = None
     disks: tuple[Disk, ...] = ()
     shared_memory: Disk | None = None
     open_ports: tuple[OpenPort, ...] = ()

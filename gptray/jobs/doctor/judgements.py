@@ -50,6 +50,7 @@ def judge(facts: ClusterFacts) -> list[Finding]:
         "versions": versions,
         "packages": packages,
         "gpus": gpus,
+        "compiler": compiler,
         "nccl": nccl,
         "storage": storage,
         "disk": disks,
@@ -146,6 +147,18 @@ def _gpu_problems(one: Examined) -> list[tuple[bool, str]]:
             )
             problems.append((True, told))
     return problems
+
+
+def compiler(facts: ClusterFacts) -> tuple[Level, str]:
+    """Whether the nodes that work can compile their GPUs' code or have the C++ kernels for CPUs."""
+    lacking = [one for one in facts.nodes if one.facts.no_code and (one.node.cpus or one.node.gpus)]
+    if not lacking:
+        return "ok", "every node can compile what it needs"
+    reasons = "; ".join(f"{one.node.address}: {one.facts.no_code}" for one in lacking)
+    if any(one.facts.gpus for one in lacking):
+        return "fail", f"torch.compile does not work on the GPUs of {reasons}"
+    remedy = "jobs use PyTorch there, which is slower; apt-get install g++ installs a compiler"
+    return "warn", f"no C++ kernels on {reasons}; {remedy}"
 
 
 def nccl(facts: ClusterFacts) -> tuple[Level, str]:

@@ -24,6 +24,8 @@ import ray
 
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
+from gptray.native.backend import why_not_native
+from gptray.native.compiler import why_not_compile
 from gptray.wording import first_line
 
 NAMED = ("ray", "torch", "gptray")
@@ -63,6 +65,9 @@ def node_facts(storage_path: str) -> NodeFacts:
         torch_cuda=torch_cuda(),
         gpus=gpus,
         driver=driver,
+        no_code=why_not_compile(on_gpu=True)
+        if gpus
+        else why_not_native(use_gpu=False, look_at_cache=True),
         disks=tuple(_disk(what, path) for what, path in places),
         shared_memory=_disk("shared memory", _SHARED_MEMORY) if _SHARED_MEMORY.exists() else None,
         open_ports=open_ports(),
