@@ -96,7 +96,7 @@ def marker_warning(scans: Iterable[PieceScan], *, splits_text: bool) -> str | No
     if not counts:
         return None
     found = ", ".join(
-        f"{marker} {times:,} times in {count(documents[marker], 'document')}"
+        f"{marker} {count(times, 'time')} in {count(documents[marker], 'document')}"
         for marker, times in counts.most_common()
     )
     likeliest = counts.most_common(1)[0][0]

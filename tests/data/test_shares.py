@@ -37,7 +37,7 @@ def test_markers_are_counted_over_pieces_and_the_key_is_named() -> None:
     text = marker_warning([scan(endoftext=(3, 1), im_end=(1, 1)), scan(endoftext=(2, 2))],
                           splits_text=True)  # fmt: skip
     assert text is not None
-    assert "<|endoftext|> 5 times in 3 documents, <|im_end|> 1 times in 1 document;" in text
+    assert "<|endoftext|> 5 times in 3 documents, <|im_end|> 1 time in 1 document;" in text
     assert "data.separator='<|endoftext|>'" in text
     rows = marker_warning([scan(endoftext=(1, 1))], splits_text=False)
     assert rows is not None and "data.separator" not in rows

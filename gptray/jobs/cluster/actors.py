@@ -146,7 +146,8 @@ class Crew(Generic[M]):
         self._deaths += 1
         if 0 <= self._most_deaths < self._deaths:
             raise RunFailed(
-                f"{self._name}s died more than compute.max_failures={self._most_deaths} times. "
+                f"{self._name}s died {count(self._deaths, 'time')}, more often than "
+                f"compute.max_failures={self._most_deaths} allows. "
                 f"{why_ended(error)}"
             ) from None
         log.warning("1 of %s died; its work goes to another", of_all)
