@@ -89,13 +89,12 @@ class Workers:
         is_shared = any(
             one.device.type == "cpu" and not one.requires_grad for one in model.parameters()
         )
-        # Buffers are constant and the same on all workers.
         parallel = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            init_sync=not is_shared,
+            model, gradient_as_bucket_view=True, init_sync=not is_shared
         )
+        # Buffers are constant, so a forward pass need not send them. As an argument, this is
+        # deprecated in torch 2.13, and what replaces it is not in 2.11.
+        parallel.broadcast_buffers = False
         if reduce_dtype == "bf16":
             # In a lambda because DDP refuses the hook itself without CUDA.
             parallel.register_comm_hook(

@@ -1,14 +1,15 @@
-"""Gradients are reduced while the backward pass goes on, also where the step is compiled."""
+"""Workers' network: what they send at the start, and when they reduce their gradients."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -66,3 +67,36 @@ def test_a_compiled_step_reduces_the_last_blocks_before_the_first_has_its_gradie
     two_workers(_worker, config, tiny_data.data_dir, tmp_path / "run")
     happened = json.loads((tmp_path / "run" / "happened.json").read_text())
     assert happened.index("reduced") < happened.index("last part")
+
+
+class Shifted(nn.Module):
+    """A weight, and a buffer that is this worker's own at first."""
+
+    shift: Tensor
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), float(rank)))
+        self.register_buffer("shift", torch.full((3,), float(rank)))
+
+    def forward(self) -> Tensor:
+        return (self.weight + self.shift).sum()
+
+
+def _send_buffers(rank: int, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        own = Shifted(rank)
+        model = Workers.current().parallel(own, "fp32")
+    at_first = model().item()
+    own.shift.fill_(rank)
+    if rank == 1:
+        (folder / "sums.json").write_text(json.dumps([at_first, model().item()]))
+    else:
+        model()
+
+
+@pytest.mark.slow
+def test_workers_are_sent_weights_and_buffers_at_the_start_and_never_again(tmp_path: Path) -> None:
+    two_workers(_send_buffers, tmp_path)
+    assert json.loads((tmp_path / "sums.json").read_text()) == [0.0, 3.0]
