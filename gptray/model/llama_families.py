@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from gptray.model.family import Family, Key
@@ -22,6 +23,8 @@ _LLAMA_KEYS = {
     "tie_word_embeddings": Key("tie_word_embeddings", False),
 }
 _PLAIN_BIASES: dict[str, object] = {"qkv_bias": False, "attn_out_bias": False, "mlp_bias": False}
+# Of families whose heads divide the width, and which so have no head_dim.
+_WHOLE_HEADS = {name: key for name, key in _LLAMA_KEYS.items() if name != "head_dim"}
 _ATTENTION_BIAS = {name: Key("attention_bias", False) for name in ("qkv_bias", "attn_out_bias")}
 _RMS_ROTARY: dict[str, object] = {"norm": "rmsnorm", "positions": "rotary"}
 _LLAMA_MODULES: dict[str, tuple[str, ...]] = {
@@ -37,6 +40,12 @@ _LLAMA_MODULES: dict[str, tuple[str, ...]] = {
     "mlp.c_proj": ("mlp.down_proj",),
 }
 
+
+def _keys(keys: Mapping[str, Key] = _LLAMA_KEYS, **defaults: object) -> dict[str, Key]:
+    """The keys, some with other defaults."""
+    return {**keys, **{name: replace(keys[name], default=one) for name, one in defaults.items()}}
+
+
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     keys=_LLAMA_KEYS | _ATTENTION_BIAS | {"mlp_bias": Key("mlp_bias", False)},
@@ -50,28 +59,16 @@ LLAMA = Family(
 MISTRAL = replace(
     LLAMA,
     architecture="MistralForCausalLM",
-    keys=_LLAMA_KEYS
-    | {
-        "n_positions": Key("max_position_embeddings", 4096 * 32),
-        "n_kv_head": Key("num_key_value_heads", 8),
-        "n_inner": Key("intermediate_size", 14336),
-    },
+    keys=_keys(n_positions=4096 * 32, n_kv_head=8, n_inner=14336),
     always=_RMS_ROTARY | _PLAIN_BIASES,
     windows="all",
     even_heads=False,
 )
 
-_QWEN_KEYS = _LLAMA_KEYS | {
-    "vocab_size": Key("vocab_size", 151936),
-    "n_positions": Key("max_position_embeddings", 32768),
-    "n_kv_head": Key("num_key_value_heads", 32),
-    "n_inner": Key("intermediate_size", 22016),
-}
-
 QWEN2 = replace(
     LLAMA,
     architecture="Qwen2ForCausalLM",
-    keys=_QWEN_KEYS,
+    keys=_keys(vocab_size=151936, n_positions=32768, n_kv_head=32, n_inner=22016),
     always=_RMS_ROTARY | _PLAIN_BIASES | {"qkv_bias": True},
     windows="from a layer",
     even_heads=False,
@@ -80,20 +77,14 @@ QWEN2 = replace(
 QWEN3 = replace(
     QWEN2,
     architecture="Qwen3ForCausalLM",
-    keys=_QWEN_KEYS | _ATTENTION_BIAS | {"head_dim": Key("head_dim", 128)},
+    keys=_keys(QWEN2.keys, head_dim=128) | _ATTENTION_BIAS,
     always=_RMS_ROTARY | {"mlp_bias": False, "qk_norm": True},
 )
 
 EXAONE4 = replace(
     LLAMA,
     architecture="Exaone4ForCausalLM",
-    keys=_LLAMA_KEYS
-    | {
-        "vocab_size": Key("vocab_size", 102400),
-        "n_kv_head": Key("num_key_value_heads", 32),
-        "n_inner": Key("intermediate_size", 16384),
-        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
-    },
+    keys=_keys(vocab_size=102400, n_kv_head=32, n_inner=16384, layer_norm_epsilon=1e-5),
     always=_RMS_ROTARY | _PLAIN_BIASES | {"qk_norm": True, "post_norm": True},
     modules=_LLAMA_MODULES
     | {"ln_1": ("post_attention_layernorm",), "ln_2": ("post_feedforward_layernorm",)},
@@ -105,12 +96,7 @@ EXAONE4 = replace(
 OLMO2 = replace(
     EXAONE4,
     architecture="Olmo2ForCausalLM",
-    keys={
-        **_LLAMA_KEYS,
-        **_ATTENTION_BIAS,
-        "vocab_size": Key("vocab_size", 50304),
-        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
-    },
+    keys=_keys(vocab_size=50304, layer_norm_epsilon=1e-5) | _ATTENTION_BIAS,
     always=_RMS_ROTARY
     | {"mlp_bias": False, **dict.fromkeys(("qk_norm", "wide_qk_norm", "post_norm"), True)},
     windows="none",
@@ -129,17 +115,17 @@ OLMO3 = replace(
 SMOLLM3 = replace(
     LLAMA,
     architecture="SmolLM3ForCausalLM",
-    keys={
-        **LLAMA.keys,
-        "vocab_size": Key("vocab_size", 128256),
-        "n_positions": Key("max_position_embeddings", 32768),
-        "n_embd": Key("hidden_size", 2048),
-        "n_layer": Key("num_hidden_layers", 36),
-        "n_head": Key("num_attention_heads", 16),
-        "n_kv_head": Key("num_key_value_heads", 4),
-        "no_rope_layers": Key("no_rope_layers", None),
-        "tie_word_embeddings": Key("tie_word_embeddings", True),
-    },
+    keys=_keys(
+        LLAMA.keys,
+        vocab_size=128256,
+        n_positions=32768,
+        n_embd=2048,
+        n_layer=36,
+        n_head=16,
+        n_kv_head=4,
+        tie_word_embeddings=True,
+    )
+    | {"no_rope_layers": Key("no_rope_layers", None)},
     fixed={"use_sliding_window": (False,)},
     rope_base=Key("rope_theta", 2000000.0),
     unrotated=Key("no_rope_layer_interval", 4),
@@ -149,15 +135,15 @@ SMOLLM3 = replace(
 PHI3 = replace(
     MISTRAL,
     architecture="Phi3ForCausalLM",
-    keys={name: key for name, key in _LLAMA_KEYS.items() if name != "head_dim"}
-    | {
-        "vocab_size": Key("vocab_size", 32064),
-        "n_positions": Key("max_position_embeddings", 4096),
-        "n_embd": Key("hidden_size", 3072),
-        "n_inner": Key("intermediate_size", 8192),
-        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
-        "dropout": Key("resid_pdrop", 0.0, also=("embd_pdrop", "attention_dropout")),
-    },
+    keys=_keys(
+        _WHOLE_HEADS,
+        vocab_size=32064,
+        n_positions=4096,
+        n_embd=3072,
+        n_inner=8192,
+        layer_norm_epsilon=1e-5,
+    )
+    | {"dropout": Key("resid_pdrop", 0.0, also=("embd_pdrop", "attention_dropout"))},
     modules=_LLAMA_MODULES
     | {"attn.c_attn": ("self_attn.qkv_proj",), "mlp.c_fc": ("mlp.gate_up_proj",)},
     window=None,
@@ -168,20 +154,19 @@ PHI3 = replace(
 ERNIE45 = replace(
     LLAMA,
     architecture="Ernie4_5ForCausalLM",
-    keys={
-        **_LLAMA_KEYS,
-        "vocab_size": Key("vocab_size", 103424),
-        "n_positions": Key("max_position_embeddings", 131072),
-        "n_embd": Key("hidden_size", 1024),
-        "n_layer": Key("num_hidden_layers", 18),
-        "n_head": Key("num_attention_heads", 16),
-        "n_kv_head": Key("num_key_value_heads", 2),
-        "head_dim": Key("head_dim", 128),
-        "n_inner": Key("intermediate_size", 3072),
-        "layer_norm_epsilon": Key("rms_norm_eps", 1e-5),
-        **dict.fromkeys(_PLAIN_BIASES, Key("use_bias", False)),
-        "tie_word_embeddings": Key("tie_word_embeddings", True),
-    },
+    keys=_keys(
+        vocab_size=103424,
+        n_positions=131072,
+        n_embd=1024,
+        n_layer=18,
+        n_head=16,
+        n_kv_head=2,
+        head_dim=128,
+        n_inner=3072,
+        layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True,
+    )
+    | dict.fromkeys(_PLAIN_BIASES, Key("use_bias", False)),
     rope_base=Key("rope_theta", 500000.0),
     by_pair=True,
     even_heads=False,
@@ -202,13 +187,15 @@ GRANITE = replace(
 STABLELM = replace(
     LLAMA,
     architecture="StableLmForCausalLM",
-    keys={name: key for name, key in _LLAMA_KEYS.items() if name != "head_dim"}
+    keys=_keys(
+        _WHOLE_HEADS,
+        vocab_size=50304,
+        n_positions=4096,
+        n_embd=2560,
+        n_kv_head=32,
+        n_inner=6912,
+    )
     | {
-        "vocab_size": Key("vocab_size", 50304),
-        "n_positions": Key("max_position_embeddings", 4096),
-        "n_embd": Key("hidden_size", 2560),
-        "n_kv_head": Key("num_key_value_heads", 32),
-        "n_inner": Key("intermediate_size", 6912),
         "layer_norm_epsilon": Key("layer_norm_eps", 1e-5),
         "dropout": Key("hidden_dropout", 0.0, also=("attention_dropout",)),
         "qkv_bias": Key("use_qkv_bias", False),
@@ -226,24 +213,25 @@ _GEMMA: dict[str, object] = {
 GEMMA = replace(
     LLAMA,
     architecture="GemmaForCausalLM",
-    keys={
-        **_LLAMA_KEYS,
-        **_ATTENTION_BIAS,
-        "vocab_size": Key("vocab_size", 256000),
-        "n_positions": Key("max_position_embeddings", 8192),
-        "n_embd": Key("hidden_size", 3072),
-        "n_layer": Key("num_hidden_layers", 28),
-        "n_head": Key("num_attention_heads", 16),
-        "n_kv_head": Key("num_key_value_heads", 16),
-        "head_dim": Key("head_dim", 256),
-        "n_inner": Key("intermediate_size", 24576),
+    keys=_keys(
+        _LLAMA_KEYS | _ATTENTION_BIAS,
+        vocab_size=256000,
+        n_positions=8192,
+        n_embd=3072,
+        n_layer=28,
+        n_head=16,
+        n_kv_head=16,
+        head_dim=256,
+        n_inner=24576,
+        tie_word_embeddings=True,
+    )
+    | {
         # Its first files say gelu and mean GELU by tanh.
         "mlp": Key(
             "hidden_act",
             "gelu_pytorch_tanh",
             words=dict.fromkeys(("gelu_pytorch_tanh", "gelu"), "geglu"),
         ),
-        "tie_word_embeddings": Key("tie_word_embeddings", True),
     },
     always=_GEMMA,
     fixed={"use_bidirectional_attention": (False, None)},
@@ -253,20 +241,19 @@ GEMMA = replace(
 GEMMA3 = replace(
     LLAMA,
     architecture="Gemma3ForCausalLM",
-    keys={
-        **_LLAMA_KEYS,
-        **_ATTENTION_BIAS,
-        "vocab_size": Key("vocab_size", 262208),
-        "n_positions": Key("max_position_embeddings", 131072),
-        "n_embd": Key("hidden_size", 2304),
-        "n_layer": Key("num_hidden_layers", 26),
-        "n_head": Key("num_attention_heads", 8),
-        "n_kv_head": Key("num_key_value_heads", 4),
-        "head_dim": Key("head_dim", 256),
-        "n_inner": Key("intermediate_size", 9216),
-        "mlp": Key("hidden_activation", "gelu_pytorch_tanh", words={"gelu_pytorch_tanh": "geglu"}),
-        "tie_word_embeddings": Key("tie_word_embeddings", True),
-    },
+    keys=_keys(
+        _LLAMA_KEYS | _ATTENTION_BIAS,
+        vocab_size=262208,
+        n_positions=131072,
+        n_embd=2304,
+        n_layer=26,
+        n_head=8,
+        n_kv_head=4,
+        head_dim=256,
+        n_inner=9216,
+        tie_word_embeddings=True,
+    )
+    | {"mlp": Key("hidden_activation", "gelu_pytorch_tanh", words={"gelu_pytorch_tanh": "geglu"})},
     always=_GEMMA | {"qk_norm": True, "sandwich_norm": True},
     fixed={
         "final_logit_softcapping": (None,),
