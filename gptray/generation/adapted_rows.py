@@ -75,7 +75,7 @@ def numbered_layers(layers: Mapping[str, LowRank], config: ModelConfig) -> list[
     return found
 
 
-class Products(PackedAdapter):
+class TorchAdapter(PackedAdapter):
     """An adapter for the PyTorch decoder, in the dtype that the network computes in."""
 
     def __init__(
@@ -99,10 +99,10 @@ class AdaptedRows:
 
     def __init__(self, adapters: Sequence[PackedAdapter | None], device: torch.device) -> None:
         """adapters: one for each row, or None."""
-        rows: dict[Products, list[int]] = {}
+        rows: dict[TorchAdapter, list[int]] = {}
         for row, adapter in enumerate(adapters):
             if adapter is not None:
-                assert isinstance(adapter, Products)
+                assert isinstance(adapter, TorchAdapter)
                 rows.setdefault(adapter, []).append(row)
         self._groups = [(one, torch.tensor(own, device=device)) for one, own in rows.items()]
         self._rows, self._count, self._device = rows, len(adapters), device

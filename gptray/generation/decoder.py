@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gptray.generation.adapted_rows import AdaptedRows, PackedAdapter, Products
+from gptray.generation.adapted_rows import AdaptedRows, PackedAdapter, TorchAdapter
 from gptray.generation.cache import Cache
 from gptray.generation.choosing import top_candidates
 from gptray.generation.packed import PackedGPT
@@ -171,8 +171,8 @@ class Decoder(Network):
         x = self._packed.hidden(tokens, positions, attend, adapted.run)
         return self._packed.logits(x if len(rows.asked) == len(x) else x[rows.asked]).float()
 
-    def pack(self, layers: Mapping[str, LowRank]) -> Products:
-        return Products(layers, self._config, self._packed.dtype, self._device)
+    def pack(self, layers: Mapping[str, LowRank]) -> TorchAdapter:
+        return TorchAdapter(layers, self._config, self._packed.dtype, self._device)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         self._cache.move(source, target, tokens)
