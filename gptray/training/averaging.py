@@ -49,7 +49,7 @@ class Average:
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
     @torch.no_grad()
-    def exchange(self) -> None:
+    def swap(self) -> None:
         """Swap the model's weights with their averages."""
         for weight, average in zip(self._weights, self._averages, strict=True):
             kept = weight.clone()
@@ -57,15 +57,15 @@ class Average:
             average.copy_(kept)
 
     @contextmanager
-    def exchanged(self) -> Iterator[None]:
+    def swapped(self) -> Iterator[None]:
         """Inside the `with` block, the model has the averaged weights."""
-        self.exchange()
+        self.swap()
         try:
             yield
         finally:
-            self.exchange()
+            self.swap()
 
     def load(self, model: GPT, checkpoint: Path) -> None:
         """Load the averages from a checkpoint; `model` is the one being averaged."""
-        with self.exchanged():
+        with self.swapped():
             load_weights(model, checkpoint / AVERAGED)

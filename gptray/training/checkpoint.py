@@ -162,7 +162,7 @@ def publish_folder(source: Path, target: Path) -> None:
         sync(target.parent)
 
 
-def exchange_model(source: Path, folder: Path) -> None:
+def replace_model(source: Path, folder: Path) -> None:
     """Replace the `model/` of `folder` with that of `source`, whose shape may differ.
 
     Raises RunFailed if the disk is full, leaving `model/` as it was.

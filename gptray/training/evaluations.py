@@ -69,7 +69,7 @@ class BlockingEvaluation:
             run.journal.write(row)
             checkpoint = save(run)
             run.publish_if_best(run.state.step)
-            with run.average.exchanged() if run.average and scores.is_averaged else nullcontext():
+            with run.average.swapped() if run.average and scores.is_averaged else nullcontext():
                 samples = self._sample(run.model)
             log_evaluation(run, run.state.step, samples)
             return checkpoint
@@ -209,7 +209,7 @@ def save(run: Run) -> Path:
         else:
             save_model(run.model, folder / MODEL, run.data)
         if run.average:
-            with run.average.exchanged():
+            with run.average.swapped():
                 save_model(run.model, folder / AVERAGED, run.data)
         path = folder / "optimizer.safetensors"
         save_optimizer(path, run.model, run.optimizer, full_tensor=run.model.full_tensor)

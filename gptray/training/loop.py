@@ -37,7 +37,7 @@ from gptray.training.evaluations import (
 )
 from gptray.training.journal import Journal
 from gptray.training.laps import Timed
-from gptray.training.numbers import Request, StepNumbers
+from gptray.training.numbers import Action, StepNumbers
 from gptray.training.optim import set_rates, weight_decay
 from gptray.training.rewind import begin_landing
 from gptray.training.run import Run, start, writing
@@ -56,7 +56,7 @@ def fit(
     device: torch.device,
     validated: Callable[[int], Validation] | None = None,
     timed: Timed | None = None,
-    request: Callable[[], Request] = lambda: Request.NONE,
+    request: Callable[[], Action] = lambda: Action.NONE,
     fetch: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Metrics:
     """Train until `max_steps`, until validation loss stops falling or a worker asks to leave.
@@ -112,7 +112,7 @@ def failed(step: int, error: UserError | RunFailed) -> Metrics:
     return {"step": step, "stopped": "failed", "message": str(error), "mistake": mistake}
 
 
-def train(run: Run, evaluations: Evaluations, request: Callable[[], Request]) -> Metrics:
+def train(run: Run, evaluations: Evaluations, request: Callable[[], Action]) -> Metrics:
     """Train to the end of the run; return the last logged row and why training stopped.
 
     Raises NonFiniteLoss on every worker; every checkpoint that is left has a finite score.
@@ -124,7 +124,7 @@ def train(run: Run, evaluations: Evaluations, request: Callable[[], Request]) ->
     return result
 
 
-def train_phase(run: Run, evaluations: Evaluations, request: Callable[[], Request]) -> Metrics:
+def train_phase(run: Run, evaluations: Evaluations, request: Callable[[], Action]) -> Metrics:
     """Run training steps to the end of the current phase: the whole run, unless it lands.
 
     Returns and raises like `train`. On a GPU, a step's numbers are read while the next step runs,
@@ -139,7 +139,7 @@ def train_phase(run: Run, evaluations: Evaluations, request: Callable[[], Reques
         unread.append(train_step(run, request()))
         evaluates = is_due(run, config.train.eval_interval)
         logs = evaluates or is_due(run, config.train.log_interval)
-        requested = Request.NONE
+        requested = Action.NONE
         try:
             while len(unread) > (0 if logs or requested else run.lag):
                 numbers = unread.popleft()
@@ -168,7 +168,7 @@ def train_phase(run: Run, evaluations: Evaluations, request: Callable[[], Reques
             if not evaluates:  # an evaluation has just saved a checkpoint
                 run.state = replace(run.state, losses=tuple(losses))
                 run.workers.from_first(lambda: save(run))
-            if requested is Request.LEAVE and not run.state.why_stop(config):
+            if requested is Action.LEAVE and not run.state.why_stop(config):
                 return {**row, "step": run.state.step, "stopped": "left"}
     evaluations.finish()
     return {**row, "stopped": stopped}
@@ -179,7 +179,7 @@ def is_due(run: Run, interval: int) -> bool:
     return run.state.step % interval == 0 or run.state.step == run.state.last_step(run.config)
 
 
-def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
+def train_step(run: Run, request: Action = Action.NONE) -> StepNumbers:
     """Make one update; return its numbers, which on a GPU may still be in flight.
 
     If any worker's loss or gradient norm is not finite, neither this step nor a later one updates a
@@ -191,7 +191,7 @@ def train_step(run: Run, request: Request = Request.NONE) -> StepNumbers:
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.optim.max_grad_norm or math.inf)
     if is_sharded(norm):
         norm = norm.full_tensor()
-    requests = [loss.new_full((), float(request is one)) for one in (Request.SAVE, Request.LEAVE)]
+    requests = [loss.new_full((), float(request is one)) for one in (Action.SAVE, Action.LEAVE)]
     sums = run.workers.sum(torch.stack([loss, *requests]))
     measured = torch.stack([sums[0] / run.workers.size, norm.double(), *sums[1:]])
     run.optimizer.found_inf.logical_or_(~measured.isfinite().all())

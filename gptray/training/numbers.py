@@ -15,7 +15,7 @@ from torch import Tensor
 from gptray.training.stopping import NonFiniteLoss
 
 
-class Request(IntEnum):
+class Action(IntEnum):
     """What a worker may ask all workers to do after a step: save, or save and leave the loop."""
 
     NONE = 0
@@ -45,7 +45,7 @@ class StepNumbers:
         arrival.record()
         return cls(step, lr, host, arrival)
 
-    def read(self) -> tuple[float, float, Request]:
+    def read(self) -> tuple[float, float, Action]:
         """Wait for the loss, the gradient norm and the request, the same on all workers.
 
         Does not wait for kernels launched since. Raises NonFiniteLoss if the loss or the gradient
@@ -58,5 +58,5 @@ class StepNumbers:
             raise NonFiniteLoss(
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}, lr {self.lr:g}"
             )
-        request = Request.LEAVE if leaving else Request.SAVE if saving else Request.NONE
+        request = Action.LEAVE if leaving else Action.SAVE if saving else Action.NONE
         return loss, grad_norm, request

@@ -68,7 +68,7 @@ def score_checkpoint(
     average = Average.of(model, config, checkpoint)
     scores = score_weights(model, average, config, data, workers)
     if average and scores.is_averaged:
-        average.exchange()
+        average.swap()
     return scores, model
 
 
@@ -88,9 +88,9 @@ def score_weights(
     )
     scores = Scores(score(data.val))
     if average:
-        with average.exchanged():
+        with average.swapped():
             scores = replace(scores, averaged=score(data.val))
-    with average.exchanged() if average and scores.is_averaged else nullcontext():
+    with average.swapped() if average and scores.is_averaged else nullcontext():
         also = {name: score(one.splits["test"]) for name, one in data.also.items()}
     return replace(scores, also=also)
 

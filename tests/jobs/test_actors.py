@@ -1,4 +1,4 @@
-"""A crew of actors: who is given work, and what becomes of it when one dies."""
+"""A pool of actors: who is given work, and what becomes of it when one dies."""
 
 from __future__ import annotations
 
@@ -33,36 +33,36 @@ def test_work_goes_to_those_that_run_and_comes_back_from_those_that_die(
 ) -> None:
     import ray
 
-    from gptray.jobs.cluster.actors import Crew, Member
+    from gptray.jobs.cluster.actors import ActorPool, PooledActor
 
     deadly = tmp_path / "deadly"
     deadly.write_text("3")
     # The first one waits for a node that never comes.
     wanted = [{"nowhere": 1.0}, {}, {}]
 
-    def start() -> Member:
+    def start() -> PooledActor:
         actor = ray.remote(Doubler).options(num_cpus=0, resources=wanted.pop(0))
-        return Member(actor.remote(deadly))
+        return PooledActor(actor.remote(deadly))
 
     queue, answers = list(range(6)), dict[int, int]()
 
-    def give(member: Member) -> None:
+    def give(member: PooledActor) -> None:
         while queue and len(member.calls) < 2:
             number = queue.pop(0)
             member.call(member.actor.double.remote(number), number)
 
     def work() -> None:
-        with Crew(start, 2, name="doubler", most_deaths=most_deaths) as crew:
-            waits = crew.members[0]
+        with ActorPool(start, 2, name="doubler", most_deaths=most_deaths) as pool:
+            waits = pool.members[0]
             try:
-                while queue or crew.is_busy:
-                    crew.each(give)
-                    for member, number, answer in crew.answers(30):
+                while queue or pool.is_busy:
+                    pool.each(give)
+                    for member, number, answer in pool.answers(30):
                         assert number is not None and member is not waits
                         member.held.remove(number)
                         answers[number] = answer
-                    queue.extend(crew.take_back())
-                assert waits not in crew.running and waits.process is None
+                    queue.extend(pool.take_back())
+                assert waits not in pool.running and waits.process is None
             finally:
                 hopes = waits.open_calls()
         with pytest.raises(ray.exceptions.RayActorError):
@@ -99,23 +99,25 @@ def test_an_actor_that_is_taken_with_its_node_has_not_died(
 ) -> None:
     import ray
 
-    from gptray.jobs.cluster.actors import Crew, Member
+    from gptray.jobs.cluster.actors import ActorPool, PooledActor
 
     deadly = tmp_path / "deadly"
     deadly.write_text("1")
     actor = ray.remote(Leaver).options(num_cpus=0)
     queue, answers = [0, 1, 2], dict[int, int]()
-    with Crew(lambda: Member(actor.remote(deadly)), 1, name="doubler", most_deaths=0) as crew:
-        while queue or crew.is_busy:
-            for member in crew.running:
+    with ActorPool(
+        lambda: PooledActor(actor.remote(deadly)), 1, name="doubler", most_deaths=0
+    ) as pool:
+        while queue or pool.is_busy:
+            for member in pool.running:
                 if queue and not member.calls:
                     number = queue.pop(0)
                     member.call(member.actor.double.remote(number), number)
-            for member, done, answer in crew.answers(30):
+            for member, done, answer in pool.answers(30):
                 assert done is not None
                 member.held.remove(done)
                 answers[done] = answer
-            queue.extend(crew.take_back())
+            queue.extend(pool.take_back())
     assert answers == {0: 0, 1: 2, 2: 4}
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 1 doubler was lost with its node; its work goes to another"

@@ -27,7 +27,7 @@ from gptray.jobs.tune.end import outcome
 from gptray.jobs.tune.start import opened
 from gptray.record import EVENTS, read_rows
 from gptray.remote_folder import RemoteFolder
-from gptray.training.checkpoint import exchange_model
+from gptray.training.checkpoint import replace_model
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir
 from gptray.tuning.trial_plan import choose_winner, plan_trial
@@ -87,7 +87,7 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
             record.write("ended", trial=trial.name, outcome="finished", step=own.train.max_steps)
         winner = choose_winner(load_trials(folder))
         assert winner
-        exchange_model(trial_dir(folder, winner.name), folder)
+        replace_model(trial_dir(folder, winner.name), folder)
         record.write("winner", trial=winner.name)
     return outcome(load_sweep(folder), seen_at(config))
 

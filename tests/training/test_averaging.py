@@ -35,7 +35,7 @@ def test_the_average_forgets_as_its_formula_says() -> None:
                 mean.mul_(decay).add_(weight, alpha=1 - decay)
         average.update(updates)
     weights = [weight.detach().clone() for weight in model.parameters()]
-    with average.exchanged():
+    with average.swapped():
         for weight, mean in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(weight.detach(), mean)
     assert all(map(torch.equal, model.parameters(), weights))

@@ -12,11 +12,11 @@ import pytest
 from gptray.config import RunFailed
 from gptray.training.checkpoint import (
     damage,
-    exchange_model,
     find_checkpoints,
     newest_intact,
     prune,
     publish_folder,
+    replace_model,
     save_checkpoint,
 )
 from gptray.training.stopping import EarlyStopping
@@ -193,12 +193,12 @@ def test_model_of_another_shape_takes_the_place_of_the_whole_folder(tmp_path: Pa
     for folder in (sweep, other):
         (folder / "model").mkdir(parents=True)
         (folder / "model" / f"{folder.name}.json").write_text("{}")
-    exchange_model(other, sweep)
+    replace_model(other, sweep)
     assert [path.name for path in (sweep / "model").iterdir()] == ["other.json"]
     assert [path.name for path in sweep.iterdir()] == ["model"]
     (other / "model" / "big").write_bytes(b"x" * 5000)
     with files_up_to(1000), pytest.raises(RunFailed, match="cannot write .*sweep/model"):
-        exchange_model(other, sweep)
+        replace_model(other, sweep)
     assert [path.name for path in (sweep / "model").iterdir()] == ["other.json"]
     assert [path.name for path in sweep.iterdir()] == ["model"]
 

@@ -17,7 +17,7 @@ from gptray.training.evaluations import BlockingEvaluation
 from gptray.training.journal import Journal
 from gptray.training.loop import train
 from gptray.training.mfu import flops_per_token, peak_flops, tokens_per_sec_at_peak
-from gptray.training.numbers import Request
+from gptray.training.numbers import Action
 from gptray.training.run import Run, start
 from gptray.training.stopping import NonFiniteLoss
 from gptray.training.workers import Workers
@@ -42,7 +42,7 @@ def started(config: Config, data: TokenData, run_dir: Path, *, late: bool) -> Ru
 def trained(run: Run) -> Any:
     with Journal(run.run_dir, step=0) as run.journal:
         evaluations = BlockingEvaluation(run, lambda *_: None, lambda model: [])
-        return train(run, evaluations, lambda: Request.NONE)
+        return train(run, evaluations, lambda: Action.NONE)
 
 
 def timeless(run_dir: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ _LOST = (
 
 
 @dataclass(eq=False)
-class Member:
+class PooledActor:
     """The driver's side of an actor.
 
     process: the actor's process id, once it has answered. held: numbers of its unfinished pieces of
@@ -69,10 +69,10 @@ class Member:
                 yield self.calls.pop(ready), ray.get(ready)
 
 
-M = TypeVar("M", bound=Member)
+M = TypeVar("M", bound=PooledActor)
 
 
-class Crew(Generic[M]):
+class ActorPool(Generic[M]):
     """A job's actors; those that die are replaced. As a context manager, ends them on exit.
 
     members: all actors, including those not started yet. start: makes a new member; its actor has a
@@ -107,7 +107,7 @@ class Crew(Generic[M]):
     def answers(self, timeout_s: float) -> list[tuple[M, int | None, Any]]:
         """Wait up to timeout_s for answers; return each with its member and its work's number.
 
-        The caller removes finished work from `Member.held`. Raises RunFailed if too many died.
+        The caller removes finished work from `PooledActor.held`. Raises RunFailed if too many died.
         """
         calls = [call for member in self.members for call in member.open_calls()]
         ray.wait(calls, timeout=timeout_s)

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from gptray.data.tokens import TokenData
-from gptray.jobs.cluster.actors import Crew, Member
+from gptray.jobs.cluster.actors import ActorPool, PooledActor
 from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.cluster.resources import actor_options, worker_resources
 from gptray.jobs.cluster.tasks import result_of
@@ -25,7 +25,7 @@ POLL_S = 0.25
 QUEUED_CALLS = 1
 
 
-class Scorers(Crew[Member]):
+class Scorers(ActorPool[PooledActor]):
     """The actors of a job. Each loads the model at its first call."""
 
     def __init__(self, checked: CheckedEvaluation, data: TokenData) -> None:
@@ -42,7 +42,7 @@ class Scorers(Crew[Member]):
         )
         actor = ray.remote(Scorer).options(**actor_options(compute, reserved))
         super().__init__(
-            lambda: Member(actor.remote(task)),
+            lambda: PooledActor(actor.remote(task)),
             compute.max_workers,
             name="worker",
             most_deaths=compute.max_failures,
@@ -71,7 +71,7 @@ class Scorers(Crew[Member]):
         """Yield each call's number and answer, in order of arrival."""
         queue = collections.deque(range(len(calls)))
 
-        def feed(member: Member) -> None:
+        def feed(member: PooledActor) -> None:
             while queue and len(member.calls) < QUEUED_CALLS:
                 number = queue.popleft()
                 member.call(member.actor.answer.remote(calls[number]), number)

@@ -67,7 +67,7 @@ class Home(Protocol):
     def remove_all(self) -> None: ...
 
 
-class _Folder:
+class _FolderPublisher:
     """A local folder, and the home that its files are sent to."""
 
     def __init__(self, home: Home, folder: Path, sent: Sent) -> None:
@@ -121,7 +121,7 @@ class _Folder:
                 self._send(path)
 
 
-class RunPublisher(_Folder):
+class RunPublisher(_FolderPublisher):
     """Copies changes in a run's folder to its home."""
 
     def publish(self) -> None:
@@ -179,7 +179,7 @@ class RunPublisher(_Folder):
         return manifest
 
 
-class SweepPublisher(_Folder):
+class SweepPublisher(_FolderPublisher):
     """Copies changes in a sweep's folder to its home."""
 
     def __init__(self, home: Home, folder: Path, sent: Sent) -> None:

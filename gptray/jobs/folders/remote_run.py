@@ -92,21 +92,21 @@ def publishing(
         if _listed(home) != there:
             raise RunFailed(f"another job has just changed {home}; run the same command again")
         set_published(folder, False)
-        following = _Following(kind(home, folder, sent), lease)
+        thread = _PublishingThread(kind(home, folder, sent), lease)
         try:
-            yield following.wake
+            yield thread.wake
         except BaseException:
             with suppress(RunFailed):
-                following.publish()
+                thread.publish()
             raise
         else:
-            following.publish()
+            thread.publish()
             set_published(folder, True)
         finally:
-            following.end()
+            thread.end()
 
 
-class _Following:
+class _PublishingThread:
     """Publishes a folder on demand in a thread, so that training does not wait."""
 
     def __init__(self, publisher: RunPublisher | SweepPublisher, lease: Lease) -> None:

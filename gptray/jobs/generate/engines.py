@@ -19,7 +19,7 @@ import torch
 from gptray.config import Config, ModelConfig, RunFailed, override
 from gptray.generation.batch import Progress
 from gptray.generation.loading import faster_decoder
-from gptray.jobs.cluster.actors import Crew, Member, Ref, answers_in
+from gptray.jobs.cluster.actors import ActorPool, PooledActor, Ref, answers_in
 from gptray.jobs.cluster.cluster_nodes import Resources
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.ray_metrics import Exporter
@@ -45,7 +45,7 @@ END_S = 10.0
 
 
 @dataclass(eq=False)
-class Engine(Member):
+class PooledEngine(PooledActor):
     """The driver's side of an engine. progress: its counters when last read."""
 
     written_rows: int = 0
@@ -92,19 +92,19 @@ class Engines:
         size, exporter = self._config.generate.max_batch_size, Exporter(self._output.folder.name)
         with (
             closing(RowsBar(self._done, self._output.rows, exporter, batch_size=size)) as bar,
-            Crew(self._start, self._asked, name="engine", most_deaths=most) as crew,
+            ActorPool(self._start, self._asked, name="engine", most_deaths=most) as pool,
         ):
-            while self._queue or crew.is_busy:
-                crew.each(self._feed)
-                for engine, _, written in crew.answers(POLL_S):
+            while self._queue or pool.is_busy:
+                pool.each(self._feed)
+                for engine, _, written in pool.answers(POLL_S):
                     self._note(engine, result_of(written))
-                self._take_back(crew.take_back())
-                counted = [engine.progress for engine in crew.running if engine.progress]
-                bar.show(self._done, counted, sum(engine.ahead for engine in crew.running))
-            counts = [engine.actor.end.remote() for engine in crew.running]
+                self._take_back(pool.take_back())
+                counted = [engine.progress for engine in pool.running if engine.progress]
+                bar.show(self._done, counted, sum(engine.ahead for engine in pool.running))
+            counts = [engine.actor.end.remote() for engine in pool.running]
             return _speed(answers_in(END_S, counts))
 
-    def _feed(self, engine: Engine) -> None:
+    def _feed(self, engine: PooledEngine) -> None:
         """Give an engine as many parts as it can queue."""
         while self._queue and len(engine.calls) < QUEUED_CALLS:
             part = self._queue.popleft()
@@ -113,7 +113,7 @@ class Engines:
             engine.call(engine.actor.finish.remote())
         engine.refresh()
 
-    def _note(self, engine: Engine, written: list[int]) -> None:
+    def _note(self, engine: PooledEngine, written: list[int]) -> None:
         """Note the parts that an engine has written."""
         rows = sum(map(self._output.rows_of, written))
         engine.held.difference_update(written)
@@ -126,7 +126,7 @@ class Engines:
         self._queue.extendleft(part for part in reversed(parts) if part in missing)
         self._done += sum(self._output.rows_of(part) for part in parts if part not in missing)
 
-    def _start(self) -> Engine:
+    def _start(self) -> PooledEngine:
         output = self._output
         task = GenerateTask(
             self._config,
@@ -138,7 +138,7 @@ class Engines:
         )
         options = actor_options(self._config.compute, self._reserved)
         actor = ray.remote(EngineWorker).options(**options, max_concurrency=QUEUED_CALLS + 1)
-        return Engine(actor.remote(task))
+        return PooledEngine(actor.remote(task))
 
 
 def _speed(counts: list[Progress | None]) -> dict[str, Any]:

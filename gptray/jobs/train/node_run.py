@@ -105,13 +105,15 @@ def run_on_node(
         return
     origin = task.origin
     run = Workers.current().all_or_none(
-        lambda: _begun(task, origin, fetches=fetches, is_on_first_node=is_on_first_node)
+        lambda: _prepared(task, origin, fetches=fetches, is_on_first_node=is_on_first_node)
     )
     with run.following():
         yield run
 
 
-def _begun(task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: bool) -> RunOnNode:
+def _prepared(
+    task: TrainTask, origin: Origin, *, fetches: bool, is_on_first_node: bool
+) -> RunOnNode:
     """Fetch what this worker's node needs. Raises UserError, RunFailed."""
     name, is_writer = origin.name_of(task.run_dir), Workers.current().is_first
     number = origin.call("begin", name) if is_writer else 0

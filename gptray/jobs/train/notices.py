@@ -19,7 +19,7 @@ from gptray.jobs.cluster.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
 from gptray.record import try_event
-from gptray.training.numbers import Request
+from gptray.training.numbers import Action
 from gptray.wording import count
 
 log = logging.getLogger("gptray")
@@ -69,22 +69,22 @@ class Notices:
         if self._thread.is_alive():
             self._thread.join(CLOSE_S)
 
-    def request(self) -> Request:
+    def request(self) -> Action:
         """What this worker asks for at this step; called at every step."""
         now = time.monotonic()
         self._longest_s, self._last = max(self._longest_s, now - self._last), now
         if self._is_to_leave or _sigterm.is_set():
-            return Request.LEAVE
+            return Action.LEAVE
         if self._taken_at is None:
-            return Request.NONE
+            return Action.NONE
         left_s = self._taken_at - time.time()
         if left_s < 2 * self._longest_s + SPARE_S:
-            return Request.LEAVE
+            return Action.LEAVE
         if self._has_saved:
-            return Request.NONE
+            return Action.NONE
         self._has_saved = True
         self._tell(f"{self._reason} in {left_s:.0f} s; saving now, and training until then")
-        return Request.SAVE
+        return Action.SAVE
 
     def tell_of_leaving(self, step: int) -> None:
         """Record why the workers have left at a step."""

@@ -40,7 +40,7 @@ from gptray.jobs.tune.start import check_trials, failed_trials, opened
 from gptray.jobs.tune.trials import run_trials
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
-from gptray.training.checkpoint import exchange_model
+from gptray.training.checkpoint import replace_model
 from gptray.tuning.optuna_file import write_optuna_file
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir, winner_dir
 from gptray.tuning.table import write_trials_parquet
@@ -140,7 +140,7 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
     if winner is None:
         reasons = [f"  {one.name} {one.outcome}: {one.message or '-'}" for one in trials]
         raise RunFailed("no trial produced a model:\n" + "\n".join(reasons))
-    exchange_model(trial_dir(folder, winner.name), folder)
+    replace_model(trial_dir(folder, winner.name), folder)
     own = {"name": None, "storage_path": config.storage_path}
     trained = load_config(str(trial_dir(folder, winner.name) / CONFIG), [])
     best = override(trained, own)
