@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptray.config import Config, UserError, override
+from gptray.config import Config, UserError
 from gptray.config.errors import naming
 from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
@@ -33,21 +33,15 @@ from gptray.jobs.train.given_models import (
     check_teachers,
     check_tokenizer,
     check_vocabulary,
-    teacher_bytes,
     trained_parameters,
 )
+from gptray.jobs.train.memory_plan import frozen_bytes, memory_words, shards_weights
 from gptray.model.families import FAMILIES
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import saved_type
-from gptray.model.weight_bytes import linear_bytes
 from gptray.training.checkpoint import newest_intact
 from gptray.training.trainer_state import TrainerState
 
-# Bytes of fp32 weights, gradients and AdamW's two moments, and of train.ema's average.
-BYTES_PER_PARAMETER = 16
-BYTES_OF_AVERAGE = 4
-# The most bytes of logits that exist at a time on a GPU: GPU_BYTES of `gptray.model.loss`.
-HEAD_BYTES = 2 << 30
 BUSY = "another process is training the run {}"
 FILES = (
     "config.yaml metrics.jsonl events.jsonl report.html loss.png lr.png grad_norm.png "
@@ -177,9 +171,9 @@ def plan(checked: CheckedTraining) -> Plan:
             adapter = f"an adapter of rank {config.lora.rank}"
             rows.append(("trained", f"{trained:,} ({trained / count:.2%}), {adapter}"))
         rows.append(("saved as", _family(config)))
-        rows.append(("memory per worker", _memory_words(config, count, vocab_size)))
+        rows.append(("memory per worker", memory_words(config, count, vocab_size)))
         if config.lora.rank and not config.compute.use_gpu:
-            shared = f"{_frozen(config, count) / 2**30:.2f} GiB of that, the frozen base"
+            shared = f"{frozen_bytes(config, count) / 2**30:.2f} GiB of that, the frozen base"
             rows.append(("shared memory", f"{shared}: all processes of a machine hold it once"))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
@@ -207,16 +201,12 @@ def _family(config: Config) -> str:
 
 def _workers(config: Config) -> str:
     kind = "GPU" if config.compute.use_gpu else "CPU"
-    shared = ", each with its share of the weights (fsdp)" if _is_sharded(config) else ""
+    shared = ", each with its share of the weights (fsdp)" if shards_weights(config) else ""
     scorer = ", plus one that scores" if config.train.async_validation else ""
     workers = f"{config.compute.min_workers:,}"
     if config.compute.is_elastic:
         workers += f" to {config.compute.max_workers:,}, depending on room"
     return f"{workers} ({kind}){shared}{scorer}"
-
-
-def _is_sharded(config: Config) -> bool:
-    return config.compute.strategy == "fsdp" and config.compute.max_workers > 1
 
 
 def _passes(config: Config) -> str:
@@ -233,64 +223,3 @@ def _peak_rate(config: Config) -> str:
     if warmup < steps:
         return f"{lr:g}"
     return f"{lr * steps / (warmup + 1):.3g}: training ends in its warm-up of {warmup:,} steps"
-
-
-def _memory_words(config: Config, parameters: int, vocab_size: int) -> str:
-    """A worker's memory in words; if the base is quantized, also without quantization."""
-    taught = teacher_bytes(config)
-    told = f"about {(_memory(config, parameters, vocab_size) + taught) / 2**30:,.2f} GiB"
-    if config.quantize.weights == "none":
-        return told
-    full = override(config, {"quantize.weights": "none"})
-    before = (_memory(full, parameters, vocab_size) + taught) / 2**30
-    return f"{told}, or {before:,.2f} GiB with an unquantized base"
-
-
-def _memory(config: Config, parameters: int, vocab_size: int) -> float:
-    """Rough bytes of one worker: its parameters' states, and the activations of one pass.
-
-    Per token, a block keeps for its backward pass about 8 values of the width, 2 of the MLP's width
-    (4 if gated) and the attention probabilities (Korthikanti et al. 2022), in fp32. A GPU keeps no
-    probabilities, but the logits of a chunk of the head and their gradient, in the dtype of
-    train.precision. With `model.checkpoint_blocks`, one block at a time keeps all this, and the
-    others only their input.
-    """
-    model, tokens = config.model, config.micro_batch_size * config.train.block_size
-    block, value = 8 * model.n_embd + (4 if model.is_gated else 2) * model.inner, 4
-    logits = 0
-    if config.compute.use_gpu:
-        value = 4 if config.train.precision == "fp32" else 2
-        logits = 2 * min(HEAD_BYTES, value * tokens * vocab_size)
-    else:
-        block += model.n_head * config.train.block_size
-    kept = model.n_layer * block
-    if model.checkpoint_blocks:
-        kept = block + model.n_layer * model.n_embd
-    return _states(config, parameters, vocab_size) + value * tokens * kept + logits
-
-
-def _states(config: Config, parameters: int, vocab_size: int) -> float:
-    """Bytes of weights, gradients and moments; frozen weights are stored in the compute dtype.
-
-    If sharded, the largest tensors (the embedding, or two blocks) and their gradients are
-    temporarily gathered.
-    """
-    if not _is_sharded(config):
-        if trained := trained_parameters(config):
-            return _frozen(config, parameters) + BYTES_PER_PARAMETER * trained
-        each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if config.train.ema else 0)
-        return each * parameters
-    embedding = vocab_size * config.model.n_embd * (1 if config.model.tie_word_embeddings else 2)
-    blocks = 2 * (parameters - embedding) // config.model.n_layer
-    share = BYTES_PER_PARAMETER * parameters / config.compute.min_workers
-    return share + 2 * 4 * max(embedding, blocks)
-
-
-def _frozen(config: Config, parameters: int) -> int:
-    """Bytes of the frozen base under an adapter."""
-    is_half = config.train.precision == "bf16" or config.compute.use_gpu
-    frozen, kind = (2 if is_half else 4) * parameters, config.quantize.weights
-    if kind != "none":
-        full = linear_bytes(config.model, "none") * (1 if is_half else 2)
-        frozen += linear_bytes(config.model, kind) - full
-    return frozen
