@@ -16,7 +16,7 @@ from gptray.files import expanded, is_uri
 from gptray.gguf_source import is_gguf
 from gptray.jobs.adapters import adapter_arguments
 from gptray.jobs.folders.resuming import command
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.models import has_model, storage_of
 from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
@@ -39,7 +39,7 @@ def tell_run(config: Config, folder: Path) -> None:
     rows, events = read_metrics(folder), read_events(folder)
     diagnosis = diagnose(rows, config, events)
     log.info("%s", sentence(diagnosis, config))
-    uses = of_model(folder, seen_at(config))
+    uses = of_model(folder, run_place(config))
     commands = [uses["generate"], uses["evaluate"]]
     if diagnosis.verdict == "falling" and diagnosis.ended == "max_steps" and not diagnosis.landed:
         longer = f"train.max_steps={2 * diagnosis.last_step}"
@@ -49,12 +49,12 @@ def tell_run(config: Config, folder: Path) -> None:
 
 @contextmanager
 def resumable(
-    folder: Path, again: Callable[[], str], *, begun: Path, steps: int = 0, seen: str | None = None
+    folder: Path, again: Callable[[], str], *, begun: Path, steps: int = 0, place: str | None = None
 ) -> Iterator[None]:
     """If the block is interrupted, log where its results are and the command that resumes it.
 
     again: returns that command. begun: a path that exists once there is something to resume.
-    steps: how many the run is to make. seen: where the results are, if not in `folder`.
+    steps: how many the run is to make. place: where the results are, if not in `folder`.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def resumable(
         if begun.exists():
             rows = read_metrics(folder)
             at = f" after step {rows[-1]['step']:,} of {steps:,}" if rows else ""
-            log.info("stopped%s; results so far: %s\nresume:\n  %s", at, seen or folder, again())
+            log.info("stopped%s; results so far: %s\nresume:\n  %s", at, place or folder, again())
         raise
 
 

@@ -21,7 +21,7 @@ from gptray.jobs.folders.publisher import Sent, SweepPublisher
 from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import save_config
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.end import outcome
 from gptray.jobs.tune.start import opened
@@ -75,7 +75,7 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
                 os._exit(9)
 
         for trial in [one for one in load_trials(folder) if not one.outcome]:
-            own = plan_trial(config, seen_at(config), trial.name, trial.values).config
+            own = plan_trial(config, run_place(config), trial.name, trial.values).config
             run = trial_dir(folder, trial.name)
             run.mkdir(parents=True, exist_ok=True)
             save_config(own, run)
@@ -89,7 +89,7 @@ def job(config: Config, *, dies: bool = False) -> dict[str, object]:
         assert winner
         replace_model(trial_dir(folder, winner.name), folder)
         record.write("winner", trial=winner.name)
-    return outcome(load_sweep(folder), seen_at(config))
+    return outcome(load_sweep(folder), run_place(config))
 
 
 def is_published() -> bool:

@@ -14,7 +14,7 @@ from gptray.jobs.folders.resuming import check_resumable
 from gptray.jobs.folders.run_folder import (
     resolve,
     run_dir,
-    seen_at,
+    run_place,
     set_ray_snapshot_aside,
 )
 from gptray.model.gpt import GPT
@@ -67,7 +67,7 @@ def test_a_run_at_home_in_object_storage_is_made_in_a_folder_of_the_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = resolve(load_config(None, ["storage_path=s3://bucket/", "name=r"]))
-    assert seen_at(config) == "s3://bucket/r"
+    assert run_place(config) == "s3://bucket/r"
     assert run_dir(config).is_relative_to(tmp_path) and run_dir(config).name == "r"
 
 

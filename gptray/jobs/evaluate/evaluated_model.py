@@ -18,7 +18,7 @@ from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, name_with
 from gptray.jobs.folders.fetching import fetch_records, records_folder
 from gptray.jobs.folders.places import held_out, run_of, with_absolute_paths
-from gptray.jobs.folders.run_folder import resolve, seen_at
+from gptray.jobs.folders.run_folder import resolve, run_place
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
 from gptray.model.shape import model_folder, read_shape, weights_sha256
 from gptray.node_cache import hold
@@ -60,7 +60,7 @@ def _default(config: Config) -> str | None:
     if config.name is not None:
         return None
     resolved = resolve(config)
-    run = seen_at(resolved)
+    run = run_place(resolved)
     if not has_model(RemoteFolder(run) if is_uri(run) else Path(run)):
         newest = newest_run(all_runs(config))
         other = f", such as name={newest.name}" if newest else ""

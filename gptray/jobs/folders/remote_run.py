@@ -19,7 +19,7 @@ from gptray.files import is_uri
 from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.fetching import fetch_run
 from gptray.jobs.folders.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
-from gptray.jobs.folders.run_folder import run_dir, seen_at
+from gptray.jobs.folders.run_folder import run_dir, run_place
 from gptray.lease import Lease, leased
 from gptray.manifest import MANIFEST
 from gptray.node_cache import hold, make_room, set_published
@@ -47,7 +47,7 @@ def download_run(config: Config, *, busy: str | None = None) -> None:
     """
     if not is_uri(config.storage_path):
         return
-    folder, home = run_dir(config), RemoteFolder(seen_at(config))
+    folder, home = run_dir(config), RemoteFolder(run_place(config))
     hold(folder)
     make_room()
     with naming("storage_path"):
@@ -85,7 +85,7 @@ def publishing(
     if not is_uri(config.storage_path):
         yield lambda: None
         return
-    home, kind = RemoteFolder(seen_at(config)), SweepPublisher if sweep else RunPublisher
+    home, kind = RemoteFolder(run_place(config)), SweepPublisher if sweep else RunPublisher
     busy = f"another job {'runs the sweep' if sweep else 'is training the run'} {home}"
     with leased(home / _LEASES, busy=busy) as lease:
         there, sent = _downloaded.pop(folder)

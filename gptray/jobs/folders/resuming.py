@@ -19,7 +19,7 @@ from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.folders.driver_lock import LOCK, is_held
 from gptray.jobs.folders.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
-from gptray.jobs.folders.run_folder import free_keys, run_dir, seen_at
+from gptray.jobs.folders.run_folder import free_keys, run_dir, run_place
 from gptray.jobs.models import CONFIG, TOKENIZER
 from gptray.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
@@ -50,7 +50,7 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
     Raises UserError, naming every other key that differs, or if the folder belongs to something
     else or the checkpoints are gone.
     """
-    folder, place, what = run_dir(config), seen_at(config), "sweep" if sweep else "run"
+    folder, place, what = run_dir(config), run_place(config), "sweep" if sweep else "run"
     refuse_links(folder, _WRITTEN, what=f"the {what}")
     visible = [path for path in folder.iterdir() if path.name[0] != "."] if folder.is_dir() else []
     if not visible:
@@ -111,7 +111,7 @@ def _longer(folder: Path, config: Config, changed: Mapping[str, tuple[Any, Any]]
         if key == "train.max_steps":
             if new < step:
                 raise UserError(
-                    f"train.max_steps={new}: the run {seen_at(config)} has already made {step:,} "
+                    f"train.max_steps={new}: the run {run_place(config)} has already made {step:,} "
                     f"steps; give {step} or more, or choose another name"
                 )
             _check_room_to_land(config, step)
@@ -128,7 +128,7 @@ def _check_room_to_land(config: Config, step: int) -> None:
     if config.stable_steps < step:
         steps = config.optim.cooldown_steps(step)
         raise UserError(
-            f"train.max_steps={config.train.max_steps}: the run {seen_at(config)} has made "
+            f"train.max_steps={config.train.max_steps}: the run {run_place(config)} has made "
             f"{step:,} steps, and its cool-down takes up to {steps:,} more; give {step + steps} or "
             "more, or choose another name"
         )
@@ -138,7 +138,7 @@ def check_not_landing(config: Config, changes: Sequence[str], state: TrainerStat
     """Raise UserError for training a run longer that has begun to land."""
     if changes and state and state.landing:
         raise UserError(
-            f"{'; '.join(changes)}: the run {seen_at(config)} has begun to land after step "
+            f"{'; '.join(changes)}: the run {run_place(config)} has begun to land after step "
             f"{state.landing.start:,}, so its stable part cannot continue; {_ANEW}"
         )
 
@@ -151,7 +151,7 @@ def _more_trials(folder: Path, config: Config, before: Mapping[str, object]) -> 
     new = config.tune.num_samples
     if new < old:
         raise UserError(
-            f"tune.num_samples={new}: the sweep {seen_at(config)} has already drawn {old}; give "
+            f"tune.num_samples={new}: the sweep {run_place(config)} has already drawn {old}; give "
             f"{old} or more, or choose another name"
         )
     sentences = []

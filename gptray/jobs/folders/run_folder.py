@@ -96,8 +96,8 @@ def run_dir(config: Config) -> Path:
     return storage_folder(config.storage_path) / config.name
 
 
-def seen_at(config: Config) -> str:
-    """The public place of a resolved config's run: its folder or its URI."""
+def run_place(config: Config) -> str:
+    """Where users find a resolved config's run: its folder or its URI."""
     return home_of(config) or str(run_dir(config))
 
 
@@ -139,8 +139,8 @@ def outcome(config: Config) -> dict[str, object]:
     rates = sorted(row["tokens_per_sec"] for row in rows)
     base = last_event(events, "base")
     return {
-        "run_dir": seen_at(config),
-        "model_dir": f"{seen_at(config)}/model",
+        "run_dir": run_place(config),
+        "model_dir": f"{run_place(config)}/model",
         "step": last["step"],
         "best_step": best["step"],
         "train_loss": best["train_loss"],

@@ -37,7 +37,7 @@ def generate_in_bulk(job: CheckedBatch) -> dict[str, Any]:
     folder, kind = job.folder, output_kind(job)
     again = retyped("generate") or "the same command"
     with (
-        resumable(folder, lambda: again, begun=folder, seen=job.output),
+        resumable(folder, lambda: again, begun=folder, place=job.output),
         ExitStack() as stack,
     ):
         with doing("reading the input"):

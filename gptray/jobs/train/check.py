@@ -24,7 +24,7 @@ from gptray.jobs.folders.resuming import (
     check_resumable,
     is_finished,
 )
-from gptray.jobs.folders.run_folder import resolve, run_dir, seen_at
+from gptray.jobs.folders.run_folder import resolve, run_dir, run_place
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
 from gptray.jobs.progress.trackers import check_trackers
@@ -76,7 +76,7 @@ def check(config: Config) -> CheckedTraining:
     Raises UserError for mistakes; RunFailed if the run has checkpoints, but none is intact.
     """
     config = resolve(config)
-    folder, busy = run_dir(config), BUSY.format(seen_at(config))
+    folder, busy = run_dir(config), BUSY.format(run_place(config))
     download_run(config, busy=busy)
     check_training(config)
     check_trackers(config.track)
@@ -143,7 +143,7 @@ def plan(checked: CheckedTraining) -> Plan:
         vocab_size = config.data.vocab_size
     steps, batch = config.train.max_steps, config.train.global_batch_size
     rows = [
-        ("run", seen_at(config)),
+        ("run", run_place(config)),
         ("workers", _workers(config)),
         ("sequences per step", f"{batch:,} of {config.train.block_size:,} tokens"),
         ("tokens per step", f"{config.tokens_per_step:,}"),

@@ -19,7 +19,7 @@ from gptray.jobs.cluster.shared_storage import check_shared_by_training
 from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command, how_to_train_longer, save_config
-from gptray.jobs.folders.run_folder import outcome, seen_at, set_ray_snapshot_aside
+from gptray.jobs.folders.run_folder import outcome, run_place, set_ray_snapshot_aside
 from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import resumable, tell_run
 from gptray.jobs.prepare.run import prepared_also, stored_text
@@ -47,15 +47,15 @@ def train(config: Config) -> dict[str, Any]:
 def run(checked: CheckedTraining) -> dict[str, Any]:
     """Train, or resume the run. Raises like `train`."""
     config, folder, state = checked.config, checked.folder, checked.state
+    place, last = run_place(config), config.train.max_steps
     resumes = partial(command, "train", config, folder)
-    last = config.train.max_steps
     with (
-        held(folder, busy=BUSY.format(seen_at(config))),
+        held(folder, busy=BUSY.format(place)),
         publishing(config, folder) as publish,
-        resumable(folder, resumes, begun=folder / CONFIG, steps=last, seen=seen_at(config)),
+        resumable(folder, resumes, begun=folder / CONFIG, steps=last, place=place),
     ):
-        log.info("run %s", seen_at(config))
-        reporter = Reporter(folder, seen_at(config))
+        log.info("run %s", place)
+        reporter = Reporter(folder, place)
         if state and checked.is_finished:
             _begin(checked)
             log.info("%s", how_to_train_longer(config, folder, state))
@@ -115,7 +115,7 @@ def _train(
 
 
 def _diverged(config: Config, folder: Path, message: str) -> RunFailed:
-    kept = f"The best model so far and the last good checkpoint are in {seen_at(config)}. "
+    kept = f"The best model so far and the last good checkpoint are in {run_place(config)}. "
     clip = "a lower optim.max_grad_norm" if config.optim.max_grad_norm else "optim.max_grad_norm=1"
     return RunFailed(
         f"stopped before an update with a non-finite number ({message}). "

@@ -19,7 +19,7 @@ from gptray.jobs.base import Plan
 from gptray.jobs.cluster.machine import check_training
 from gptray.jobs.folders.remote_run import download_run
 from gptray.jobs.folders.resuming import check_free, check_resumable, command
-from gptray.jobs.folders.run_folder import resolve, run_dir, seen_at
+from gptray.jobs.folders.run_folder import resolve, run_dir, run_place
 from gptray.jobs.models import CONFIG
 from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
@@ -79,7 +79,7 @@ def check(config: Config) -> CheckedSweep:
         raise UserError(
             "tune.search_alg=optuna needs the package optuna: pip install 'gptray[optuna]'"
         )
-    folder, place = run_dir(config), seen_at(config)
+    folder, place = run_dir(config), run_place(config)
     download_run(config, busy=BUSY.format(place))
     changes = check_resumable(config, sweep=True)
     check_free(folder, busy=BUSY.format(place))
@@ -125,7 +125,7 @@ def how_to_extend(checked: CheckedSweep) -> str:
     drawn = samples_drawn(folder) or [config.tune.num_samples]
     try:
         more = override(config, {"tune.num_samples": number})
-        trials = plan_trials(more, seen_at(config), drawn=drawn, known=load_trials(folder))
+        trials = plan_trials(more, run_place(config), drawn=drawn, known=load_trials(folder))
     except UserError:  # too many trials for one sweep
         return f"this sweep is finished; {another}"
     if config.tune.search_alg == "random" and len(trials) == len(checked.trials):
@@ -168,7 +168,7 @@ def plan(checked: CheckedSweep) -> Plan:
     others = checked.num_trials - len(known) + checked.num_replicates
     ready = [text.data for text in checked.texts.values() if text.data]
     ended = [one for one in load_trials(checked.folder) if one.has_ended]
-    rows = [("sweep", seen_at(config))]
+    rows = [("sweep", run_place(config))]
     rows += [
         (f"varies {number}", _line(entry)) for number, entry in enumerate(entries_of(config), 1)
     ]

@@ -16,7 +16,7 @@ from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.resources import trial_resources
 from gptray.jobs.folders.origin import Origin
 from gptray.jobs.folders.resuming import save_config
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.jobs.tune.start import failed_trials
@@ -138,7 +138,7 @@ class SweepQueue:
         if not failed_trials(self._config, self._folder):
             if promoted := self._promoted(last=True):
                 return promoted
-            repeated = replicates(self._config, seen_at(self._config), trials)
+            repeated = replicates(self._config, run_place(self._config), trials)
             self._waiting.extend(self._add_to_record(repeated))
         self.is_over = not self._waiting
         return self._given(self._waiting.popleft()) if self._waiting else None
@@ -194,7 +194,7 @@ class SweepQueue:
         return new
 
     def _planned(self, trial: Trial) -> Planned:
-        planned = plan_trial(self._config, seen_at(self._config), trial.name, trial.values)
+        planned = plan_trial(self._config, run_place(self._config), trial.name, trial.values)
         return replace(planned, replicate_of=trial.replicate_of)
 
     def task(self, planned: Planned) -> TrialTask:

@@ -21,7 +21,7 @@ from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.origin import reachable
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.models import CONFIG
 from gptray.jobs.next_steps import resumable
 from gptray.jobs.prepare.run import prepared_also, stored_text
@@ -62,12 +62,12 @@ def tune(config: Config) -> dict[str, object]:
 
 def run(checked: CheckedSweep) -> dict[str, object]:
     """Run the sweep, or resume it. Raises like `tune`."""
-    config, folder, place = checked.config, checked.folder, seen_at(checked.config)
+    config, folder, place = checked.config, checked.folder, run_place(checked.config)
     resumes = partial(command, "tune", config, folder)
     with (
         held(folder, busy=BUSY.format(place)),
         publishing(config, folder, sweep=True) as publish,
-        resumable(folder, resumes, begun=folder / CONFIG, seen=place),
+        resumable(folder, resumes, begun=folder / CONFIG, place=place),
     ):
         log.info("sweep %s", place)
         reporter = Reporter(folder, place, _write_report)

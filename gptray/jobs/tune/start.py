@@ -10,7 +10,7 @@ from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
 from gptray.files import storing
 from gptray.jobs.folders.resuming import save_config, state_of
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.models import CONFIG
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
@@ -71,7 +71,7 @@ def check_trials(checked: CheckedSweep, texts: Mapping[str, TokenData]) -> None:
     known = {one.name: one for one in load_trials(checked.folder)}
     planned = [one for one in checked.trials if one.name not in known]
     planned += [
-        plan_trial(checked.config, seen_at(checked.config), one.name, one.values)
+        plan_trial(checked.config, run_place(checked.config), one.name, one.values)
         for one in known.values()
         if one.outcome not in ("diverged", "failed")
     ]

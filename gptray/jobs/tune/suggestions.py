@@ -11,7 +11,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from gptray.config import Config, ConfigError
 from gptray.config.search_space import Entry
-from gptray.jobs.folders.run_folder import seen_at
+from gptray.jobs.folders.run_folder import run_place
 from gptray.tuning.sweep_record import Record, load_trials
 from gptray.tuning.trial_plan import Planned, entries_of, plan_trial, score, trial_name
 
@@ -49,7 +49,7 @@ class Suggestions:
             values = _values(self._entries, point)
             try:
                 planned: Planned | None = plan_trial(
-                    self._config, seen_at(self._config), name, values
+                    self._config, run_place(self._config), name, values
                 )
             except ConfigError as error:
                 planned, why = None, str(error)
