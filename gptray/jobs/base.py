@@ -45,7 +45,7 @@ def find_job(name: str) -> Job[Any]:
 
 
 class Mistakes:
-    """A reusable context manager that collects the UserError of each block for `tell`."""
+    """A reusable context manager that collects the UserError of each block for `raise_any`."""
 
     def __init__(self) -> None:
         self._messages: list[str] = []
@@ -61,7 +61,7 @@ class Mistakes:
         """Add a mistake that was not raised."""
         self._messages.append(message)
 
-    def tell(self) -> None:
+    def raise_any(self) -> None:
         """If there are mistakes, raise UserError with a line for each distinct message."""
         if self._messages:
             raise UserError("\n".join(dict.fromkeys(self._messages)))

@@ -25,7 +25,7 @@ def check_also(config: Config, text: Config, *, trained_on: Request | None) -> O
         with mistakes:
             found[name] = check_text(text, partial(whole_request, source=source, key=ALSO_KEY))
             _check_held_out(name, found[name].request, trained_on)
-    mistakes.tell()
+    mistakes.raise_any()
     return found
 
 

@@ -165,7 +165,7 @@ def test_of_a_file_that_grew_only_that_is_sent(tmp_path: Path) -> None:
         return driver(method, *arguments)
 
     publisher = NodePublisher(FolderAtDriver(noted, place.writer, ""), node, Sent())
-    for content, by in (("a\n", "put"), ("a\nb\n", "grow"), ("b\n", "put"), ("b\nc\n", "grow")):
+    for content, by in (("a\n", "put"), ("a\nb\n", "append"), ("b\n", "put"), ("b\nc\n", "append")):
         calls.clear()
         (node / METRICS).write_text(content)
         publisher.publish()

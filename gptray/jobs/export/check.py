@@ -105,7 +105,7 @@ def check(config: Config) -> CheckedExport:
             content = _content(settings, folder, name, model)
     with mistakes:
         output = _output(settings, name)
-    mistakes.tell()
+    mistakes.raise_any()
     assert model and content
     return CheckedExport(settings, folder, name, output, model, content)
 

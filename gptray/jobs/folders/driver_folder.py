@@ -106,7 +106,7 @@ class DriverFolder:
                 remove(self._root / checkpoint)
                 os.rename(path.parent, self._root / checkpoint)
 
-    def grow(self, writer: Writer, name: str, offset: int, block: bytes) -> None:
+    def append(self, writer: Writer, name: str, offset: int, block: bytes) -> None:
         """Receive what was appended to a file."""
         self._check(writer)
         path = self._root / name
@@ -114,7 +114,7 @@ class DriverFolder:
             file.seek(offset)
             file.write(block)
 
-    def tell(self, writer: Writer, lines: bytes) -> None:
+    def append_events(self, writer: Writer, lines: bytes) -> None:
         """Append events from a run's writer; the driver writes others."""
         self._check(writer)
         path = self._root / writer[0] / EVENTS

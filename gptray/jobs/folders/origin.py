@@ -173,13 +173,13 @@ class FolderAtDriver:
             self.call("put", self.writer, self._name(name), offset, block, is_last)
             offset, block = offset + len(block), following
 
-    def grow(self, name: str, offset: int, block: bytes) -> None:
+    def append(self, name: str, offset: int, block: bytes) -> None:
         """Append to a file that has `offset` bytes."""
-        self.call("grow", self.writer, self._name(name), offset, block)
+        self.call("append", self.writer, self._name(name), offset, block)
 
-    def tell(self, lines: bytes) -> None:
+    def append_events(self, lines: bytes) -> None:
         """Append events to the run's."""
-        self.call("tell", self.writer, lines)
+        self.call("append_events", self.writer, lines)
 
     def remove(self, name: str) -> None:
         """Do nothing: folders are removed as a whole, see `remove_all`."""

@@ -112,7 +112,7 @@ def check_batch(config: Config) -> CheckedBatch:
     if settings.output_path:
         with mistakes:
             check_overlap(output, [given] if isinstance(given, str) else given, files)
-    mistakes.tell()
+    mistakes.raise_any()
     check_resources(engine_compute(config))
     return CheckedBatch(config, model_dir, name, tuple(files), output, folder)
 

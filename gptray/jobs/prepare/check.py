@@ -116,7 +116,7 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
         _check_tokenizer(config, request)
     with mistakes:
         check_storage(config)
-    mistakes.tell()
+    mistakes.raise_any()
     assert request
     # A new request, since downloading a hub's tokenizer changes what identifies it.
     request = replace(request)

@@ -53,7 +53,7 @@ def check(config: Config) -> CheckedEndpoint:
         check_resources(replicas_compute(config))
     with mistakes:
         check_engine_backend(config)
-    mistakes.tell()
+    mistakes.raise_any()
     return CheckedEndpoint(config, model)
 
 

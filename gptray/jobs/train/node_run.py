@@ -196,7 +196,7 @@ class NodePublisher(RunPublisher):
         events = self._new_events()  # sent last, after the files that they are about
         super().publish()
         if events:
-            self._driver.tell(events)
+            self._driver.append_events(events)
             self._told += len(events)
 
     def _new_events(self) -> bytes:
@@ -216,7 +216,7 @@ class NodePublisher(RunPublisher):
         size, digest = self._grown.get(path, (0, b""))
         if size and hashlib.sha256(content[:size]).digest() == digest:
             for offset in range(size, len(content), BLOCK_BYTES):
-                self._driver.grow(name, offset, content[offset : offset + BLOCK_BYTES])
+                self._driver.append(name, offset, content[offset : offset + BLOCK_BYTES])
         else:
             self._driver.write(name, content)
         self._grown[path] = len(content), hashlib.sha256(content).digest()
