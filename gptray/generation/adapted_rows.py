@@ -45,7 +45,7 @@ class Layer:
     product: Product
 
 
-class Run(Protocol):
+class RunLayer(Protocol):
     """Runs a layer over a step's rows x (N, in); `add` as in `Product`."""
 
     def __call__(self, layer: Layer, x: Tensor, add: Tensor | None = None) -> Tensor: ...

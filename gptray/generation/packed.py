@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gptray.config import ModelConfig
 from gptray.generation import gpu_kernels
-from gptray.generation.adapted_rows import LAYERS, Layer, Run, output_factors, run_plain
+from gptray.generation.adapted_rows import LAYERS, Layer, RunLayer, output_factors, run_plain
 from gptray.generation.choosing import CHUNK
 from gptray.generation.product_timing import choose_kernels
 from gptray.generation.products import Product, product
@@ -88,7 +88,7 @@ class PackedGPT:
         return self._wte.device
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, run: Run = run_plain
+        self, tokens: Tensor, positions: Tensor, attend: Attend, run: RunLayer = run_plain
     ) -> Tensor:
         """What the last block gives for N tokens at their positions, (N, C)."""
         x, angles = F.embedding(tokens, self._wte), list[Angles | None]()
@@ -172,7 +172,7 @@ class _Block:
         x: Tensor,
         angles: Angles | None,
         attend: Callable[[Tensor, Queries, Angles | None], Tensor],
-        run: Run,
+        run: RunLayer,
     ) -> Tensor:
         attended = attend(run(self.c_attn, self.before_attn(x)), self.queries, angles)
         y = self._add(run, self.attn_proj, attended, self.after_attn, x if self.residual else None)
@@ -182,7 +182,9 @@ class _Block:
         to = y if self.residual or self.parallel else None
         return self._add(run, self.mlp_proj, inner, self.after_mlp, to)
 
-    def _add(self, run: Run, proj: Layer, inner: Tensor, norm: Norm, to: Tensor | None) -> Tensor:
+    def _add(
+        self, run: RunLayer, proj: Layer, inner: Tensor, norm: Norm, to: Tensor | None
+    ) -> Tensor:
         if norm is _same:
             return run(proj, inner, to)
         made = norm(run(proj, inner))
