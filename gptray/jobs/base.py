@@ -33,15 +33,13 @@ def find_job(name: str) -> Job[Any]:
 
     The latter is imported when the job runs, since it loads Ray.
     """
-    checking = importlib.import_module(f"gptray.jobs.{name}.check")
-
-    def run(checked: Any) -> dict[str, Any] | None:
-        result: dict[str, Any] | None = importlib.import_module(f"gptray.jobs.{name}.run").run(
-            checked
-        )
-        return result
-
-    return Job(checking.check, checking.plan, run)
+    folder = f"gptray.jobs.{name}"
+    checking = importlib.import_module(f"{folder}.check")
+    return Job(
+        checking.check,
+        checking.plan,
+        lambda checked: importlib.import_module(f"{folder}.run").run(checked),
+    )
 
 
 class Mistakes:
