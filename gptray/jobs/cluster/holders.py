@@ -7,7 +7,6 @@ import os
 from typing import NamedTuple
 
 import ray
-from ray.core.generated import gcs_pb2
 from ray.core.generated.gcs_pb2 import ActorTableData
 
 from gptray.jobs.cluster.cluster_nodes import Resources, amount_words, total
@@ -97,7 +96,7 @@ def _held_by_actors() -> list[_Held]:
 def actors_in(state: str) -> list[ActorTableData]:
     """Ray's records of all jobs' actors in a state."""
     accessor = ray._private.state.state._connect_and_get_accessor()
-    return [gcs_pb2.ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)]
+    return [ActorTableData.FromString(one) for one in accessor.get_actor_table(None, state)]
 
 
 def counted(resources: Resources) -> dict[str, float]:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
 from ray.train import (
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
     ValidationConfig,
     ValidationTaskConfig,
+    WorkerGroupError,
 )
+from ray.train.backend import BackendConfig
 
 from gptray.config import Config, RunFailed
 from gptray.config.errors import WorkerFailed
@@ -40,8 +42,15 @@ def fit_on_ray(
     reserved = worker_resources(config.compute, spare=spare_workers(config), together=True)
     threads = max(1, int(reserved["CPU"]))
     with reachable(config, folder) as origin:
-        lent = not is_own_ray()
-        task = TrainTask(config, data_dir, folder, threads, lent, origin, also or {})
+        task = TrainTask(
+            config,
+            data_dir,
+            folder,
+            threads,
+            may_lose_nodes=not is_own_ray(),
+            origin=origin,
+            also=also or {},
+        )
         return fit_in_workers(task, reserved)
 
 
@@ -116,7 +125,7 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
     try:
         with ray_answers(), storing(folder):  # Ray writes its own record there
             yield
-    except ray.train.WorkerGroupError as error:
+    except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, WorkerFailed):
                 raise RunFailed(str(failure)) from None
@@ -125,7 +134,7 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
             "times; the same command resumes from the last checkpoint.\n"
             f"{why_ended(error, otherwise=str(error))}"
         ) from None
-    except ray.train.ControllerError as error:
+    except ControllerError as error:
         if is_file_error(error.controller_failure):
             raise cannot_write(folder, error.controller_failure) from None
         raise RunFailed(
@@ -142,7 +151,7 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _nccl() -> ray.train.backend.BackendConfig:
+def _nccl() -> BackendConfig:
     from ray.train.torch import TorchConfig  # imports torch, which the driver needs only here
 
     return TorchConfig(backend="nccl")
