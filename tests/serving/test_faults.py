@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def stream(server: Server, **body: Any) -> Iterator[Iterator[str]]:
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
         assert answer.status_code == 200
         lines = (line for line in answer.iter_lines() if line.startswith("data: "))
-        assert next(lines).startswith("data: {")
-        yield lines
+        first = next(lines)
+        assert first.startswith("data: {")
+        yield chain([first], lines)
 
 
 def text_of(lines: Iterator[str]) -> str:
-    """The rest of a stream."""
+    """The text of a stream."""
     events = [line.removeprefix("data: ") for line in lines if line]
     assert events[-1] == "[DONE]"
     return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
