@@ -82,7 +82,7 @@ def raw(server: Server, body: bytes, **headers: str) -> httpx.Response:
         (b'{"prompt": "' + b"\\ud800" + b'"}', "surrogate"),
         (b'{"prompt": "\xed\xa0\x80"}', "UTF-8"),
         (b'{"prompt": "x", "prompt": "y"}', "duplicate key 'prompt'"),
-        (b"[" * 2900, "nested too deeply"),
+        (b'{"prompt": ' + b"[" * 1400 + b"]" * 1400 + b"}", "nested too deeply"),
         (b"{}", "prompt is missing"),
         (b'{"prompt": null}', "prompt is missing"),
         (b'{"prompt": []}', "prompt expects text"),
