@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {
@@ -102,6 +104,22 @@ def test_ci_is_a_valid_script_that_may_be_run() -> None:
     path = ROOT / ".ci" / "run"
     assert path.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_every_place_names_the_same_pythons(project: dict[str, Any]) -> None:
+    supported = SpecifierSet(project["requires-python"])
+    pythons = [one for one in (f"3.{minor}" for minor in range(30)) if one in supported]
+    first, last = pythons[0], pythons[-1]
+    classified = [line.rpartition(" :: ")[2] for line in project["classifiers"]]
+    assert [one for one in classified if one.startswith("3.")] == pythons
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert f"Python {first} to {last}" in text, name
+        assert not set(re.findall(r"[Pp]ython ?(3\.\d+)", text)) - {*pythons}, name
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"python(3\.\d+)", script) == pythons[::-1]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(workflow)["jobs"]["check"]["strategy"]["matrix"]["python"] == pythons
 
 
 @pytest.mark.parametrize("folder", ["gptray", "jobs", "tests", "benchmarks"])
