@@ -7,8 +7,13 @@
 jobs of the same name print as JSON. A mistake raises UserError, a failed run RunFailed.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+if sys.platform == "win32":
+    print("gptray runs on Linux and macOS; on Windows, run it in WSL", file=sys.stderr)
+    sys.exit(2)
 
 if TYPE_CHECKING:
     from gptray.config import Config, RunFailed, UserError, load_config

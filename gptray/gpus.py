@@ -8,14 +8,12 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+from gptray.system import on_mac
+
 # Where drivers list GPUs: NVIDIA's on Linux, and AMD's, where a node without SIMDs is a CPU.
 NVIDIA, AMD = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes")
 # Variables that hide GPUs from a process: NVIDIA's, which AMD's runtime also reads, and AMD's own.
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-BUILT_FOR_CPUS = (
-    "compute.use_gpu=true, but the installed PyTorch is a CPU build; install one for GPUs: pip "
-    "install --force-reinstall torch"
-)
 
 
 def local_gpus() -> int:
@@ -45,6 +43,19 @@ def nvidia_smi(*options: str) -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return told.stdout.splitlines()
+
+
+def built_for_cpus() -> str:
+    """The message for compute.use_gpu if PyTorch is a CPU build, as those for macOS are to us."""
+    if on_mac():
+        return (
+            "compute.use_gpu=true, but gptray does not use Apple's GPUs; leave it out to use the "
+            "processor"
+        )
+    return (
+        "compute.use_gpu=true, but the installed PyTorch is a CPU build; install one for GPUs: pip "
+        "install --force-reinstall torch"
+    )
 
 
 def is_torch_for_cpus() -> bool:

@@ -23,15 +23,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from gptray.config import RunFailed, UserError
 from gptray.files import CannotWrite
 from gptray.remote_folder import RemoteFolder, StoredFile
+from gptray.system import on_mac, sysctl
 
 log = logging.getLogger("gptray")
 
 EXPIRES_S, POLL_S = 30.0, 1.0
 # For processes that come at once.
 _TRIES, _MAX_PAUSE_S = 8, 2.0
+# The clock that counts while a laptop sleeps: macOS's own monotonic clock does.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 PREFIX = "lease-"
 
 
@@ -48,7 +53,7 @@ class Lease:
 
     def check(self) -> None:
         """Raise RunFailed unless this process still holds the lease."""
-        if time.monotonic() - self._renewed > self._expires_s:
+        if self._is_late():
             raise RunFailed(
                 f"the lease on {self._place} could not be renewed for {self._expires_s:.0f} s, so "
                 "another job may write there; the same command resumes"
@@ -67,9 +72,11 @@ class Lease:
         raise UserError(self._busy)
 
     def keep(self) -> None:
-        """Renew the lease until `release`; runs in a thread."""
+        """Renew the lease until `release` or until it is lost; runs in a thread."""
         while not self._ended.wait(self._expires_s / 4):
             try:
+                if self._is_late() and self._name not in _leases(self._place):
+                    return  # another process has removed it
                 self._renew()
             except CannotWrite as error:
                 log.warning("%s", error)
@@ -102,8 +109,11 @@ class Lease:
         for name in others:
             place.remove(name)
 
+    def _is_late(self) -> bool:
+        return time.clock_gettime(_CLOCK) - self._renewed > self._expires_s
+
     def _renew(self) -> None:
-        began = time.monotonic()
+        began = time.clock_gettime(_CLOCK)
         self._place.write(self._name, self._content)
         self._renewed = began
 
@@ -156,17 +166,21 @@ def _is_dead(owner: dict[str, object]) -> bool:
         return False
     try:
         return _process(pid)["began"] != owner.get("began")
-    except OSError:
+    except (OSError, psutil.NoSuchProcess):
         return True
 
 
 def _machine() -> str:
-    """Identifies this machine's boot, and the namespace of its process ids."""
+    """Identifies this machine's boot, and on Linux the namespace of its process ids."""
+    if on_mac():
+        return sysctl("kern.bootsessionuuid")
     boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _process(pid: int) -> dict[str, object]:
     """A process's id and start time, which tells it from a later process with the same id."""
+    if on_mac():
+        return {"pid": pid, "began": psutil.Process(pid).create_time()}
     status = Path(f"/proc/{pid}/stat").read_text("utf-8")
     return {"pid": pid, "began": status.rpartition(")")[2].split()[19]}

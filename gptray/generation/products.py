@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from gptray.generation.weight_only import GpuWeight, Tile, for_gpu, multiply
 from gptray.model.layers import activation
-from gptray.model.precision import has_onednn_linear
+from gptray.model.precision import has_onednn, has_onednn_linear
 from gptray.model.quantized import QuantizedWeight, quantize
 
 # oneDNN's names of activations, with the arguments that follow.
@@ -53,7 +53,7 @@ def product(
     """
     if quantized != "none":
         kept = quantize(weight, quantized, importance).times(factors)
-        if quantized == "int8" and weight.device.type == "cpu":
+        if quantized == "int8" and weight.device.type == "cpu" and has_onednn():
             return _Int8(kept, bias, dtype, kind=kind)
         bias = None if bias is None else bias.to(dtype)
         return WeightOnly(for_gpu(kept, dtype), bias, dtype, kind)

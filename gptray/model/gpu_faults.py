@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from gptray.config import RunFailed, UserError
-from gptray.gpus import BUILT_FOR_CPUS
+from gptray.gpus import built_for_cpus
 
 
 def check_gpu() -> None:
@@ -21,7 +21,7 @@ def check_gpu() -> None:
     """
     version = torch.__version__
     if torch.version.cuda is None and torch.version.hip is None:
-        raise UserError(BUILT_FOR_CPUS)
+        raise UserError(built_for_cpus())
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:

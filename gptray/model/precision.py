@@ -13,6 +13,7 @@ import torch
 
 from gptray.config import UserError
 from gptray.config.values import Precision
+from gptray.native.backend import why_not_native
 
 
 def pick_dtype(
@@ -32,19 +33,24 @@ def pick_dtype(
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has bf16 arithmetic."""
+    """Whether a device has bf16 arithmetic, and on a CPU something here that uses it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type != "cpu":
+    if device.type != "cpu" or not (has_onednn() or why_not_native(use_gpu=False) is None):
         return False
     has = torch.cpu.get_capabilities()
     return any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def has_onednn() -> bool:
+    """Whether PyTorch has oneDNN for CPUs, which its builds for macOS lack."""
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
 @cache
 def has_onednn_linear(dtype: torch.dtype) -> bool:
     """Whether oneDNN's linear layer exists and computes in `dtype` on this processor."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not has_onednn():
         return False
     computes = dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return computes and hasattr(torch.ops.mkldnn, "_linear_pointwise")

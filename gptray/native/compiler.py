@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from gptray.config import RunFailed, UserError
 from gptray.native.processor import TILES, instruction_options, may_use_tiles
+from gptray.system import on_mac
 
 log = logging.getLogger("gptray")
 
@@ -37,7 +37,7 @@ def compiler() -> list[str]:
 
 def options(*, tiles: bool) -> tuple[str, ...]:
     """The compiler's options for the native library. tiles: whether it uses AMX tiles."""
-    openmp = _MAC_OPENMP if platform.system() == "Darwin" else _OPENMP
+    openmp = _MAC_OPENMP if on_mac() else _OPENMP
     return (*_OPTIONS, *openmp, *instruction_options(), *(TILES.values() if tiles else ()))
 
 
@@ -72,12 +72,21 @@ def compiler_version() -> str:
 def why_no_library() -> str | None:
     """Why the native library cannot be compiled on this machine; None if it can."""
     command = compiler()
-    if shutil.which(command[0]) is None:
-        return f"there is no C++ compiler {command[0]} on this machine"
+    if missing := _why_no_compiler():
+        return missing
     asked = options(tiles=False)
     if not _accepts(command, asked):
         return f"the compiler {shlex.join(command)} does not support {' '.join(asked)}"
     return None
+
+
+def _why_no_compiler() -> str | None:
+    """That there is no compiler, if so: macOS has commands that only ask to install it."""
+    command = compiler()[0]
+    if shutil.which(command) and (not on_mac() or compiler_version()):
+        return None
+    hint = " (xcode-select --install)" if on_mac() else ""
+    return f"there is no C++ compiler {command} on this machine{hint}"
 
 
 def run_compiler(*arguments: str | Path, tiles: bool, remedy: str) -> None:
@@ -101,13 +110,8 @@ def why_not_compile(*, on_gpu: bool) -> str | None:
     On a GPU, Triton has the C compiler build a small module for this Python.
     """
     if not on_gpu:
-        command = compiler()[0]
-        if shutil.which(command):
-            return None
-        return (
-            f"it needs a C++ compiler, and there is no {command} on this machine; install it, or "
-            "name another one in CXX"
-        )
+        missing = _why_no_compiler()
+        return missing and f"{missing}; install it, or name another one in CXX"
     commands = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     if not any(map(shutil.which, commands)):
         return (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import subprocess
 from functools import cache
 from pathlib import Path
 
-CPUINFO, SYSCTL = Path("/proc/cpuinfo"), Path("/usr/sbin/sysctl")
+from gptray.system import on_mac, sysctl
+
+CPUINFO = Path("/proc/cpuinfo")
 # The flags that an x86 processor must have, by Linux's names, and the compiler's option for each.
 INSTRUCTIONS = {
     "avx512f": "-mavx512f",
@@ -89,7 +90,7 @@ def processor_identity() -> list[str]:
 
 def _facts() -> dict[str, str]:
     """The system's facts about the first core, by Linux's names."""
-    if platform.system() == "Darwin":
+    if on_mac():
         return mac_facts()
     if not CPUINFO.exists():
         return {}
@@ -102,12 +103,6 @@ def _facts() -> dict[str, str]:
 def mac_facts() -> dict[str, str]:
     """macOS's facts about the processor, by Linux's names."""
     asked = [name for names in ARM_LEVELS for name in names if name.startswith("FEAT_")]
-    name = _sysctl("machdep.cpu.brand_string")
-    features = [one for one in asked if _sysctl(f"hw.optional.arm.{one}") == "1"]
+    name = sysctl("machdep.cpu.brand_string")
+    features = [one for one in asked if sysctl(f"hw.optional.arm.{one}") == "1"]
     return {"model name": name, "Features": " ".join(features)}
-
-
-def _sysctl(name: str) -> str:
-    """The value that macOS has for a name; empty if it has none."""
-    command = [str(SYSCTL), "-n", name]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from gptray.jobs.doctor.check import check
 from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, OpenPort
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.run import run as visit
-from gptray.jobs.doctor.worker import address_of, node_facts, process_name, two_gpus_add_up
+from gptray.jobs.doctor.worker import node_facts, open_ports, process_name, two_gpus_add_up
 
 GIB = 1 << 30
 HEALTHY = NodeFacts(
@@ -179,6 +181,15 @@ def test_an_open_dashboard_fails_without_a_token_and_passes_with_one() -> None:
     assert "--dashboard-host=127.0.0.1" in ports.message
 
 
+def test_a_machine_without_shared_memory_is_told_as_such() -> None:
+    (told,) = [
+        finding.message
+        for finding in judge(cluster(replace(HEAD, facts=replace(HEALTHY, shared_memory=None))))
+        if finding.check == "shared memory"
+    ]
+    assert told == "no /dev/shm, as on macOS: Ray keeps its objects in its folder"
+
+
 def test_open_ports_without_a_token_are_a_warning() -> None:
     bare = replace(HEALTHY, open_ports=(RAYLET,), needs_token=False)
     _, ports = not_ok(cluster(HEAD, second(bare)))
@@ -215,17 +226,30 @@ def test_the_dashboards_metrics_are_not_the_dashboard(port: int, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "address", "is_open"),
+    ("family", "address", "is_open"),
     [
-        ("0100007F", "127.0.0.1", False),
-        ("00000000", "0.0.0.0", True),
-        ("00000000000000000000000001000000", "::1", False),
-        ("0000000000000000FFFF00000100007F", "127.0.0.1", False),
+        ("AF_INET", "0.0.0.0", True),
+        ("AF_INET", "127.0.0.1", False),
+        ("AF_INET6", "::", True),
+        ("AF_INET6", "::1", False),
+        ("AF_INET6", "::ffff:127.0.0.1", False),
     ],
 )
-def test_the_kernels_addresses_are_read(words: str, address: str, is_open: bool) -> None:
-    found = address_of(words)
-    assert (str(found), not found.is_loopback) == (address, is_open)
+def test_ports_of_ray_that_other_machines_reach_are_open(
+    family: str, address: str, is_open: bool
+) -> None:
+    listener = f"({address!r}, 0), family=socket.{family}, dualstack_ipv6={':' in address}"
+    code = (
+        f"import socket; listener = socket.create_server({listener}); "
+        "print(listener.getsockname()[1], flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, "gcs_server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        port = OpenPort("gcs_server", address, int(process.stdout.readline()))
+        assert (port in open_ports()) == is_open
+        process.communicate(b"\n", timeout=60)
+    assert port not in open_ports()
 
 
 def test_a_node_tells_its_versions_disks_and_memory(tmp_path: Path) -> None:

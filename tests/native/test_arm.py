@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gptray import system
 from gptray.native import processor
 from gptray.native.build import library_name
 from gptray.native.compiler import options
@@ -102,7 +103,7 @@ def on_mac(monkeypatch: pytest.MonkeyPatch, folder: Path, features: str) -> None
     said += "machdep.cpu.brand_string) echo Apple M9;;\n*) exit 1;;\n"
     sysctl.write_text(f'#!/bin/sh\ncase "$2" in\n{said}esac\n')
     sysctl.chmod(0o755)
-    monkeypatch.setattr(processor, "SYSCTL", sysctl)
+    monkeypatch.setattr(system, "SYSCTL", sysctl)
     processor.mac_facts.cache_clear()
 
 

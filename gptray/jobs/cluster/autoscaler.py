@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 import yaml
 
@@ -72,14 +73,12 @@ def _types_on_head(gcs_address: str) -> list[NodeType] | None:
 
 def configured_types(gcs_address: str) -> list[NodeType] | None:
     """The node types in the config file of the cluster's autoscaler, if it runs on this machine."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            words = (process / "cmdline").read_text("utf-8", errors="replace").split("\0")
-            options = dict(
-                word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word
-            )
-            file = options.get("autoscaling-config")
-            if file and options.get("gcs-address") == gcs_address:
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        options = dict(word[2:].split("=", 1) for word in words if word[:2] == "--" and "=" in word)
+        file = options.get("autoscaling-config")
+        if file and options.get("gcs-address") == gcs_address:
+            with suppress(FileNotFoundError, PermissionError):
                 return types_in(yaml.safe_load(Path(file).expanduser().read_text("utf-8")))
     return None
 

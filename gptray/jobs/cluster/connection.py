@@ -8,18 +8,16 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from pathlib import Path
 
 import ray
 
 from gptray.config import RunFailed, UserError
 from gptray.files import cannot_write, is_file_error
-from gptray.jobs.cluster.own_ray import own_ray, shut_down
+from gptray.jobs.cluster.own_ray import folder_of_ray, own_ray, shut_down
 from gptray.jobs.cluster.ray_messages import RayMessages
 from gptray.jobs.cluster.waiting import telling_waits
 from gptray.jobs.progress.doing import doing
@@ -104,7 +102,7 @@ def ray_cluster(
 @contextmanager
 def _ray_folder() -> Iterator[None]:
     """Raise RunFailed, naming the folder, if Ray cannot write its session's files."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    folder = folder_of_ray()
     try:
         with ray_answers():
             yield
@@ -187,7 +185,7 @@ def _speak(connection: socket.socket) -> None:
 
 def _running_here() -> str | None:
     """The address of the Ray cluster last started on this machine, if any."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    folder = folder_of_ray() / "ray"
     try:
         return (folder / "ray_current_cluster").read_text("utf-8").strip() or None
     except OSError:

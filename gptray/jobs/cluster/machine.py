@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 
 from gptray.config import ComputeConfig, Config, UserError
-from gptray.gpus import BUILT_FOR_CPUS, is_torch_for_cpus, local_gpus
+from gptray.gpus import built_for_cpus, is_torch_for_cpus, local_gpus
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
+from gptray.system import on_mac, usable_cores
 
 
 def check_training(config: Config) -> None:
@@ -35,16 +36,16 @@ def check_resources(
     if os.environ.get("RAY_ADDRESS"):
         return
     gpus = local_gpus() if compute.use_gpu else 0
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_cores()
     problems = []
     workers, shown = compute.min_workers, compute.workers_shown
-    if compute.use_gpu and gpus < workers:
+    if compute.use_gpu and gpus < workers and not on_mac():
         problems.append(
             f"compute.use_gpu=true with compute.num_workers={shown} needs as many GPUs; this "
             f"machine has {gpus}"
         )
     elif compute.use_gpu and is_torch_for_cpus():
-        problems.append(BUILT_FOR_CPUS)
+        problems.append(built_for_cpus())
     if compute.cpus_per_worker and compute.cpus_per_worker * workers > cpus:
         problems.append(
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "

@@ -2,7 +2,8 @@
 
 Ray's processes die with the process that started them. They would also die, in the middle of the
 job's cleanup, from signals that a terminal, `timeout` or a service manager sends to the job's
-process group. So each gets its own session.
+process group. So each gets its own session. Where the system does not end them with that process,
+as on macOS, a process that waits for its end does.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import psutil
 import ray
 
 from gptray import signals
 from gptray.config import RunFailed, UserError
+from gptray.system import on_mac
 
 log = logging.getLogger("gptray")
 
@@ -32,6 +37,16 @@ NOTICE_S, POLL_S = 1.0, 0.5
 KEPT_S = 0.02
 # Set to 0, confines a Ray to its machine.
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# A program that kills process groups when its input ends: when the process that started it does.
+_REAPER = """
+import os, signal, sys
+sys.stdin.read()
+for group in map(int, sys.argv[1:]):
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except OSError:
+        pass
+"""
 # One token for the lifetime of this process, since Ray keeps the first that it reads.
 _TOKEN = secrets.token_hex(32)
 
@@ -42,6 +57,11 @@ _is_running = False
 def is_own_ray() -> bool:
     """Whether this process, the job's driver, runs its own Ray."""
     return _is_running
+
+
+def folder_of_ray() -> Path:
+    """The folder in which Ray keeps its files, which depends on the system."""
+    return Path(ray._common.utils.get_default_system_temp_dir())
 
 
 def _leave_session() -> None:
@@ -71,8 +91,13 @@ def own_ray(environment: Mapping[str, str], **options: object) -> Iterator[None]
             _is_starting = False
         if (address := ray.util.get_node_ip_address()) not in ("127.0.0.1", "::1"):
             log.warning("Ray's ports are open to the network, at %s", address)
-        deaths = _Deaths({pid: name for pid, name in _children().items() if pid not in before})
-        with signals.before_ending_at_once(deaths.kill_all):
+        started = {pid: name for pid, name in _children().items() if pid not in before}
+        shares_fate = ray._private.utils.detect_fate_sharing_support()
+        deaths = _Deaths(started)
+        with (
+            nullcontext() if shares_fate else _reaped(started),
+            signals.before_ending_at_once(deaths.kill_all),
+        ):
             _is_running = True
             try:
                 yield
@@ -102,7 +127,7 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
     wanted = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
         CLUSTERS: "0",
-        "GLOO_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": "lo0" if on_mac() else "lo",
         **given,
     }
     before = {key: os.environ.get(key) for key in [*wanted, "RAY_AUTH_MODE"]}
@@ -124,10 +149,12 @@ def _lean(*, told: bool) -> Iterator[None]:
 
     Skipped are the autoscaler, the dashboard's server (of which only usage statistics would be
     left), the process that forwards workers' logs unless they are shown, and a check for the
-    packages of `ray[default]`.
+    packages of `ray[default]`. Ray's reaper, for systems such as macOS, would move this process to
+    another process group, where a terminal's Ctrl-C does not reach it; see `_reaped`.
     """
     node = ray._private.node.Node
     left_out = [(node, "start_monitor"), (node, "start_api_server")]
+    left_out += [(node, "start_reaper_process")]
     left_out += [(ray._private.utils, "get_dashboard_dependency_error")]
     left_out += [] if told else [(node, "start_log_monitor")]
     before = [getattr(*one) for one in left_out]
@@ -169,11 +196,21 @@ def shut_down() -> None:
 def _children() -> dict[int, str]:
     """This process's children, by pid, with their names."""
     found = {}
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(OSError):
-            for pid in (task / "children").read_text("utf-8").split():
-                found[int(pid)] = Path(f"/proc/{pid}/comm").read_text("utf-8").strip()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            found[child.pid] = child.name()
     return found
+
+
+@contextmanager
+def _reaped(groups: Iterable[int]) -> Iterator[None]:
+    """If this process dies in the block, kill these process groups."""
+    command = [sys.executable, "-c", _REAPER, *map(str, groups)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as reaper:
+        try:
+            yield
+        finally:
+            reaper.kill()
 
 
 class _Deaths:
@@ -202,11 +239,10 @@ class _Deaths:
         for pid in self._processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal():
-                with suppress(ProcessLookupError):
-                    if os.getsid(int(entry.name)) in self._processes:
-                        os.kill(int(entry.name), signal.SIGKILL)
+        for pid in psutil.pids():
+            with suppress(ProcessLookupError, PermissionError):
+                if os.getsid(pid) in self._processes:
+                    os.kill(pid, signal.SIGKILL)
 
     def _watch(self) -> None:
         vital = {pid: name for pid, name in self._processes.items() if name in VITAL}
@@ -225,6 +261,6 @@ class _Deaths:
 def _has_ended(pid: int) -> bool:
     """Whether a child of this process has ended; does not reap it."""
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return True

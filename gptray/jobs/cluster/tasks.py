@@ -7,7 +7,6 @@ its `Failure`, and the driver raises it.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from gptray.jobs.cluster.cluster_nodes import alive_nodes
 from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.cluster.waiting import await_core
 from gptray.jobs.progress.doing import so_far, telling
+from gptray.system import usable_cores
 
 log = logging.getLogger("gptray")
 
@@ -109,7 +109,7 @@ def _on_this_node() -> dict[str, Any]:
     offers = any(one.id == node and one.cpus >= 1 for one in alive_nodes())
     return {
         "num_cpus": 1 if offers else 0,
-        "concurrency": None if offers else len(os.sched_getaffinity(0)),
+        "concurrency": None if offers else usable_cores(),
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
 

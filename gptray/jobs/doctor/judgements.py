@@ -213,6 +213,8 @@ def shared_memory(facts: ClusterFacts) -> tuple[Level, str]:
         remedy = "give containers more (docker run --shm-size, or an emptyDir in memory)"
         return level, f"{'; '.join(w for _, w in levels)}; {remedy}"
     every = [one.facts.shared_memory for one in facts.nodes if one.facts.shared_memory]
+    if not every:
+        return "ok", "no /dev/shm, as on macOS: Ray keeps its objects in its folder"
     return "ok", f"at least {_size(_least_free(every))} free in /dev/shm"
 
 

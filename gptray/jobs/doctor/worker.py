@@ -11,18 +11,17 @@ import platform
 import re
 import shutil
 import socket
-import struct
-import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import ray
 
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
+from gptray.jobs.cluster.own_ray import folder_of_ray
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
 from gptray.native.backend import why_not_native
 from gptray.native.compiler import why_not_compile
@@ -40,7 +39,6 @@ _NAMES = (
     ("raylet/raylet", "raylet"),
     ("ray.util.client.server", "client server"),
 )
-_LISTENS = "0A"
 # If its port is taken, the dashboard tries the next ones.
 _PORT_TRIES = 50
 # Deadlines for getting two GPUs, which other jobs may hold, and for connecting them.
@@ -53,7 +51,7 @@ def node_facts(storage_path: str) -> NodeFacts:
     gpus, driver = _gpus()
     places = (
         ("storage_path", Path(storage_path)),
-        ("Ray's files", Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())),
+        ("Ray's files", folder_of_ray()),
     )
     return NodeFacts(
         hostname=socket.gethostname(),
@@ -114,50 +112,20 @@ def _gpus() -> tuple[tuple[str, ...], str | None]:
 
 def open_ports() -> tuple[OpenPort, ...]:
     """TCP ports beyond loopback on which Ray processes listen, as far as we may inspect them."""
-    sockets = dict(_sockets())
-    return tuple(
-        sorted(
-            {
-                OpenPort(process_name(command, sockets[number][1]), *sockets[number])
-                for command, number in _held_by_ray()
-                if number in sockets
-            },
-            key=lambda one: (one.process, one.port),
-        )
-    )
+    found = set()
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        with suppress(psutil.Error):  # the process has ended, or is another user's
+            for one in process.net_connections("tcp") if process_name(command) else ():
+                if one.status == psutil.CONN_LISTEN and not _is_loopback(one.laddr.ip):
+                    found.add(OpenPort(process_name(command, one.laddr.port), *one.laddr))
+    return tuple(sorted(found, key=lambda one: (one.process, one.port)))
 
 
-def _sockets() -> Iterator[tuple[str, tuple[str, int]]]:
-    """Inode number, address and port of the sockets that listen beyond loopback."""
-    for table in ("tcp", "tcp6"):
-        with suppress(OSError):
-            for line in Path(f"/proc/net/{table}").read_text("utf-8").splitlines()[1:]:
-                _, local, _, state, *rest = line.split()
-                words, _, port = local.partition(":")
-                address = address_of(words)
-                if state == _LISTENS and not address.is_loopback:
-                    yield rest[5], (str(address), int(port, 16))
-
-
-def address_of(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address from /proc/net: hexadecimal words, each in the machine's byte order."""
-    numbers = [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
-    address = ipaddress.ip_address(struct.pack(f"={len(numbers)}I", *numbers))
+def _is_loopback(words: str) -> bool:
+    address = ipaddress.ip_address(words)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
-
-
-def _held_by_ray() -> Iterator[tuple[str, str]]:
-    """Command line and socket inode number of each socket held by a Ray process."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        with suppress(OSError):  # the process has ended, or is another user's
-            command = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-            for descriptor in (entry / "fd").iterdir() if process_name(command) else ():
-                with suppress(OSError):
-                    for number in re.findall(r"^socket:\[(\d+)\]$", os.readlink(descriptor)):
-                        yield command, number
+    return (mapped or address).is_loopback
 
 
 def process_name(command: str, port: int | None = None) -> str:

@@ -32,6 +32,8 @@ ANSWERS = {
     429: "too many requests are waiting",
     503: "no engine is ready for this request; try again",
 }
+# macOS says that there is no limit, but grants no more (OPEN_MAX).
+MAC_FILES = 10_240
 ENDED = "the engine ended before the answer was complete; try again"
 
 
@@ -39,7 +41,8 @@ def middlewares() -> list[Middleware]:
     """The middleware of Serve's proxy. Called in its process, before it listens."""
     # Each connection needs a file descriptor; many systems allow only 1,024 by default.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allowed = MAC_FILES if most == resource.RLIM_INFINITY else most
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
     HTTP_PROTOCOLS["auto"] = f"{TimedConnection.__module__}:{TimedConnection.__name__}"
     limits = body_limits()
     return [Middleware(Front, arrival=Arrival(*limits) if limits else None)]

@@ -27,6 +27,7 @@ from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.validate import Validations
 from gptray.model.gpu_faults import check_gpu
+from gptray.system import on_mac
 from gptray.training.evaluations import Metrics
 from gptray.training.loop import failed, fit
 from gptray.training.workers import Workers
@@ -106,8 +107,8 @@ def peak_memory(device: torch.device) -> int:
     """This process's peak memory in bytes: on its GPU or, on CPUs, its resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Linux reports KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if on_mac() else peak * 1024  # Linux reports KiB
 
 
 @contextmanager

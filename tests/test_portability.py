@@ -1,0 +1,210 @@
+"""What runs without Linux's extras, as on macOS, and what Windows is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from gptray import system
+from gptray.config import ComputeConfig, UserError
+from gptray.generation.products import product
+from gptray.jobs.cluster.machine import check_resources
+from gptray.jobs.serve.proxy import middlewares
+from gptray.jobs.train.worker import peak_memory
+from gptray.model.gpu_faults import check_gpu
+from gptray.native.compiler import why_no_library, why_not_compile
+from tests.tiny import tiny_text
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_S = 240
+# Python runs it at every start: no functions and no files of Linux's own, for our code; libraries
+# may use them, since on macOS they have their own ways.
+WITHOUT_LINUX = f"""
+import os, signal, sys, time
+
+for module, names in (
+    (os, "sched_getaffinity sched_setaffinity waitid posix_fadvise posix_fallocate pidfd_open"),
+    (signal, "sigtimedwait sigwaitinfo"),
+    (time, "CLOCK_BOOTTIME"),
+):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+
+
+def hide(event, arguments):
+    if event not in ("open", "os.listdir", "os.scandir"):
+        return
+    if not str(arguments[0]).startswith(("/proc", "/sys", "/dev/shm")):
+        return
+    frame = sys._getframe(1)
+    while frame and frame.f_code.co_filename.startswith((os.path.dirname(os.__file__), "<frozen")):
+        if "site-packages" in frame.f_code.co_filename:
+            return
+        frame = frame.f_back
+    if frame and frame.f_code.co_filename.startswith({str(ROOT / "gptray")!r}):
+        raise FileNotFoundError(2, "macOS has no such file", str(arguments[0]))
+
+
+sys.addaudithook(hide)
+"""
+TINY = [
+    "data.tokenizer=char",
+    "model.n_layer=1",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.n_positions=32",
+    "train.block_size=32",
+    "train.global_batch_size=8",
+    "train.max_steps=4",
+    "train.eval_interval=2",
+]
+# A job whose Ray's processes the system would not end with it.
+UNSHARED = """
+import sys, time
+import psutil
+import ray._private.utils
+from gptray.jobs.cluster.own_ray import own_ray
+ray._private.utils.detect_fate_sharing_support = lambda: None
+with own_ray({}, num_cpus=1, log_to_driver=False):
+    print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process without Linux's extras."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_LINUX)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1"}
+
+
+def ran(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.ray
+def test_a_model_is_trained_and_generates_without_linuxs_extras(
+    bare: dict[str, str], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text())
+    storage = f"storage_path={tmp_path / 'runs'}"
+    train = ["-m", "gptray", "train", f"data.source={text}", "name=book", storage, *TINY]
+    plan = json.loads(ran(bare, *train, "--dry-run").stdout.splitlines()[-1])
+    assert not (tmp_path / "runs").exists() and plan
+    result = json.loads(ran(bare, *train).stdout.splitlines()[-1])
+    assert result["step"] == 4
+    prompt = ["generate.model=book", "sample.prompt=a", "sample.max_new_tokens=4"]
+    assert ran(bare, "-m", "gptray", "generate", storage, *prompt).stdout
+
+
+def test_windows_is_told_in_one_sentence_where_gptray_runs() -> None:
+    for start in ("import gptray", "from gptray.entry_points import run; run('train')"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; sys.platform = 'win32'; {start}"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+        told = "gptray runs on Linux and macOS; on Windows, run it in WSL\n"
+        assert (done.returncode, done.stderr) == (2, told)
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this be macOS."""
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+
+@pytest.mark.ray
+def test_rays_processes_end_with_a_killed_job_where_the_system_does_not_end_them() -> None:
+    command = [sys.executable, "-c", UNSHARED]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe) as job:
+        assert job.stdout
+        group = os.getpgid(job.pid)
+        started = [psutil.Process(int(pid)) for pid in job.stdout.readline().split()]
+        assert {"raylet", "gcs_server"} <= {process.name() for process in started}
+        assert os.getpgid(job.pid) == group  # a terminal's Ctrl-C still reaches it
+        job.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(started, timeout=LIMIT_S)
+    assert alive == []
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for GPUs")
+def test_a_macs_gpu_is_refused_with_what_to_do(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    told = "^compute.use_gpu=true, but gptray does not use Apple's GPUs; leave it out to use the"
+    with pytest.raises(UserError, match=told):
+        check_resources(ComputeConfig(use_gpu=True))
+    with pytest.raises(UserError, match=told):
+        check_gpu()
+
+
+def test_a_macs_command_that_only_asks_to_install_a_compiler_is_none(
+    mac: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub = tmp_path / "g++"
+    stub.write_text("#!/bin/sh\necho 'no developer tools were found' >&2; exit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("CXX", str(stub))
+    missing = f"there is no C++ compiler {stub} on this machine (xcode-select --install)"
+    assert why_no_library() == missing
+    assert missing in (why_not_compile(on_gpu=False) or "")
+
+
+def test_a_limit_that_is_said_to_be_none_is_raised_to_what_macos_grants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: asked.append(limits))
+    middlewares()
+    assert asked == [(10_240, resource.RLIM_INFINITY)]
+
+
+def test_peak_memory_is_in_bytes(mac: None) -> None:
+    said = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert said <= peak_memory(torch.device("cpu")) < 1024 * said
+
+
+def test_int8_computes_where_pytorch_lacks_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, bias = torch.randn(64, 32), torch.randn(64)
+    x = torch.randn(4, 32)
+    with_it = product(weight, bias, torch.float32, quantized="int8")(x)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.onednn, "qlinear_pointwise", raising=False)
+    without = product(weight, bias, torch.float32, quantized="int8")(x)
+    torch.testing.assert_close(without, with_it, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(without, x @ weight.t() + bias, atol=0.2, rtol=0.1)
+
+
+def test_cores_are_counted_without_affinities(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert system.usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert system.usable_cores() == os.cpu_count()
