@@ -79,7 +79,9 @@ class ServeConfig(Section):
         description="most tokens for one output, whatever max_tokens asks for; null: as many as "
         "the model's context holds",
     )
-    max_stop: PositiveInt = Field(16, description="stop strings of one request")
+    max_stop: PositiveInt = Field(
+        16, description="most stop strings, and stop_token_ids, of a request"
+    )
     max_logprobs: Natural = Field(
         20, description="most log-probabilities to return at each position"
     )

@@ -141,6 +141,8 @@ ALIASES = {
     "sample.top_p": "topp nucleus",
     "sample.repetition_penalty": "repeat_penalty rep_penalty",
     "sample.stop": "stop_strings stop_sequences stop_words",
+    "sample.stop_token_ids": "eos_token_id eos_token_ids stop_tokens stop_ids",
+    "sample.include_stop_str_in_output": "include_stop keep_stop",
     "generate.num_samples": "num_return_sequences n best_of samples_per_prompt",
     "generate.prefix": "column_prefix input_prefix",
     "serve.host": "address bind",

@@ -68,6 +68,12 @@ class SampleConfig(Section):
     stop: NonEmpty | list[NonEmpty] | None = Field(
         None, description="stop strings: each ends the output and is not part of it"
     )
+    stop_token_ids: list[Natural] | None = Field(
+        None, description="token ids that end the output, besides the model's end of text"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="keep the stop string, or the token of stop_token_ids, in the output"
+    )
     utf8: bool = Field(
         True,
         description="never draw a token that would break a character, so outputs never "
@@ -138,7 +144,9 @@ class GenerateConfig(Section):
         description="folder for the Parquet files, which pandas and pyarrow open as one table; "
         "every node of a cluster must see it; or a URI such as s3://bucket/out",
     )
-    prompt_column: str = Field("prompt", description="column that holds the prompts")
+    prompt_column: str = Field(
+        "prompt", description="column that holds the prompts: texts or token ids"
+    )
     id_column: str | None = Field(
         None, description="column that identifies each row; null: id if there is one, else position"
     )

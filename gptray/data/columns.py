@@ -48,8 +48,9 @@ class InputColumns:
         return batch.array(self.id_field.with_name(self.id_column))
 
     def prompts(self, batch: Batch, values: Sequence[object]) -> pa.Array:
-        """The output column `prompt`; a prompt that is not text becomes JSON text."""
-        if self.prompt_column is not None and isinstance(batch, ArrowBatch):
+        """The output column `prompt`; in a column of texts, any other prompt becomes JSON text."""
+        is_declared = isinstance(batch, ArrowBatch) or holds_ids(self.prompt_field.type)
+        if self.prompt_column is not None and is_declared:
             return batch.array(self.prompt_field.with_name(self.prompt_column))
         return pa.array(list(map(_as_text, values)), self.prompt_field.type)
 
@@ -193,8 +194,8 @@ class FoundColumns:
             raise UserError(f"{file.name}: {problem}")
         kinds = dict(zip(schema.names, schema.types, strict=True))
         kind = kinds.get(prompt, pa.null())
-        if not is_text(kind) and not pa.types.is_null(kind):
-            raise UserError(f"{file.name}: column {prompt!r} holds {kind}, not text")
+        if not _can_hold_prompts(kind):
+            raise UserError(f"{file.name}: column {prompt!r} holds {kind}, not text or token ids")
         name = self._config.id_column or "id"
         if name in kinds:
             check_id_type(name, kinds[name], file.name)
@@ -233,7 +234,7 @@ class FoundColumns:
         if self.prompt_column is None or self.prompt_column not in self._fields:
             return None
         field = fields[self.prompt_column]
-        return field if is_text(field.type) or pa.types.is_null(field.type) else None
+        return field if _can_hold_prompts(field.type) else None
 
     def _with_json(self, declared: pa.Field, found: pa.Field) -> pa.Field:
         """One field for a column that both JSON rows and other files have. Raises UserError."""
@@ -261,6 +262,16 @@ def _own_field(name: str, field: pa.Field | None, default: pa.DataType) -> pa.Fi
     if field is None:
         return pa.field(name, default)
     return pa.field(name, pa.string()) if holds_json(field) else field.with_name(name)
+
+
+def holds_ids(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds lists of token ids."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and bool(pa.types.is_integer(kind.value_type))
+
+
+def _can_hold_prompts(kind: pa.DataType) -> bool:
+    return is_text(kind) or holds_ids(kind) or bool(pa.types.is_null(kind))
 
 
 def _as_text(value: object) -> str | None:

@@ -28,7 +28,7 @@ _MEANT = {
 }
 # Settings over HTTP or in other projects that a row cannot have.
 _OF_NO_ROW = {
-    *SAMPLING, "ignore_eos", "bad_words", "stop_token_ids", "length_penalty", "typical_p",
+    *SAMPLING, "ignore_eos", "bad_words", "length_penalty", "typical_p",
     "no_repeat_ngram_size", "num_beams", "do_sample",
 } - {*ROW_SETTINGS}  # fmt: skip
 

@@ -30,8 +30,9 @@ ReadRequest = Callable[[Values], RowRequest]
 # The first columns of a staged part, before those that pass through: the row's own settings (JSON),
 # the reason why it cannot run, its id, its prompt.
 SETTINGS, ERROR, ID, PROMPT = range(4)
-# Keys in a row's settings: the name of its adapter, and a chat as its template renders it.
-ADAPTER, CHAT = "adapter", "chat"
+# Keys in a row's settings: the name of its adapter, a chat as its template renders it, and a
+# prompt's token ids.
+ADAPTER, CHAT, IDS = "adapter", "chat", "ids"
 STAGED = ("gptray.settings", "gptray.error", "id", "prompt")
 
 _OWN = {
@@ -193,9 +194,15 @@ def prompt_problem(value: object) -> str | None:
     """Why a prompt cannot run; None if it can."""
     if value is None:
         return "the prompt is null"
-    if not isinstance(value, str):
-        return f"the prompt must be text, got {kind_of(value)}"
-    return None if is_utf8(value) else "the prompt holds half a surrogate pair"
+    if isinstance(value, str):
+        return None if is_utf8(value) else "the prompt holds half a surrogate pair"
+    return (
+        None if _are_ids(value) else f"the prompt must be text or token ids, got {kind_of(value)}"
+    )
+
+
+def _are_ids(prompt: object) -> bool:
+    return isinstance(prompt, list) and all(type(one) is int for one in prompt)
 
 
 def _staged_batch(
@@ -219,6 +226,9 @@ def _staged_batch(
             for request, adapter in zip(requests, adapters, strict=True):
                 if adapter not in (None, ""):  # the engine checks that it exists
                     request.settings[ADAPTER] = str(adapter)
+    for request in requests:
+        if _are_ids(request.prompt):
+            request.settings[IDS] = request.prompt
     errors = [request.error or prompt_problem(request.prompt) for request in requests]
     own = [
         pa.array([json.dumps(r.settings) if r.settings else None for r in requests], pa.string()),

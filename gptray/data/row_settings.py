@@ -49,6 +49,10 @@ def _stops(value: object) -> list[str]:
     return value
 
 
+def _ids(value: object) -> list[int]:
+    return [_whole(one) for one in (value if isinstance(value, list) else [value])]
+
+
 READERS: dict[str, Callable[[object], object]] = {
     "max_new_tokens": _whole,
     "min_new_tokens": _whole,
@@ -58,6 +62,8 @@ READERS: dict[str, Callable[[object], object]] = {
     "min_p": _number,
     "repetition_penalty": _number,
     "stop": _stops,
+    "stop_token_ids": _ids,
+    "include_stop_str_in_output": _flag,
     "utf8": _flag,
     "seed": _whole,
 }
@@ -79,7 +85,7 @@ def read_settings(given: Mapping[str, object]) -> tuple[dict[str, object], str |
 
 _WANTED: dict[Callable[[object], object], str] = {
     _whole: "a whole number", _number: "a number", _flag: "true or false",
-    _stops: "text or a list of texts",
+    _stops: "text or a list of texts", _ids: "a token id or a list of them",
 }  # fmt: skip
 
 
@@ -90,7 +96,7 @@ def check_setting_type(name: str, kind: pa.DataType, source: str) -> None:
         pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
         pa.types.is_decimal, is_text,
     ]  # fmt: skip
-    if name == "stop":
+    if name in ("stop", "stop_token_ids"):
         checks += [pa.types.is_list, pa.types.is_large_list]
     if not any(is_kind(plain) for is_kind in checks):
         raise UserError(

@@ -18,7 +18,17 @@ import pyarrow as pa
 from gptray.config import SampleConfig, UserError
 from gptray.config.limits import SEEDS
 from gptray.data.parts import part_name, read_whole, write_part
-from gptray.data.prompts import ADAPTER, CHAT, ERROR, ID, PROMPT, SETTINGS, STAGED, output_schema
+from gptray.data.prompts import (
+    ADAPTER,
+    CHAT,
+    ERROR,
+    ID,
+    IDS,
+    PROMPT,
+    SETTINGS,
+    STAGED,
+    output_schema,
+)
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.engine import Engine
@@ -123,11 +133,12 @@ class PartWriter:
         first: int = own.pop("seed", derived_seed(self._defaults.seed, name))
         adapter: str | None = own.pop(ADAPTER, None)
         chat: str | None = own.pop(CHAT, None)
+        ids: list[int] | None = own.pop(IDS, None)
         if adapter is not None and adapter not in self._adapters:
             known = ", ".join(self._adapters)
             error = error or f"the adapter {adapter!r} is not in generate.adapters ({known})"
-        tokens: list[int] = []
-        if error is None:
+        tokens = ids or []
+        if error is None and ids is None:
             try:
                 special = self._defaults.parse_special
                 tokens = (

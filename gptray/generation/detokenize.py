@@ -1,4 +1,4 @@
-"""Decodes tokens to text as they arrive: whole characters only, cut before a stop string.
+"""Decodes tokens to text as they arrive: whole characters only, cut at a stop string.
 
 Text that was returned never changes: a character whose bytes are spread over several tokens is held
 back until it is complete, and so is text that may turn out to begin a stop string. All pieces
@@ -41,9 +41,9 @@ def decode_after(decode: Decode, lead: Sequence[int], tokens: Sequence[int]) -> 
 class TextStream:
     """The text of one sequence as its tokens arrive.
 
-    stop: the text ends before the first of these strings. lead: the tokens before the first, see
-    `left_context`; a character that begins in them is returned whole. unstopped: a stop string does
-    not count if it ends within the text of this many first tokens.
+    stop: the text ends before the first of these strings or, with `keeps_stop`, after it. lead: the
+    tokens before the first, see `left_context`; a character that begins in them is returned whole.
+    unstopped: a stop string does not count if it ends within the text of this many first tokens.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class TextStream:
         *,
         lead: Sequence[int] = (),
         unstopped: int = 0,
+        keeps_stop: bool = False,
     ) -> None:
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stop, self._keeps_stop = tuple(stop), keeps_stop
         self._stoppable_at = len(lead) + unstopped + 1  # tokens
         self._tokens: list[int] = list(lead)
         self._settled = 0  # tokens before this are not decoded again
@@ -65,7 +66,11 @@ class TextStream:
         self._held = ""  # whole characters that may begin a stop string
         self._unstopped = 0  # how many of them a stop string must not end within
         self.text = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def add(self, token: int) -> str:
         """Take a token; return the text that is now certain."""
@@ -103,10 +108,10 @@ class TextStream:
         self._held += fresh
         if len(self._tokens) < self._stoppable_at:
             self._unstopped = len(self._held)
-        found = [at for at in map(self._find, self._stop) if at >= 0]
+        found = [(at, len(stop), stop) for stop in self._stop if (at := self._find(stop)) >= 0]
         if found:
-            self.stopped = True
-            ready, self._held = self._held[: min(found)], ""
+            at, length, self.found = min(found)
+            ready, self._held = self._held[: at + self._keeps_stop * length], ""
         else:
             sure = len(self._held) - self._stop_overlap()
             ready, self._held = self._held[:sure], self._held[sure:]

@@ -117,8 +117,13 @@ class Engine:
         last = self.vocab_size - 1
         if not all(0 <= token <= last for token in prompt):
             raise ValueError(f"the prompt holds a token outside 0 .. {last}")
-        if not all(token <= last for token, _ in sampling.logit_bias):
-            raise ValueError(f"logit_bias names a token outside 0 .. {last}")
+        named = {
+            "logit_bias": [token for token, _ in sampling.logit_bias],
+            "stop_token_ids": sampling.stop_token_ids,
+        }
+        for name, tokens in named.items():
+            if not all(token <= last for token in tokens):
+                raise ValueError(f"{name} names a token outside 0 .. {last}")
         sequence.is_checked = True
 
     def submit(self, sequence: Sequence) -> Sequence:

@@ -159,7 +159,7 @@ class GraphSampler:
         except KeyError:
             whole["mask"][:B] = [self._mask_number(row.mask) for row in rows]
         whole["banned"][:B] = [
-            row.eos_ids[0] if count < row.sampling.min_new_tokens else -1
+            row.ends[0] if count < row.sampling.min_new_tokens else -1
             for row, count in zip(rows, new, strict=True)
         ]
         kinds: list[int] = whole["kind"][:B].tolist()
@@ -168,7 +168,7 @@ class GraphSampler:
     def _fill_constants(self, i: int, row: Row) -> None:
         """Write those of a row's settings that stay the same at every step."""
         sampling = row.sampling
-        kind, k = _kind(sampling, len(row.eos_ids)), 1
+        kind, k = _kind(sampling, len(row.ends)), 1
         if kind == _RANKED:
             V = self._logits.size(1)
             k = V if sampling.top_k is None else min(sampling.top_k, V)

@@ -37,15 +37,15 @@ Choose = Callable[[Tensor, Sequence["Row"]], Chosen]
 class Row(Protocol):
     """What drawing needs to know of a sequence; the same object at every step.
 
-    history: its tokens so far, prompt included. eos_ids: the tokens that end it. sample: which of
-    its prompt's outputs it is. mask: keeps the next token from breaking a character
+    history: its tokens so far, prompt included. ends: the tokens that end it. sample: which of its
+    prompt's outputs it is. mask: keeps the next token from breaking a character
     (`gptray.generation.utf8`).
     """
 
     sampling: Sampling
     prompt_tokens: int
     history: list[int]
-    eos_ids: Sequence[int]
+    ends: Sequence[int]
     sample: int
     mask: Mask | None
 
@@ -136,7 +136,7 @@ def _apply_settings(logits: Tensor, rows: Sequence[Row]) -> None:
             logits[i, new] = logits[i, new] - penalties
     unfinished = [i for i, row in enumerate(rows) if row.new_tokens < row.sampling.min_new_tokens]
     if unfinished:
-        places = [(i, number) for i in unfinished for number in rows[i].eos_ids]
+        places = [(i, number) for i in unfinished for number in rows[i].ends]
         logits[tuple(zip(*places, strict=True))] = float("-inf")
     _apply_masks(logits, rows)
 

@@ -40,10 +40,11 @@ class Sequence:
     adapter: one of the engine's model, packed by the engine.
 
     scored: with `prompt_logprobs`, the prompt's tokens, complete once the first token is drawn; the
-    first has no log-probability. drawn: the new tokens, without end. end: the end-of-text token
-    that ended the output, if one did. error: the reason if finish_reason is "error". history: the
-    prompt's tokens and the new ones, end included. prefilled: how many of the prompt's are in the
-    KV cache. lead: the prompt's last tokens, as context to decode with (see `left_context`), or
+    first has no log-probability. drawn: the new tokens, without end. end: the token that ended the
+    output and is not part of it, if there is one. stop_reason: the stop string, or the token of
+    `stop_token_ids`, that ended the output. error: the reason if finish_reason is "error". history:
+    the prompt's tokens and the new ones, end included. prefilled: how many of the prompt's are in
+    the KV cache. lead: the prompt's last tokens, as context to decode with (see `left_context`), or
     those in which the text's first character begins.
     """
 
@@ -59,6 +60,7 @@ class Sequence:
     end: Drawn | None = field(init=False, default=None)
     text: str = field(init=False, default="")
     finish_reason: FinishReason | None = field(init=False, default=None)
+    stop_reason: str | int | None = field(init=False, default=None)
     error: str | None = field(init=False, default=None)
 
     is_checked: bool = field(init=False, default=False)
@@ -67,10 +69,11 @@ class Sequence:
     prefilled: int = field(init=False, default=0)
     lead: list[int] = field(init=False, default_factory=list)
     # For the sampler, see `Row`.
-    eos_ids: abc.Sequence[int] = field(init=False, default=())
+    ends: abc.Sequence[int] = field(init=False, default=())
     mask: Mask | None = field(init=False, default=None)
 
     _longest: int = field(init=False, default=0)
+    _eos_ids: abc.Sequence[int] = field(init=False, default=())
     _decode: Decode = field(init=False)
     _utf8: Utf8 | None = field(init=False, default=None)
     _state: int = field(init=False, default=START)
@@ -82,11 +85,12 @@ class Sequence:
     def begin(
         self, tokenizer: Tokenizer, n_positions: int, utf8: Utf8 | None, eos_ids: abc.Sequence[int]
     ) -> None:
-        """Prepare for an engine with a context of n_positions tokens; any of eos_ids ends it."""
+        """Prepare for an engine with a context of n_positions tokens; eos_ids: end of text."""
         assert not self.history, "an engine takes a sequence once"
         sampling = self.sampling
         self.history = list(self.prompt)
-        self.eos_ids, self._decode = eos_ids, tokenizer.decode
+        self._eos_ids, self._decode = eos_ids, tokenizer.decode
+        self.ends = [*eos_ids, *sampling.stop_token_ids]
         self._longest = min(self.prompt_tokens + sampling.max_new_tokens, n_positions)
         if self.prompt_logprobs is not None:
             self.scored = [Drawn(self.prompt[0])]
@@ -100,12 +104,12 @@ class Sequence:
 
     @property
     def tokens(self) -> list[int]:
-        """The new tokens, without end-of-text."""
+        """The new tokens, without `end`."""
         return [drawn.token for drawn in self.drawn]
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were drawn, end-of-text included."""
+        """How many tokens were drawn, `end` included."""
         return len(self.history) - self.prompt_tokens
 
     @property
@@ -161,7 +165,10 @@ class Sequence:
             self._state = self._utf8.next(self._state, drawn.token)
             if self._state == INVALID:  # no valid token was left to draw
                 _, self._state = self._utf8.open_end(self.history)
-        if drawn.token in self.eos_ids and not sampling.ignore_eos:
+        is_eos = drawn.token in self._eos_ids and not sampling.ignore_eos
+        if drawn.token in sampling.stop_token_ids and not is_eos:
+            self.stop_reason = drawn.token
+        if is_eos or (self.stop_reason is not None and not sampling.include_stop_str_in_output):
             self.end = drawn
             self._end("stop")
             return
@@ -172,7 +179,9 @@ class Sequence:
             if self._stream.stopped:
                 self._end("stop")
                 return
-        if len(self.history) >= self._longest:
+        if self.stop_reason is not None:
+            self._end("stop")
+        elif len(self.history) >= self._longest:
             self._end("length")
 
     def fail(self, reason: str) -> None:
@@ -192,11 +201,18 @@ class Sequence:
         if self._stream is not None:
             self._stream.finish()
             self.text = self._stream.text
-            reason = "stop" if self._stream.stopped else reason
+            if self._stream.found is not None:
+                reason, self.stop_reason = "stop", self._stream.found
+        if self._utf8 and isinstance(self.stop_reason, int):
+            self.text = self.text.rstrip(REPLACEMENT)  # the token may be part of a character
         self.finish_reason = reason
 
     def _text_stream(self) -> TextStream:
         sampling = self.sampling
         return TextStream(
-            self._decode, sampling.stop, lead=self.lead, unstopped=sampling.min_new_tokens
+            self._decode,
+            sampling.stop,
+            lead=self.lead,
+            unstopped=sampling.min_new_tokens,
+            keeps_stop=sampling.include_stop_str_in_output,
         )

@@ -1,8 +1,8 @@
 """How one sequence is sampled, and which settings are valid. No torch, so jobs check it quickly.
 
-Names and meanings are those of Hugging Face's GenerationConfig, or OpenAI's where that has none.
-They apply in this order: bias, repetition penalty, frequency and presence penalty, minimum length,
-whole characters, temperature, top-k, top-p, min-p.
+Names and meanings are those of Hugging Face's GenerationConfig, or where that has none, OpenAI's
+or vLLM's. They apply in this order: bias, repetition penalty, frequency and presence penalty,
+minimum length, whole characters, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from gptray.config import SampleConfig
 from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
+from gptray.stored import is_whole
 from gptray.wording import shortened
 
 # Of the settings with bounds; the others take any real number.
@@ -26,14 +27,16 @@ _DERIVED_SEEDS = 2**53
 class Sampling:
     """The sampling settings of one sequence; `gptray.config.limits` has their bounds.
 
-    max_new_tokens counts the end-of-text token. Until min_new_tokens tokens are drawn, that one is
-    banned, and stop strings do not count. temperature: 0 is greedy. top_k, top_p, min_p, stop: None
-    or empty is off.
+    max_new_tokens counts the token that ends the text. Until min_new_tokens tokens are drawn, every
+    such token is banned, and stop strings do not count. temperature: 0 is greedy. top_k, top_p,
+    min_p, stop, stop_token_ids: None or empty is off.
     repetition_penalty: divides positive logits of all tokens so far, and multiplies negative ones.
     presence_penalty: subtracted from the logits of tokens in the output; frequency_penalty: once
     for each time they occur there. logit_bias: (token id, what to add), each id once. ignore_eos:
-    treat end-of-text like any other token. utf8: draw no token that would break a character.
-    logprobs: how many of the likeliest tokens to report at each position; None reports none.
+    treat end-of-text like any other token. utf8: draw no token that would break a character. stop,
+    stop_token_ids: texts and tokens, each of which ends the output, before it or, with
+    include_stop_str_in_output, after it. logprobs: how many of the likeliest tokens to report at
+    each position; None reports none.
 
     Raises ValueError naming the setting that is invalid.
     """
@@ -52,6 +55,8 @@ class Sampling:
     utf8: bool = True
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +71,10 @@ class Sampling:
         self._check_bias()
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={list(self.stop)!r} must be texts of at least one character")
+        if not all(map(is_whole, self.stop_token_ids)):
+            raise ValueError(
+                f"stop_token_ids={_short(list(self.stop_token_ids))} must be token ids"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -77,7 +86,7 @@ class Sampling:
                 f"logit_bias has {len(self.logit_bias)} entries, more than {MAX_BIASES}"
             )
         for token, bias in self.logit_bias:
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            if not is_whole(token):
                 raise ValueError(f"logit_bias names {token!r}, which is not a token id")
             _check("logit_bias", bias)
         if len(dict(self.logit_bias)) < len(self.logit_bias):
@@ -94,6 +103,7 @@ class Sampling:
         values |= changes
         stop = values["stop"]
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
         return cls(**values)
 
 

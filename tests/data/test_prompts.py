@@ -57,7 +57,10 @@ def test_another_prompt_column_passes_through_as_well(tmp_path: Path) -> None:
     table = through(tmp_path / "p.jsonl", "prompt_column=question")
     assert table["prompt"].to_pylist() == ["a", "7"]
     assert table["question"].to_pylist() == ['"a"', "7"]
-    assert table["gptray.error"].to_pylist() == [None, "the prompt must be text, got a number"]
+    assert table["gptray.error"].to_pylist() == [
+        None,
+        "the prompt must be text or token ids, got a number",
+    ]
 
 
 def test_ids_come_from_the_column_id_or_the_one_that_is_named(tmp_path: Path) -> None:
@@ -110,8 +113,10 @@ def test_ids_of_json_rows(
     ("value", "problem"),
     [
         (None, "the prompt is null"),
-        (5, "the prompt must be text, got a number"),
-        (["a"], "the prompt must be text, got a list"),
+        (5, "the prompt must be text or token ids, got a number"),
+        (["a"], "the prompt must be text or token ids, got a list"),
+        ([1, True], "the prompt must be text or token ids, got a list"),
+        ([1, 2.0], "the prompt must be text or token ids, got a list"),
         ("a\ud800", "the prompt holds half a surrogate pair"),
     ],
 )

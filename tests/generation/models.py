@@ -71,7 +71,7 @@ def drawing(
 ) -> Sequence:
     """A sequence that is about to draw its next token."""
     sequence = Sequence(history[:prompt_tokens], sampling, row)
-    sequence.history, sequence.eos_ids, sequence.mask = history, [eos_id], mask
+    sequence.history, sequence.ends, sequence.mask = history, [eos_id], mask
     return sequence
 
 

@@ -10,7 +10,8 @@ import pytest
 from pyarrow import parquet
 
 from gptray.generation.engine import Engine
-from gptray.generation.settings import derived_seed
+from gptray.generation.sequence import Sequence
+from gptray.generation.settings import Sampling, derived_seed
 from tests.data.parquet_kinds import KINDS
 from tests.generation.batches import Batch, jsonl
 from tests.generation.models import random_gpt, small_tokenizer
@@ -129,3 +130,46 @@ def test_prompts_may_be_empty_and_name_the_end_of_text(batch: Batch, tmp_path: P
     counts = [1, 1, len(tokens("the")) + 1 + len(tokens("cat"))]
     assert special["prompt_tokens"].to_pylist() == counts
     assert special["prompt"].to_pylist() == plain["prompt"].to_pylist()
+
+
+def test_token_ids_are_prompts_in_every_kind_of_file(batch: Batch, tmp_path: Path) -> None:
+    texts, tokenizer = ["the cat", "a dog sees", "the"], small_tokenizer()
+    rows = [{"prompt": text} for text in texts]
+    of_ids = [{"prompt": tokenizer.encode(text)} for text in texts]
+    expected = batch(jsonl(tmp_path, *rows))
+    own = ["output", "prompt_tokens", "seed", "error"]
+    told = batch(jsonl(tmp_path, *of_ids))
+    assert told.select(own).equals(expected.select(own))
+    assert told["prompt"].to_pylist() == [str(row["prompt"]) for row in of_ids]
+    for kind in (pa.list_(pa.int32()), pa.large_list(pa.uint16())):
+        column = pa.array([row["prompt"] for row in of_ids] + [None, []], kind)
+        parquet.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+        stored = batch(tmp_path / "p.parquet")
+        assert stored.slice(0, 3).select(own).equals(expected.select(own))
+        assert stored["error"].to_pylist()[3:] == ["the prompt is null", "the prompt is empty"]
+        assert stored["prompt"].type == kind
+        assert stored["prompt"].to_pylist() == column.to_pylist()
+
+
+def test_a_column_names_the_tokens_that_end_its_row(batch: Batch, tmp_path: Path) -> None:
+    (whole,) = batch.engine.run(
+        [Sequence(batch.tokenizer.encode("the cat"), Sampling(max_new_tokens=8, temperature=0))]
+    )
+    stop = whole.tokens[3]
+    rows: list[dict[str, Any]] = [
+        {"stop_token_ids": stop},
+        {"stop_token_ids": [stop, 0]},
+        {"stop_token_ids": [stop], "include_stop_str_in_output": True},
+        {"stop_token_ids": None},
+        {"stop_token_ids": "many"},
+        {"stop_token_ids": [10**6]},
+    ]
+    path = jsonl(tmp_path, *({"prompt": "the cat", **row} for row in rows))
+    table = batch(path, "sample.temperature=0")
+    at = whole.tokens.index(stop)
+    assert table["output_tokens"].to_pylist() == [at, at, at + 1, len(whole.tokens), 0, 0]
+    cut, again, kept, free = table["output"].to_pylist()[:4]
+    assert free == whole.text and free.startswith(kept) and kept.startswith(cut) and cut == again
+    assert [str(error)[:39] for error in table["error"].to_pylist()[4:]] == [
+        "stop_token_ids='many' is not a token id", "stop_token_ids names a token outside 0 ",
+    ]  # fmt: skip

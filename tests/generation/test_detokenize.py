@@ -46,9 +46,14 @@ def metaspace_tokenizer() -> Tokenizer:
 
 
 def streamed(
-    tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[str] = (), unstopped: int = 0
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    stop: Sequence[str] = (),
+    unstopped: int = 0,
+    *,
+    keeps_stop: bool = False,
 ) -> list[str]:
-    stream = TextStream(tokenizer.decode, stop, unstopped=unstopped)
+    stream = TextStream(tokenizer.decode, stop, unstopped=unstopped, keeps_stop=keeps_stop)
     pieces = []
     for token in ids:
         pieces.append(stream.add(token))
@@ -116,7 +121,17 @@ def test_text_flows_without_delay() -> None:
 )
 def test_stop_strings_cut_exactly(text: str, stop: list[str], expected: str) -> None:
     for tokenizer in (byte_tokenizer(), train_bpe([text] * 5, 280)):
-        assert "".join(streamed(tokenizer, tokenizer.encode(text), stop)) == expected
+        ids = tokenizer.encode(text)
+        assert "".join(streamed(tokenizer, ids, stop)) == expected
+        kept = "".join(streamed(tokenizer, ids, stop, keeps_stop=True))
+        assert kept in {expected + one for one in stop} or kept == expected == text
+
+
+def test_of_stop_strings_that_begin_together_the_shortest_is_kept() -> None:
+    for tokenizer in (byte_tokenizer(), train_bpe(["one END two"] * 5, 280)):
+        ids = tokenizer.encode("one END two")
+        for stop in (["END", "E"], ["E", "END", "N"]):
+            assert "".join(streamed(tokenizer, ids, stop, keeps_stop=True)) == "one E"
 
 
 @pytest.mark.parametrize(

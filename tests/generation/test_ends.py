@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def theirs(folder: Path, prompt: str) -> list[int]:
+def theirs(folder: Path, prompt: str, **settings: Any) -> list[int]:
     """transformers' greedy ids after a prompt, the end among them."""
     from transformers import AutoModelForCausalLM
 
@@ -41,7 +41,7 @@ def theirs(folder: Path, prompt: str) -> list[int]:
     ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
         prompt, return_tensors="pt"
     )
-    out = model.generate(**ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    out = model.generate(**ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **settings)
     return [int(number) for number in out[0, ids["input_ids"].size(1) :]]
 
 
@@ -75,3 +75,22 @@ def test_greedy_ends_where_transformers_ends(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": ends[1]}))
     first = ours(folder)[0]  # the tokenizer's own end, 0, counts as well
     assert first.finish_reason == "stop" and first.tokens == free[0][: free[0].index(ends[1])]
+
+
+@torch.no_grad()
+def test_stop_token_ids_end_where_transformers_ends_at_more_ends(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    free = [theirs(folder, prompt) for prompt in PROMPTS]
+    stops = (free[0][4], free[1][7])
+    rows = (
+        ours(folder, stop_token_ids=stops),
+        ours(folder, stop_token_ids=stops, include_stop_str_in_output=True),
+    )
+    for prompt, cut, kept in zip(PROMPTS, *rows, strict=True):
+        expected = theirs(folder, prompt, eos_token_id=[0, *stops])
+        assert cut.tokens + ([cut.end.token] if cut.end else []) == expected
+        assert kept.tokens + ([kept.end.token] if kept.end else []) == expected
+        stop = expected[-1] if expected[-1] in stops else None
+        assert cut.stop_reason == kept.stop_reason == stop
+        assert (kept.end is None) == (expected[-1] != 0)
+    assert {row.stop_reason for row in rows[0]} >= {*stops}

@@ -301,6 +301,53 @@ def test_stop_strings_end_a_row_and_are_cut(tokenizer: Tokenizer) -> None:
     assert len(stopped.tokens) < len(whole.tokens)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_stop_token_ends_its_row_alone_and_in_any_batch(
+    tokenizer: Tokenizer, backend: str, kept: bool
+) -> None:
+    free = Engine(random_gpt(tokenizer), tokenizer, max_batch_size=8, backend=backend)
+    asked = [
+        Sequence([1, 2, i], Sampling(max_new_tokens=30, temperature=1.2, seed=i, top_k=40))
+        for i in range(8)
+    ]
+    whole, stopping = run(free, asked), []
+    for sequence, one in zip(asked, whole, strict=True):
+        ids = (one.tokens[7], 0)
+        sampling = replace(
+            sequence.sampling, stop_token_ids=ids, include_stop_str_in_output=kept, ignore_eos=True
+        )
+        stopping.append(replace(sequence, sampling=sampling))
+    together = run(free, stopping)
+    for sequence, one, row in zip(stopping, whole, together, strict=True):
+        stop, _ = sequence.sampling.stop_token_ids
+        at = one.tokens.index(stop)
+        assert row.tokens == one.tokens[: at + kept]
+        assert (row.finish_reason, row.stop_reason) == ("stop", stop)
+        assert row.new_tokens == at + 1 and (row.end is None) == kept
+        assert row.text == one.text[: len(row.text)]
+        (alone,) = run(free, [sequence])
+        assert (alone.text, alone.tokens) == (row.text, row.tokens)
+    least = [replace(one, sampling=replace(one.sampling, min_new_tokens=12)) for one in stopping]
+    for sequence, row in zip(least, run(free, least), strict=True):
+        assert row.new_tokens >= 12 and not {*sequence.sampling.stop_token_ids} & {*row.tokens[:12]}
+        (alone,) = run(free, [sequence])
+        assert alone.tokens == row.tokens
+
+
+def test_a_stop_token_inside_a_character_leaves_no_part_of_it(tokenizer: Tokenizer) -> None:
+    engine, syllable = Engine(random_gpt(tokenizer), tokenizer), tokenizer.encode("\uac02")
+    assert len(syllable) == 3, "a syllable of three tokens"
+    for length, live in ((2, False), (3, True)):
+        *ids, stop = syllable[:length]
+        bias = tuple((token, 100.0) for token in {*ids, stop})
+        sampling = Sampling(logit_bias=bias, stop_token_ids=(stop,), max_new_tokens=30, seed=3)
+        row = run(engine, [Sequence([1, 2], sampling, live_text=live)])[0]
+        assert row.stop_reason == stop and "\ufffd" not in row.text
+        broken = replace(sampling, utf8=False)
+        assert "\ufffd" in run(engine, [Sequence([1, 2], broken)])[0].text
+
+
 def test_no_stop_string_ends_a_row_before_its_least_tokens(tokenizer: Tokenizer) -> None:
     sampling = Sampling(max_new_tokens=40, temperature=1.5, seed=1, min_new_tokens=20)
     stops = tuple(string.ascii_letters + " ")  # one of them ends almost every token
@@ -354,8 +401,9 @@ def test_cancelled_rows_leave_at_once_and_others_are_untouched(tokenizer: Tokeni
         (Sequence([1] * 64), "too long"),
         (Sequence([1] * 6400), "too long"),
         (Sequence([10**6]), "outside"),
+        (Sequence([1], Sampling(stop_token_ids=(10**6,))), "stop_token_ids names .* outside 0"),
     ],
-    ids=["empty", "full", "too long", "unknown"],
+    ids=["empty", "full", "too long", "unknown", "unknown stop"],
 )
 def test_what_cannot_run_is_refused_at_once(
     tokenizer: Tokenizer, request_: Sequence, message: str

@@ -203,7 +203,7 @@ def plainly_shaped(logits: list[float], row: Sequence) -> list[float]:
         if token in output:
             value -= sampling.frequency_penalty * list(output).count(token)
             value -= sampling.presence_penalty
-        if token in row.eos_ids and row.new_tokens < sampling.min_new_tokens:
+        if token in row.ends and row.new_tokens < sampling.min_new_tokens:
             value = -math.inf
         shaped.append(value)
     return shaped

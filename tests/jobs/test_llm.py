@@ -26,14 +26,14 @@ from gptray import LLM, Output
 from gptray.config import Config, RunFailed, SampleConfig, UserError, load_config, override
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import numbered_seed
-from gptray.jobs.generate.llm import Options, Settings
+from gptray.jobs.generate.arguments import Options, Settings
 from gptray.serving.completions import Completion
 from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, parse_request
 from tests.jobs.generating import generate
 
 PROMPTS = ["the cat", "a dog", "", "the cat"]
-NO_TEXTS: Any = {"prompt": "the cat"}
+NO_PROMPT: Any = {"text": "the cat"}
 NOTHING: Any = None
 BYTES: Any = b"the cat"
 MISSPELT: dict[str, Any] = {"precison": "fp32"}
@@ -68,14 +68,14 @@ def test_outputs_are_the_terminals_in_the_prompts_order(llm: LLM, model_dir: Pat
 
 def test_the_endpoint_gives_the_same_text_for_the_same_seed(llm: LLM, model_dir: Path) -> None:
     config = load_config(None, ["generate.precision=fp32"])
-    body = {
-        "prompt": "the cat",
-        "max_tokens": 12,
-        "temperature": 1.3,
-        "seed": 5,
+    (free,) = llm.generate("the cat", **SETTINGS)
+    stops: dict[str, Any] = {
+        "stop_token_ids": free.tokens[6:7],
+        "include_stop_str_in_output": True,
     }
 
-    async def answer() -> str:
+    async def answer(**more: object) -> str:
+        body = {"prompt": "the cat", "max_tokens": 12, "temperature": 1.3, "seed": 5, **more}
         served = Served.load(model_dir, "tiny", config)
         try:
             request = parse_request(CompletionRequest, body)
@@ -88,8 +88,10 @@ def test_the_endpoint_gives_the_same_text_for_the_same_seed(llm: LLM, model_dir:
         finally:
             served.thread.close()
 
-    (output,) = llm.generate("the cat", **SETTINGS)
-    assert output.text == asyncio.run(answer())
+    settings: dict[str, Any] = {**SETTINGS, **stops}
+    (stopped,) = llm.generate("the cat", **settings)
+    assert free.text == asyncio.run(answer()) == asyncio.run(answer(prompt=free.prompt_token_ids))
+    assert stopped.text == asyncio.run(answer(**stops)) != free.text
 
 
 def test_a_seed_draws_a_text_again_for_its_prompt_alone(llm: LLM) -> None:
@@ -124,6 +126,53 @@ def test_a_prompt_that_cannot_run_has_its_reason_and_the_others_run(llm: LLM) ->
     assert llm.generate([]) == []
     (broken,) = llm.generate(["the \ud800"])
     assert broken.error == "the text holds half a surrogate pair, '\\ud800'"
+
+
+def test_token_ids_are_prompts_like_the_text_that_they_spell(llm: LLM) -> None:
+    texts = ["the cat", "a dog", "the river"]
+    expected = llm.generate(texts, **SETTINGS)
+    ids = [[*output.prompt_token_ids] for output in expected]
+    assert [len(one) for one in ids] == [output.prompt_tokens for output in expected]
+    several: list[Any] = [
+        ids,
+        [numpy.array(one) for one in ids],
+        [{"prompt_token_ids": ids[0]}, texts[1], tuple(ids[2])],
+    ]
+    for prompts in several:
+        assert llm.generate(prompts, **SETTINGS) == expected
+    single: list[Any] = [
+        ids[0], tuple(ids[0]), {"prompt_token_ids": ids[0]}, {"prompt": texts[0]},
+    ]  # fmt: skip
+    for prompt in single:
+        assert llm.generate(prompt, **SETTINGS) == expected[:1]
+        assert "".join(llm.stream(prompt, **SETTINGS)) == expected[0].text
+    wrong = llm.generate([[5, 10**6], [], [0] * 99, ids[2]], **SETTINGS)
+    assert [output.error and output.error[:23] for output in wrong] == [
+        "the prompt holds a toke", "the prompt is empty", "the prompt is too long:", None,
+    ]  # fmt: skip
+    assert wrong[3].text and not wrong[0].text
+
+
+def test_stop_tokens_and_strings_end_a_text_and_say_so(llm: LLM) -> None:
+    (free,) = llm.generate("the cat", **SETTINGS)
+    token, stop = free.tokens[5], free.text[3:5]
+    at = free.tokens.index(token)
+    same: Any = numpy.int64(token)
+    for ids in ([token], (same, 0)):
+        asked: Settings = {**SETTINGS, "stop_token_ids": ids}
+        (cut,) = llm.generate("the cat", **asked)
+        assert (cut.tokens, cut.stop_reason) == (free.tokens[:at], token)
+        assert cut.finish_reason == "stop" and free.text.startswith(cut.text)
+        asked["include_stop_str_in_output"] = True
+        assert llm.generate("the cat", **asked)[0].tokens == free.tokens[: at + 1]
+    asked = {**SETTINGS, "stop": stop}
+    (cut,) = llm.generate("the cat", **asked)
+    asked["include_stop_str_in_output"] = True
+    (kept,) = llm.generate("the cat", **asked)
+    assert kept.text == cut.text + stop == "".join(llm.stream("the cat", **asked))
+    assert (free.stop_reason, cut.stop_reason, kept.stop_reason) == (None, stop, stop)
+    (unknown,) = llm.generate("the cat", stop_token_ids=[10**6])
+    assert unknown.error and "stop_token_ids names a token outside 0 .. " in unknown.error
 
 
 def test_memory_that_ends_names_the_key_to_lower_and_other_calls_go_on(
@@ -246,10 +295,27 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.stream("a", **OTHERS), "unknown keyword do_sample"),
         (lambda llm: llm.generate("a", temperature=-1), "sample.temperature: must be at least 0"),
         (lambda llm: llm.generate("a", top_k="5"), "sample.top_k: expects a whole number or null"),
-        (lambda llm: llm.generate(["a", 3]), "prompts[1] must be a string, got int"),
-        (lambda llm: llm.generate(NO_TEXTS), "a list of texts, got dict"),
-        (lambda llm: llm.generate(BYTES), "a list of texts, got bytes"),
-        (lambda llm: llm.generate(NOTHING), "a list of texts, got NoneType"),
+        (
+            lambda llm: llm.generate("a", stop_token_ids=[-1]),
+            "sample.stop_token_ids: must be at least 0",
+        ),
+        (lambda llm: llm.generate("a", stop_token_ids=5), "sample.stop_token_ids: expects"),
+        (lambda llm: llm.generate("a", eos_token_id=5), "eos_token_id; did you mean stop_token_i"),
+        (lambda llm: llm.generate(["a", 3]), "prompts[1] must be text or token ids, got int"),
+        (lambda llm: llm.generate([[1], [True]]), "prompts[1] must be text or token ids, got list"),
+        (
+            lambda llm: llm.generate(NO_PROMPT),
+            "prompts must have prompt_token_ids or prompt, got t",
+        ),
+        (
+            lambda llm: llm.stream({"prompt_token_ids": NOTHING}),
+            "prompts[0] must have prompt_token",
+        ),
+        (lambda llm: llm.stream({"prompt_token_ids": BYTES}), "[0]['prompt_token_ids'] must be te"),
+        (lambda llm: llm.stream([10**6]), "the prompt holds a token outside 0 .. "),
+        (lambda llm: llm.stream([-1]), "the prompt holds a token outside 0 .. "),
+        (lambda llm: llm.generate(BYTES), "token ids or a list of either, got bytes"),
+        (lambda llm: llm.generate(NOTHING), "token ids or a list of either, got NoneType"),
         (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
         (lambda llm: LLM(""), "generate.model: expects text or null, got ''"),
@@ -262,7 +328,7 @@ def test_a_mistake_names_what_is_wrong_and_the_nearest(
     with pytest.raises(UserError) as mistake:
         wrong(llm)
     assert said in str(mistake.value)
-    assert "stop" not in str(mistake.value)  # which do_sample does not mean
+    assert "mean stop?" not in str(mistake.value)  # which do_sample does not mean
 
 
 FORKING = """

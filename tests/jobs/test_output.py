@@ -14,6 +14,7 @@ from pyarrow import parquet
 from gptray.config import RunFailed, UserError, load_config
 from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.generate.checked import check_batch
+from gptray.jobs.generate.output_plan import MANIFEST, new_plan
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
 from tests.jobs.generating import config_of, generate, planned
@@ -215,3 +216,18 @@ def test_memory_that_ends_while_an_engine_runs_names_the_key_to_lower(
             RunFailed, match=r"lower generate\.max_batch_size from 6, such as .*=3$"
         ):
             result_of(engine.finish())
+
+
+def test_an_output_from_before_a_setting_existed_is_the_same_jobs_by_default(
+    finished: tuple[Path, Path], model_dir: Path
+) -> None:
+    path, out = finished
+    manifest = json.loads((out / MANIFEST).read_text())
+    for key in ("sample.stop_token_ids", "sample.include_stop_str_in_output"):
+        del manifest["identity"][key]
+    older = new_plan(manifest["identity"], manifest["model"], 0)
+    (out / MANIFEST).write_text(json.dumps(manifest | older))
+    assert generate(config_of(model_dir, path, out))["rows"] == 0
+    other = config_of(model_dir, path, out, "sample.stop_token_ids=[5]")
+    with pytest.raises(UserError, match=r"sample.stop_token_ids: null there, \[5\] now"):
+        generate(other)

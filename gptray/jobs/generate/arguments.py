@@ -1,4 +1,4 @@
-"""Checks the arguments of `LLM`: keywords, texts and chats; anything else is refused by name."""
+"""Checks the arguments of `LLM`: keywords, prompts, chats; anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -6,11 +6,76 @@ from collections import abc
 from collections.abc import Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeGuard
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest_keys
+from gptray.config.use_sections import ROW_SETTINGS
 from gptray.generation.chat_template import Message
+
+# The keywords of `LLM` and the config's keys that they set.
+OPTIONS = {
+    "storage_path": "storage_path",
+    "precision": "generate.precision",
+    "quantize": "quantize.weights",
+    "use_gpu": "compute.use_gpu",
+    "backend": "generate.backend",
+    "max_batch_size": "generate.max_batch_size",
+}
+# The keywords of `generate` and `stream`: keys of the config's `sample` section.
+SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")}
+
+
+class Options(TypedDict, total=False):
+    """How to open a model; a job's `--help` says more about each key named here.
+
+    storage_path: the folder in which names of runs are looked up. precision (generate.precision):
+    auto, fp32 or bf16. quantize (quantize.weights): none, int8, int4 or iq4_nl. use_gpu
+    (compute.use_gpu). backend (generate.backend): auto, native or torch. max_batch_size
+    (generate.max_batch_size): how many prompts run at a time.
+    """
+
+    storage_path: str
+    precision: str
+    quantize: str
+    use_gpu: bool
+    backend: str
+    max_batch_size: int
+
+
+class Settings(TypedDict, total=False):
+    """How to sample: the config's `sample` section, with its names and defaults."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | abc.Sequence[str] | None
+    stop_token_ids: abc.Sequence[int] | None
+    include_stop_str_in_output: bool
+    utf8: bool
+    seed: int
+    parse_special: bool
+
+
+class TokensPrompt(TypedDict):
+    """A prompt's token ids, as vLLM takes them."""
+
+    prompt_token_ids: abc.Sequence[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt's text, as vLLM takes it."""
+
+    prompt: str
+
+
+# A text, or token ids to which the tokenizer adds nothing.
+Prompt = str | abc.Sequence[int] | TokensPrompt | TextPrompt
+_FORMS = ("prompt_token_ids", "prompt")
 
 
 def values_of(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
@@ -29,18 +94,39 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
         return int(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
 
 
-def texts_of(prompts: str | abc.Sequence[str]) -> list[str]:
-    """One text or several, as a list. Raises UserError for anything else."""
-    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, (Mapping, bytes)):
-        raise UserError(f"prompts must be text or a list of texts, got {type(prompts).__name__}")
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    for number, prompt in enumerate(given):
-        if not isinstance(prompt, str):
-            raise UserError(f"prompts[{number}] must be a string, got {type(prompt).__name__}")
-    return given
+def prompts_of(prompts: Prompt | abc.Sequence[Prompt]) -> list[str | list[int]]:
+    """One prompt or several, as a list of texts and token ids. Raises UserError for others."""
+    if isinstance(prompts, (str, Mapping)) or (_are_ids(prompts) and len(prompts)):
+        return [_prompt_of(prompts, "prompts")]
+    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, bytes):
+        kind = type(prompts).__name__
+        raise UserError(f"prompts must be text, token ids or a list of either, got {kind}")
+    return [_prompt_of(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+
+
+def _prompt_of(prompt: object, place: str) -> str | list[int]:
+    if isinstance(prompt, Mapping):
+        form = next((form for form in _FORMS if prompt.get(form) is not None), None)
+        if form is None or not {*prompt} <= {*_FORMS}:
+            keys = ", ".join(map(str, prompt))
+            raise UserError(f"{place} must have prompt_token_ids or prompt, got {keys:.60}")
+        prompt, place = prompt[form], f"{place}[{form!r}]"
+    if isinstance(prompt, str):
+        return prompt
+    if _are_ids(prompt):
+        return [*map(int, prompt)]
+    raise UserError(f"{place} must be text or token ids, got {type(prompt).__name__}")
+
+
+def _are_ids(value: object) -> TypeGuard[abc.Collection[int]]:
+    return (
+        isinstance(value, abc.Collection)
+        and not isinstance(value, (str, bytes, Mapping))
+        and all(isinstance(one, Integral) and not isinstance(one, bool) for one in value)
+    )
 
 
 def chats_of(messages: abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]]) -> list[object]:

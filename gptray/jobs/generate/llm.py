@@ -5,78 +5,43 @@ from __future__ import annotations
 from collections import abc, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn, TypedDict, Unpack
+from typing import NoReturn, Unpack
 
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
-from gptray.config.use_sections import ROW_SETTINGS
 from gptray.generation.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed
-from gptray.jobs.generate.arguments import chats_of, texts_of, values_of
+from gptray.jobs.generate.arguments import (
+    OPTIONS,
+    SETTINGS,
+    Options,
+    Prompt,
+    Settings,
+    chats_of,
+    prompts_of,
+    values_of,
+)
 from gptray.jobs.generate.checked import CheckedModel, check_model
 from gptray.jobs.generate.forks import check_not_forked, note_opening
 from gptray.jobs.progress.doing import doing
 from gptray.model.gpu_faults import memory_told
 from gptray.model.usage import Usage
 
-# The keywords of `LLM` and the config's keys that they set.
-_OPTIONS = {
-    "storage_path": "storage_path",
-    "precision": "generate.precision",
-    "quantize": "quantize.weights",
-    "use_gpu": "compute.use_gpu",
-    "backend": "generate.backend",
-    "max_batch_size": "generate.max_batch_size",
-}
-# The keywords of `generate` and `stream`: keys of the config's `sample` section.
-_SETTINGS = {name: f"sample.{name}" for name in (*ROW_SETTINGS, "parse_special")}
-
-
-class Options(TypedDict, total=False):
-    """How to open a model; a job's `--help` says more about each key named here.
-
-    storage_path: the folder in which names of runs are looked up. precision (generate.precision):
-    auto, fp32 or bf16. quantize (quantize.weights): none, int8, int4 or iq4_nl. use_gpu
-    (compute.use_gpu). backend (generate.backend): auto, native or torch. max_batch_size
-    (generate.max_batch_size): how many prompts run at a time.
-    """
-
-    storage_path: str
-    precision: str
-    quantize: str
-    use_gpu: bool
-    backend: str
-    max_batch_size: int
-
-
-class Settings(TypedDict, total=False):
-    """How to sample: the config's `sample` section, with its names and defaults."""
-
-    max_new_tokens: int
-    min_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    stop: str | abc.Sequence[str] | None
-    utf8: bool
-    seed: int
-    parse_special: bool
-
 
 @dataclass(frozen=True)
 class Output:
     """The output for a prompt.
 
-    text: without the prompt, as in the batch job's column `output`. tokens: the ids of `text`,
-    without the end-of-text token. seed: reproduces this text for this prompt alone. error: why
-    finish_reason is "error", otherwise None; `text` is then incomplete.
+    prompt: its text, if it was given as token ids also. text: without the prompt, as in the batch
+    job's column `output`. tokens: the ids of `text`, without a token that ended it. seed:
+    reproduces this text for this prompt alone. error: why finish_reason is "error", otherwise None;
+    `text` is then incomplete. prompt_token_ids: `prompt_tokens` of them. stop_reason: the stop
+    string or the token of `stop_token_ids` that ended the text, if one did.
     """
 
     prompt: str
@@ -86,6 +51,8 @@ class Output:
     tokens: list[int]
     seed: int
     error: str | None = None
+    prompt_token_ids: abc.Sequence[int] = field(default_factory=list)
+    stop_reason: str | int | None = None
 
 
 class LLM:
@@ -104,7 +71,7 @@ class LLM:
         to load; RunFailed if the kernels of backend="native" fail to build.
         """
         named = {} if model is None else {"generate.model": str(model)}
-        self._open(check_model(override(Config(), values_of(options, _OPTIONS) | named)))
+        self._open(check_model(override(Config(), values_of(options, OPTIONS) | named)))
 
     @classmethod
     def of(cls, model: CheckedModel) -> LLM:
@@ -126,18 +93,20 @@ class LLM:
         self._left = deque[Sequence]()  # to be cancelled before the next step
 
     def generate(
-        self, prompts: str | abc.Sequence[str], **settings: Unpack[Settings]
+        self, prompts: Prompt | abc.Sequence[Prompt], **settings: Unpack[Settings]
     ) -> list[Output]:
         """Continue prompts, as many at a time as fit; returns one output each, in order.
 
-        settings: keys of the config's `sample` section. Prompts are independent draws: the first
-        uses the seed itself, each other one a seed derived from it and its position, as in the
-        terminal. If a prompt cannot run, such as one longer than the context, its `error` says why,
-        and the others run. Raises UserError for a wrong setting or a prompt that is not text.
+        prompts: texts, or lists of token ids, to which the tokenizer adds nothing; vLLM's
+        {"prompt_token_ids": ids}, too. settings: keys of the config's `sample` section. Prompts are
+        independent draws: the first uses the seed itself, each other one a seed derived from it and
+        its position, as in the terminal. If a prompt cannot run, such as one longer than the
+        context, its `error` says why, and the others run. Raises UserError for a wrong setting or a
+        prompt that is neither text nor token ids.
         """
-        sample, given = self._sample(settings), texts_of(prompts)
+        sample, given = self._sample(settings), prompts_of(prompts)
         rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
-        return self._run(given, rows, sample)
+        return self._run([self._text(prompt) for prompt in given], rows, sample)
 
     def chat(
         self,
@@ -160,14 +129,14 @@ class LLM:
         rows = [self._row(ids, sample, i) for i, (_, ids) in enumerate(prompts)]
         return self._run([text for text, _ in prompts], rows, sample)
 
-    def stream(self, prompt: str, **settings: Unpack[Settings]) -> Iterator[str]:
+    def stream(self, prompt: Prompt, **settings: Unpack[Settings]) -> Iterator[str]:
         """Continue a prompt; yield pieces of whole characters, which together are `Output.text`.
 
-        Raises UserError at once for a wrong setting or a prompt that cannot run, and RunFailed
-        later if the model fails to generate a token.
+        prompt: one of those that `generate` takes. Raises UserError at once for a wrong setting or
+        a prompt that cannot run, and RunFailed later if the model fails to generate a token.
         """
-        sample, (text,) = self._sample(settings), texts_of([prompt])
-        return self._pieces(self._checked(text, sample, 0))
+        sample, (given,) = self._sample(settings), prompts_of([prompt])
+        return self._pieces(self._checked(given, sample, 0))
 
     def start(self, prompts: abc.Sequence[str], sample: SampleConfig) -> list[Sequence]:
         """Queue prompts like `generate`. Raises UserError if one of them cannot run."""
@@ -250,20 +219,25 @@ class LLM:
         while self._left:
             self._engine.cancel(self._left.popleft())
 
-    def _checked(self, prompt: str, sample: SampleConfig, number: int) -> Sequence:
+    def _text(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
+
+    def _checked(self, prompt: str | list[int], sample: SampleConfig, number: int) -> Sequence:
         row = self._sequence(prompt, sample, number, live_text=True)
         if isinstance(row, str):
             raise UserError(f"prompt={prompt!r:.60}: {row}")
         return row
 
     def _sequence(
-        self, prompt: str, sample: SampleConfig, number: int, *, live_text: bool = False
+        self, prompt: str | list[int], sample: SampleConfig, number: int, *, live_text: bool = False
     ) -> Sequence | str:
         """The sequence of prompt `number`, or why it cannot run."""
-        try:
-            ids = self._tokenizer.prompt_ids(prompt, parse_special=sample.parse_special)
-        except ValueError as error:
-            return str(error)
+        ids = prompt
+        if isinstance(ids, str):
+            try:
+                ids = self._tokenizer.prompt_ids(ids, parse_special=sample.parse_special)
+            except ValueError as error:
+                return str(error)
         return self._row(ids, sample, number, live_text=live_text)
 
     def _row(
@@ -279,7 +253,7 @@ class LLM:
 
     def _sample(self, settings: Settings) -> SampleConfig:
         check_not_forked()
-        return override(self._config, values_of(settings, _SETTINGS)).sample
+        return override(self._config, values_of(settings, SETTINGS)).sample
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:
@@ -293,4 +267,6 @@ def _output_of(prompt: str, sequence: Sequence) -> Output:
         sequence.tokens,
         sequence.sampling.seed,
         sequence.error,
+        sequence.prompt,
+        sequence.stop_reason,
     )

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from gptray.config import Config, UserError
+from gptray.config import Config, SampleConfig, UserError
 from gptray.config.keys import written
 from gptray.data.batch_requests import holds_requests
 from gptray.data.encoding import codec_of
@@ -51,7 +51,7 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
 
     Model and input are identified by their content, not by their names.
     """
-    settings, sample = config.generate, config.sample
+    settings = config.generate
     is_undecided = settings.backend == "auto" and not config.compute.use_gpu
     digest = hashlib.sha256()
     model_files = [*sorted(model_dir.glob(MODEL_FILES)), model_dir / "config.json"]
@@ -71,8 +71,12 @@ def job_identity(config: Config, model_dir: Path, files: Sequence[SourceFile]) -
         **{f"generate.{key}": getattr(settings, key) for key in _GENERATE_KEYS},
         BACKEND: UNDECIDED if is_undecided else settings.backend,
         "quantize.weights": config.quantize.weights,
-        **{f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()},
+        **_sampling(config.sample),
     }
+
+
+def _sampling(sample: SampleConfig) -> Record:
+    return {f"sample.{k}": v for k, v in sample.model_dump(mode="json", exclude={"prompt"}).items()}
 
 
 _GENERATE_KEYS = (
@@ -129,7 +133,11 @@ def existing_plan(folder: Path) -> Record | None:
 
 
 def refuse_differences(folder: str, before: Record, now: Record) -> None:
-    """Raise UserError, listing the keys that differ, unless the identities are the same."""
+    """Raise UserError, listing the keys that differ, unless the identities are the same.
+
+    An output of an older version lacks the newest keys of `sample`, which had no effect there.
+    """
+    before = {**_sampling(SampleConfig()), **before}
     differing = [
         f"  {key}: {written(before.get(key))} there, {written(now[key])} now"
         for key in now
