@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import abc
 from collections.abc import Iterator
 from functools import partial
 
@@ -36,9 +37,12 @@ class ChatCompletion(Completion):
         longest = served.engine.n_positions
         return await cls.of(body.completion(ids, longest=longest), served, limits)
 
+    def whole(self, parts: abc.Sequence[Choice]) -> dict[str, object]:
+        return {**super().whole(parts), **self._prompt_ids()}
+
     def whole_choice(self, choice: Choice) -> dict[str, object]:
         message = {"role": "assistant", "content": choice["text"], "refusal": None}
-        return {**self._fields(choice), "message": message}
+        return {**self._fields(choice, self._logprobs(choice)), "message": message}
 
     def chunks(self, choice: Choice) -> Iterator[dict[str, object]]:
         """First the roles of all choices, each in its own event, as OpenAI sends them.
@@ -48,25 +52,44 @@ class ChatCompletion(Completion):
         if not self._has_begun:
             self._has_begun = True
             for index in range(self.body.n):
-                begin = Choice(index=index, text="", logprobs=None, finish_reason=None)
-                yield self._chunk(self._delta(begin, role="assistant"))
+                begin = Choice(
+                    index=index,
+                    text="",
+                    logprobs=None,
+                    finish_reason=None,
+                    stop_reason=None,
+                    token_ids=[],
+                )
+                yield {**self._chunk(self._delta(begin, role="assistant")), **self._prompt_ids()}
         yield self._chunk(self._delta(choice))
 
     def _delta(self, choice: Choice, **more: str) -> dict[str, object]:
         """What an event adds to a choice."""
-        return {**self._fields(choice), "delta": {**more, "content": choice["text"]}}
+        fields = self._fields(choice, self._logprobs(choice))
+        return {**fields, "delta": {**more, "content": choice["text"]}}
 
-    def _fields(self, choice: Choice) -> dict[str, object]:
-        """The fields of a choice other than its text."""
+    def _logprobs(self, choice: Choice) -> dict[str, object] | None:
         told = choice["logprobs"]
-        logprobs = None
-        if told is not None:
-            logprobs = {"content": [_token_logprob(one.drawn, self._served) for one in told]}
+        return None if told is None else {"content": [self._token(one.drawn) for one in told]}
+
+    def _token(self, drawn: Drawn) -> dict[str, object]:
+        """A token of an answer, and the likeliest tokens at its position."""
+        assert drawn.logprob is not None  # only the first token of an echoed prompt has none
+        likeliest = [self._scored(token, logprob) for token, logprob in drawn.top]
+        return {**self._scored(drawn.token, drawn.logprob), "top_logprobs": likeliest}
+
+    def _scored(self, token: int, logprob: float) -> dict[str, object]:
+        """A token and its log-probability. bytes: its text in UTF-8, maybe part of a character."""
         return {
-            "index": choice["index"],
-            "logprobs": logprobs,
-            "finish_reason": choice["finish_reason"],
+            "token": self._name(token),
+            "logprob": finite(logprob),
+            "bytes": list(self._served.token_bytes(token)),
         }
+
+    def _prompt_ids(self) -> dict[str, object]:
+        """The prompt's token ids, if asked for; all choices have the same prompt."""
+        asked = self.body.return_token_ids
+        return {"prompt_token_ids": self._sequences[0].prompt} if asked else {}
 
 
 async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
@@ -76,19 +99,3 @@ async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
     # In a thread, since the first call takes a second and a template may be slow.
     _, ids = await asyncio.to_thread(render)
     return ids
-
-
-def _token_logprob(drawn: Drawn, served: Served) -> dict[str, object]:
-    """A token of an answer, and the likeliest tokens at its position."""
-    likeliest = [_of_token(token, logprob, served) for token, logprob in drawn.top]
-    assert drawn.logprob is not None  # only the first token of an echoed prompt has none
-    return {**_of_token(drawn.token, drawn.logprob, served), "top_logprobs": likeliest}
-
-
-def _of_token(token: int, logprob: float, served: Served) -> dict[str, object]:
-    """A token and its log-probability. bytes: its text in UTF-8, maybe part of a character."""
-    return {
-        "token": served.token_text(token),
-        "logprob": finite(logprob),
-        "bytes": list(served.token_bytes(token)),
-    }

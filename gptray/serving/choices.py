@@ -15,6 +15,8 @@ from gptray.serving.endpoint import Served
 from gptray.serving.protocol import CompletionRequest, Prompt
 from gptray.serving.streams import Update
 
+# What an answer calls a token.
+Name = abc.Callable[[int], str]
 # Replaces log-probabilities that JSON cannot represent.
 LEAST_LOGPROB = -9999.0
 
@@ -60,6 +62,8 @@ class Choice(TypedDict):
     text: str
     logprobs: list[PlacedToken] | None
     finish_reason: str | None
+    stop_reason: str | int | None
+    token_ids: list[int]  # also of a token that ended the text
 
 
 class Output:
@@ -89,6 +93,8 @@ class Output:
             "text": echoed + update.text,
             "logprobs": self._logprobs(update.prompt, new) if self._has_logprobs else None,
             "finish_reason": update.finish_reason,
+            "stop_reason": update.stop_reason,
+            "token_ids": [one.token for one in new],
         }
 
     def _shown(self, prompt: str) -> str:
@@ -126,26 +132,27 @@ def joined(parts: abc.Sequence[Choice]) -> Choice:
         **parts[-1],
         "text": "".join(part["text"] for part in parts),
         "logprobs": [one for part in placed for one in part] if placed else None,
+        "token_ids": [token for part in parts for token in part["token_ids"]],
     }
 
 
-def as_lists(tokens: abc.Sequence[PlacedToken], served: Served) -> dict[str, object]:
+def as_lists(tokens: abc.Sequence[PlacedToken], name: Name) -> dict[str, object]:
     """Log-probabilities in the format of completions; null for the first token of a prompt."""
     return {
         "text_offset": [one.offset for one in tokens],
         "token_logprobs": [one.drawn.logprob and finite(one.drawn.logprob) for one in tokens],
-        "tokens": [served.token_text(one.drawn.token) for one in tokens],
-        "top_logprobs": [_likeliest(one.drawn, served) for one in tokens],
+        "tokens": [name(one.drawn.token) for one in tokens],
+        "top_logprobs": [_likeliest(one.drawn, name) for one in tokens],
     }
 
 
-def _likeliest(drawn: Drawn, served: Served) -> dict[str, float] | None:
-    """The likeliest tokens and the drawn one; of tokens with the same text, the likeliest."""
+def _likeliest(drawn: Drawn, name: Name) -> dict[str, float] | None:
+    """The likeliest tokens and the drawn one; of tokens with the same name, the likeliest."""
     if drawn.logprob is None:
         return None
     found: dict[str, float] = {}
     for token, logprob in (*drawn.top, (drawn.token, drawn.logprob)):
-        found.setdefault(served.token_text(token), finite(logprob))
+        found.setdefault(name(token), finite(logprob))
     return found
 
 

@@ -21,8 +21,8 @@ from gptray.config.limits import SEEDS
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import PromptTooLong, Sampling
 from gptray.serving.api_error import ApiError
-from gptray.serving.choices import Choice, Echo, Output, as_lists, echo, ids_of, joined
-from gptray.serving.endpoint import Served
+from gptray.serving.choices import Choice, Echo, Name, Output, as_lists, echo, ids_of, joined
+from gptray.serving.endpoint import Served, token_id_name
 from gptray.serving.protocol import SAMPLED, CompletionRequest, StreamOptions, key_of
 from gptray.serving.streams import Stream, Update
 
@@ -55,6 +55,8 @@ class Completion:
         ]
         self.prompt_tokens = sum(one.prompt_tokens for one in sequences[:: body.n])
         self.completion_tokens = 0
+        self._name: Name = token_id_name if body.return_tokens_as_token_ids else served.token_text
+        self._told = set[int]()  # the choices whose prompt's ids are sent
 
     @classmethod
     async def of(cls, body: CompletionRequest, served: Served, limits: ServeConfig) -> Self:
@@ -66,7 +68,8 @@ class Completion:
         for number, prompt in enumerate(body.prompt):
             place = f"prompt {number + 1}: " if len(body.prompt) > 1 else ""
             try:
-                ids = await ids_of(prompt, body, served)
+                whole = await ids_of(prompt, body, served)
+                ids = served.tokenizer.last_ids(whole, body.truncate_prompt_tokens or len(whole))
                 outputs = _outputs_of(body, sampling, ids, number)
                 for sequence in outputs:
                     sequence.adapter = served.adapter
@@ -79,7 +82,7 @@ class Completion:
                     param=key_of(str(error), CompletionRequest.model_fields) or cls.prompt_key,
                     code="context_length_exceeded" if is_long else None,
                 ) from None
-            prompts.append(echo(prompt, body, ids, served))
+            prompts.append(echo(prompt if ids == whole else ids, body, ids, served))
             sequences += outputs
             await asyncio.sleep(0)  # lets other requests run between many prompts
         return cls(body, served, prompts, sequences)
@@ -132,10 +135,26 @@ class Completion:
         if self._options.include_usage:
             yield {**self._head(self.chunk_kind), "choices": [], "usage": self.usage()}
 
-    def whole_choice(self, choice: Choice) -> Mapping[str, object]:
+    def whole_choice(self, choice: Choice) -> dict[str, object]:
         """A choice in the format of a whole answer."""
         tokens = choice["logprobs"]
-        return {**choice, "logprobs": None if tokens is None else as_lists(tokens, self._served)}
+        logprobs = None if tokens is None else as_lists(tokens, self._name)
+        whole = {"text": choice["text"], **self._fields(choice, logprobs)}
+        if self.body.return_token_ids and choice["index"] not in self._told:
+            self._told.add(choice["index"])
+            whole["prompt_token_ids"] = self._sequences[choice["index"]].prompt
+        return whole
+
+    def _fields(self, choice: Choice, logprobs: object) -> dict[str, object]:
+        """The fields that completions and chats share."""
+        ids = {"token_ids": choice["token_ids"]} if self.body.return_token_ids else {}
+        return {
+            "index": choice["index"],
+            "logprobs": logprobs,
+            "finish_reason": choice["finish_reason"],
+            "stop_reason": choice["stop_reason"],
+            **ids,
+        }
 
     def usage(self) -> dict[str, int]:
         return {
@@ -165,10 +184,11 @@ def _check_limits(body: CompletionRequest, served: Served, limits: ServeConfig) 
     for key, given, most in (
         ("n", body.n, limits.max_n),
         ("stop", len(body.stop), limits.max_stop),
+        ("stop_token_ids", len(body.stop_token_ids), limits.max_stop),
         ("logprobs", body.logprobs or 0, limits.max_logprobs),
     ):
         if given > most:
-            what = f"{key} has {given} entries" if key == "stop" else f"{key}={given}"
+            what = f"{key} has {given} entries" if "stop" in key else f"{key}={given}"
             raise ApiError(400, f"{what}, more than {most}", param=key)
     outputs, most = len(body.prompt) * body.n, limits.max_outputs
     if outputs > most:

@@ -41,6 +41,11 @@ LONG_TEXT = 4096
 NO_TEXT = "token_id:"
 
 
+def token_id_name(token: int) -> str:
+    """A token's name by its id."""
+    return f"{NO_TEXT}{token}"
+
+
 class Served:
     """A model with its tokenizer and the engine that runs it in its own thread.
 
@@ -129,7 +134,7 @@ class Served:
         """A token's text; for part of a character, its id."""
         if token not in self._token_texts:
             text = self.tokenizer.decode([token])
-            self._token_texts[token] = f"{NO_TEXT}{token}" if REPLACEMENT in text else text
+            self._token_texts[token] = token_id_name(token) if REPLACEMENT in text else text
         return self._token_texts[token]
 
     def token_bytes(self, token: int) -> bytes:

@@ -25,6 +25,8 @@ from gptray.config.keys import FieldSpec, field_specs
 from gptray.config.limits import MAX_BIASES, SEEDS, within
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.serving.api_error import ApiError
+from gptray.serving.other_keys import complaint_about
+from gptray.stored import is_whole
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | list[int]
@@ -36,68 +38,9 @@ _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 # Keys that are passed to the sampler unchanged.
 SAMPLED = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "logit_bias", "ignore_eos", "stop", "logprobs",
+    "logit_bias", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output", "logprobs",
 )  # fmt: skip
 
-# Other names that people try, and the key they mean.
-ALIASES = {
-    "max_new_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "max_length": "max_tokens",
-    "n_predict": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "num_return_sequences": "n",
-    "stop_strings": "stop",
-    "stop_sequences": "stop",
-    "messages": "prompt",
-    "prompt": "messages",
-    "input": "prompt",
-    "inputs": "prompt",
-    "top_logprobs": "logprobs",
-}
-# Other keys of OpenAI's and vLLM's APIs: ignored whatever their value,
-_IGNORED = (
-    "user", "store", "metadata", "service_tier", "safety_identifier", "prediction", "cache_salt",
-    "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls",
-    "request_id", "include_reasoning", "skip_special_tokens", "spaces_between_special_tokens",
-)  # fmt: skip
-# never accepted,
-_REFUSED = (
-    "audio", "moderation", "web_search_options", "thinking_token_budget", "repetition_detection",
-    "prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "allowed_token_ids",
-    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "chat_template", "kv_transfer_params", "vllm_xargs",
-)  # fmt: skip
-# or ignored with these values, and otherwise not accepted.
-_HARMLESS: dict[str, tuple[object, ...]] = {
-    "detokenize": (True,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "echo": (False,),
-    "add_special_tokens": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
-    "include_stop_str_in_output": (False,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "stop_token_ids": ([],),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "priority": (0,),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "documents": ([],),
-    "media_io_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
-}
 # The most wrong keys that a message lists.
 MAX_PROBLEMS = 12
 
@@ -113,6 +56,12 @@ def _prompts(value: object) -> list[Prompt]:
 
 def _is_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _stop_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(map(is_whole, value)):
+        raise ValueError("expects a list of token ids")
+    return tuple(value)
 
 
 def _stops(value: object) -> tuple[str, ...]:
@@ -175,12 +124,19 @@ class GenerationRequest(_Strict):
     min_p: Annotated[float, within("min_p")] = 0.0
     n: Annotated[int, Field(ge=1)] = 1
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_stop_ids)] = ()
+    include_stop_str_in_output: bool = False
     seed: Annotated[int, within("seed"), BeforeValidator(_seed)] | None = None
     presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
     frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0
     repetition_penalty: Annotated[float, within("repetition_penalty")] = 1.0
     logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_bias)] = ()
     ignore_eos: bool = False
+    # Keep only the prompt's last tokens, at most so many.
+    truncate_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    # Whether to add the ids of the prompt and the output, and to name tokens by their ids.
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
     stream: bool = False
     stream_options: Annotated[StreamOptions, BeforeValidator(_without_nulls)] | None = None
 
@@ -239,16 +195,11 @@ def parse_request(kind: type[T], given: Mapping[str, object]) -> T:
             continue
         if key in specs:
             known[key] = _whole_number(value) if int in specs[key].kinds else value
-        elif key in _REFUSED or key in _HARMLESS:
-            if value not in _HARMLESS.get(key, ()):
-                problems[key] = f"{key} is not supported"
-        elif key not in _IGNORED:
+        elif (problem := complaint_about(key, value, specs)) is not None:
             if len(problems) == MAX_PROBLEMS:
-                problems[key] = "... and more unknown keys"
+                problems[key] = "... and more"
                 break
-            near = ALIASES.get(key) or nearest(key, specs)
-            meant = did_you_mean(near if near in specs else None)
-            problems[key] = f"unknown key {key[:60]!r}{meant}"
+            problems[key] = problem
     try:
         request = kind.model_validate(known)
     except ValidationError as error:

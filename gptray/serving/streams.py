@@ -20,9 +20,9 @@ class Update:
     """What is new in a sequence since the last update: one token or more.
 
     index: of the sequence in its stream. text: whole characters only, without the possible start of
-    a stop string. prompt: only in the first update. end: the end-of-text token, if the sequence
-    ended with it. error: the reason, if finish_reason is "error". Without `Sequence.live_text`
-    there are two updates: the first token, and the rest.
+    a stop string. prompt: only in the first update. end: the token that ended the sequence and is
+    not part of it, if there is one. error: the reason, if finish_reason is "error". Without
+    `Sequence.live_text` there are two updates: the first token, and the rest.
     """
 
     index: int
@@ -32,6 +32,7 @@ class Update:
     end: Drawn | None
     finish_reason: FinishReason | None
     error: str | None = None
+    stop_reason: str | int | None = None
 
     def __add__(self, later: Update) -> Update:
         return replace(
@@ -105,6 +106,7 @@ class Order:
             sequence.end,
             sequence.finish_reason,
             sequence.error,
+            sequence.stop_reason,
         )
         self.tokens += len(update.drawn)
         self.characters += len(update.text)

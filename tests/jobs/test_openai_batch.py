@@ -68,21 +68,27 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
         {"prompt": ["a dog"], "max_tokens": 3, "temperature": 0, "seed": 7, "top_k": -1},
         {"prompt": "", "stop": ["dog"], "user": "me", "n": 1, "stream": False, "logprobs": None},
         {"prompt": "the", "presence_penalty": 2, "logit_bias": {"5": 100}, "max_tokens": 2},
+        {"prompt": small_tokenizer().encode("a dog"), "max_tokens": 3, "temperature": 0},
+        {"prompt": [[9]], "logit_bias": {"5": 100}, "stop_token_ids": [5]},
+        {"prompt": [10**6]},
     ]
     lines = [line(f"r{i}", **body) for i, body in enumerate(bodies)]
     batch = Batch(engine, small_tokenizer(), tmp_path)
     table = batch(
         jsonl(tmp_path, *lines), "sample.temperature=1", read_request=RequestReader(tmp_path)
     )
-    assert table["error"].null_count == 4
-    assert table["id"].to_pylist() == table["custom_id"].to_pylist() == ["r0", "r1", "r2", "r3"]
-    assert table["prompt"].to_pylist() == ["the cat", "a dog", "", "the"]
+    assert table["error"].null_count == 6 and "a token outside 0 .. " in str(table["error"][6])
+    assert table["id"].to_pylist() == table["custom_id"].to_pylist()
+    assert table["prompt"].to_pylist()[:4] == ["the cat", "a dog", "", "the"]
+    assert table["prompt"].to_pylist()[5:] == ["[9]", "[1000000]"]
     assert table["output_tokens"].to_pylist()[:2] == [4, 3]
     rows = table.to_pylist()
     assert rows[1]["seed"] == 7
     words = ("sample.temperature=0", "sample.max_new_tokens=3")
     assert rows[1]["output"] == batch.alone("a dog", 7, *words)
     assert rows[3]["output"] == small_tokenizer().decode([5, 5])
+    assert rows[4]["output"] == rows[1]["output"] and rows[4]["prompt_tokens"] > 1
+    assert (rows[5]["output"], rows[5]["finish_reason"]) == ("", "stop")
     passed = [{key: row[key] for key in lines[0]} for row in rows]
     for given, got in zip(lines, passed, strict=True):
         body = got["body"]
@@ -99,8 +105,12 @@ def test_a_body_sets_its_row_and_the_line_passes_through(engine: Engine, tmp_pat
         ({"prompt": "x", "logprobs": 3}, "logprobs=3 is for the endpoint"),
         ({"prompt": "x", "echo": True}, "echo=True is for the endpoint"),
         ({"prompt": "x", "stream": True}, "stream=True is for the endpoint"),
-        ({"prompt": ["x", "y"]}, "prompt must be one text"),
-        ({"prompt": [1, 2]}, "prompt must be one text"),
+        ({"prompt": ["x", "y"]}, "prompt must be a single one"),
+        ({"prompt": [[1], [2]]}, "prompt must be a single one"),
+        ({"prompt": "x", "logprobs": 0}, "logprobs=0 is for the endpoint"),
+        ({"prompt": "x", "add_special_tokens": False}, "add_special_tokens=False is for the end"),
+        ({"prompt": "x", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens=5 is for the end"),
+        ({"prompt": "x", "return_token_ids": True}, "return_token_ids=True is for the endpoint"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages.*did you mean prompt"),
         ({"prompt": "x", "temprature": 1}, "temprature.*did you mean temperature"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),

@@ -20,9 +20,16 @@ TEXTS = [
 NUMERIC = [
     "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "n", "best_of", "seed",
     "logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "truncate_prompt_tokens",
 ]  # fmt: skip
-FLAGS = ["echo", "stream", "ignore_eos"]
-OTHERS = ["model", "stop", "logit_bias", "stream_options", "suffix", "user", "nonsense", "tempo"]
+FLAGS = [
+    "echo", "stream", "ignore_eos", "include_stop_str_in_output", "return_token_ids",
+    "return_tokens_as_token_ids",
+]  # fmt: skip
+OTHERS = [
+    "model", "stop", "stop_token_ids", "logit_bias", "stream_options", "suffix", "user", "nonsense",
+    "tempo", "response_format", "priority",
+]  # fmt: skip
 
 
 def fuzzed(count: int, *, seed: int, vocab_size: int) -> Iterator[bytes]:
@@ -48,6 +55,9 @@ def _value(draw: random.Random, key: str, vocab_size: int) -> str:
     if key == "logit_bias":
         bias: dict[Any, float] = {draw.randrange(-2, vocab_size + 5): draw.uniform(-110, 110)}
         return json.dumps(bias)
+    if key == "stop_token_ids":
+        ids = [draw.randrange(-1, vocab_size + 1) for _ in range(draw.randrange(5))]
+        return draw.choice([json.dumps(ids), "[5]", "[true]", "[1.5]", "[[1]]", "[" + "7," * 99])
     if key == "stop":
         return draw.choice(['"e"', '["a", "b"]', '[""]', '["' + "y" * 300 + '"]', "[1]"])
     if key == "stream_options":

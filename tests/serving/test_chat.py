@@ -279,9 +279,8 @@ def test_every_key_of_openais_package_is_known(server: Server) -> None:
         ({"best_of": 1, "echo": False, "add_special_tokens": False}, {"best_of": 2, "echo": True}),
         ({"documents": [], "mm_processor_kwargs": {}}, {"documents": [{"text": "a"}]}),
         ({"include_reasoning": True, "cache_salt": "a"}, {"chat_template": "{{ messages }}"}),
-        ({"return_tokens_as_token_ids": False}, {"return_tokens_as_token_ids": True}),
         ({"reasoning_effort": "none", "verbosity": "medium"}, {"reasoning_effort": "low"}),
-        ({"prompt_logprobs": None}, {"prompt_logprobs": 1, "truncate_prompt_tokens": 5}),
+        ({"prompt_logprobs": None}, {"prompt_logprobs": 1, "allowed_token_ids": [5]}),
         ({"logits_processors": []}, {"structured_outputs": {"choice": ["a", "b"]}}),
     ],
 )
@@ -292,9 +291,30 @@ def test_vllms_keys_are_harmless_or_not_supported(
     assert post(server, **asked, **ignored).status_code == 200
     answer = post(server, **asked, **refused)
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "\n".join(
-        f"{key} is not supported" for key in refused
-    )
+    told = answer.json()["error"]["message"].splitlines()
+    for key, line in zip(refused, told, strict=True):
+        assert line.startswith(f"{key} is not supported: "), "and what to do instead"
+
+
+def test_an_answer_tells_its_token_ids_and_what_ended_it(client: OpenAI) -> None:
+    _, ids = ChatTemplate(TEMPLATE, TOKENIZER).prompt(ASK)
+    asked: dict[str, Any] = {"max_tokens": 12, "seed": 3, "logprobs": True, "top_logprobs": 2}
+    told: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    free = create(client, **asked, extra_body=told)
+    assert free.prompt_token_ids == ids
+    (choice,) = free.choices
+    assert choice.message.content == TOKENIZER.decode(choice.token_ids)
+    assert [one.token for one in choice.logprobs.content] == [
+        f"token_id:{one}" for one in choice.token_ids
+    ]
+    told["stop_token_ids"] = [choice.token_ids[6]]
+    events = [*create(client, **asked, stream=True, extra_body=told)]
+    assert events[0].prompt_token_ids == ids
+    assert not any(hasattr(event, "prompt_token_ids") for event in events[1:])
+    found = [one for event in events for one in event.choices[0].token_ids]
+    assert found == choice.token_ids[: choice.token_ids.index(choice.token_ids[6]) + 1]
+    last = events[-1].choices[0]
+    assert (last.finish_reason, last.stop_reason) == ("stop", choice.token_ids[6])
 
 
 def test_a_model_without_a_template_says_where_to_go() -> None:

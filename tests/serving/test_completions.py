@@ -37,6 +37,22 @@ def client(server: Server) -> Iterator[OpenAI]:
         yield client
 
 
+def answered(server: Server, **body: Any) -> dict[str, Any]:
+    """The only choice of an answer; of a stream, what its events add up to."""
+    answer = server.post(**body)
+    assert answer.status_code == 200, answer.text
+    if not body.get("stream"):
+        choice: dict[str, Any] = answer.json()["choices"][0]
+        return choice
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [json.loads(event)["choices"][0] for event in events]
+    assert not any("prompt_token_ids" in part for part in parts[1:])
+    whole = {**parts[0], **parts[-1], "text": "".join(part["text"] for part in parts)}
+    if "token_ids" in whole:
+        whole["token_ids"] = [one for part in parts for one in part["token_ids"]]
+    return whole
+
+
 def texts(prompt: str, *, n: int = 1, first: int = 0, **sampling: Any) -> list[str]:
     """What the engine writes, asked directly, from row `first` of the seed on."""
     engine = Engine(tiny(), TOKENIZER, max_batch_size=4)
@@ -90,6 +106,50 @@ def test_stop_strings_end_the_text_before_them(client: OpenAI) -> None:
     )
     assert cut.choices[0].text == free.choices[0].text.partition(stop)[0]
     assert cut.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_tokens_and_kept_stops_say_what_ended_the_text(server: Server, stream: bool) -> None:
+    body: dict[str, Any] = {"prompt": "a dog", "max_tokens": 30, "seed": 5, "stream": stream}
+    free = answered(server, return_token_ids=True, **body)
+    assert (free["stop_reason"], len(free["token_ids"])) == (None, 30)
+    assert free["prompt_token_ids"] == TOKENIZER.encode("a dog")
+    assert TOKENIZER.decode(free["token_ids"]) == free["text"]
+    token, stop = free["token_ids"][9], free["text"][9:12]
+    ids = free["token_ids"][: free["token_ids"].index(token)]
+    for kept in (False, True):
+        body |= {"include_stop_str_in_output": kept}
+        cut = answered(server, stop_token_ids=[token, 1], return_token_ids=True, **body)
+        assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", token)
+        assert cut["token_ids"] == [*ids, token], "also of the token that ended the text"
+        assert cut["text"] == TOKENIZER.decode([*ids, token] if kept else ids)
+        cut = answered(server, stop=[stop], **body)
+        assert (cut["finish_reason"], cut["stop_reason"]) == ("stop", stop)
+        assert cut["text"] == free["text"].partition(stop)[0] + stop * kept
+        assert not {"token_ids", "prompt_token_ids"} & {*cut}
+    again = answered(server, **{**body, "prompt": free["prompt_token_ids"]})
+    assert again["text"] == free["text"]
+
+
+def test_tokens_are_named_by_their_ids_if_asked(server: Server) -> None:
+    body = {"prompt": "the", "max_tokens": 6, "seed": 1, "logprobs": 3, "return_token_ids": True}
+    choice = answered(server, **body, return_tokens_as_token_ids=True)
+    assert choice["logprobs"]["tokens"] == [f"token_id:{one}" for one in choice["token_ids"]]
+    by_text = answered(server, **body)
+    assert choice["logprobs"]["token_logprobs"] == by_text["logprobs"]["token_logprobs"]
+    for top in choice["logprobs"]["top_logprobs"]:
+        assert len(top) in (3, 4) and all(one.startswith("token_id:") for one in top)
+
+
+def test_a_prompt_is_cut_to_its_last_tokens_if_asked(server: Server) -> None:
+    long = "the cat sees a dog. " * 30
+    ids = TOKENIZER.encode(long)[-7:]
+    body: dict[str, Any] = {"max_tokens": 8, "seed": 3, "echo": True}
+    for prompt in (long, TOKENIZER.encode(long)):
+        assert server.post(prompt=prompt, **body).status_code == 400
+        cut = answered(server, prompt=prompt, truncate_prompt_tokens=7, **body)
+        assert cut == answered(server, prompt=ids, **body)
+    assert answered(server, prompt="the", truncate_prompt_tokens=99, **body)["text"][:3] == "the"
 
 
 @pytest.mark.parametrize("seed", [None, 5])

@@ -26,7 +26,10 @@ SETTINGS = {
     **{name: name for name in (*SAMPLED, "top_k", "seed") if name != "logprobs"},
 }
 # Keys that batch rows do not support.
-_ONLY_HTTP = ("stream", "echo", "logprobs")
+_ONLY_HTTP = (
+    "stream", "echo", "logprobs", "add_special_tokens", "truncate_prompt_tokens",
+    "return_token_ids", "return_tokens_as_token_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class RequestReader:
             return self._answer(chat)
         text = parse_request(CompletionRequest, body)
         _check(text)
-        if len(text.prompt) != 1 or not isinstance(text.prompt[0], str):
-            raise ValueError("prompt must be one text; give each prompt its own request")
+        if len(text.prompt) != 1:
+            raise ValueError("prompt must be a single one; give each prompt its own request")
         return RowRequest(text.prompt[0], _settings(text), None)
 
     def _answer(self, request: ChatRequest) -> RowRequest:
@@ -95,6 +98,7 @@ def _check(request: GenerationRequest) -> None:
         raise ValueError(
             f"n={request.n}: a batch row has one output; set generate.num_samples for more"
         )
+    fields = type(request).model_fields
     for key in _ONLY_HTTP:
-        if (value := getattr(request, key, None)) not in (False, None):
+        if key in fields and (value := getattr(request, key)) != fields[key].default:
             raise ValueError(f"{key}={value} is for the endpoint, not for a batch job")
