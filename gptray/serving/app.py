@@ -202,8 +202,6 @@ class _Routes:
             return JSONResponse({"object": "list", "data": [_card(one) for one in served.all]})
 
     async def model(self, name: str) -> Response:
-        if not name:  # /v1/models/
-            return await self.models()
         with self._endpoint.using(name) as served:
             check_name(served, name)
             return JSONResponse(_card(served))

@@ -46,6 +46,9 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        # A slash too many, as by a base URL that ends in one, would need a redirect, and behind a
+        # proxy only the client knows the address that this should have.
+        scope = {**scope, "path": f"/{scope['path'].strip('/')}"}
         status = 499  # nginx's status for a client that closed the connection
 
         async def counted(message: Message) -> None:

@@ -336,6 +336,14 @@ def test_a_page_of_an_allowed_origin_may_call_and_its_preflight_needs_no_key() -
         assert httpx.options(f"{server.url}{path}", headers=asks).status_code == 405
 
 
+@pytest.mark.parametrize("path", ["/v1/completions/", "//v1/completions"])
+def test_a_slash_too_many_is_no_redirect_which_could_send_a_key_astray(path: str) -> None:
+    with running() as server:
+        answer = httpx.post(f"{server.url}{path}", json=GOOD)
+        assert answer.status_code == 200, answer.headers
+        assert server.metric('gptray_requests_total{path="/v1/completions",status="200"}') == 1
+
+
 def test_head_allow_and_a_trailing_slash_are_as_http_has_them() -> None:
     with running() as server:
         head = httpx.head(f"{server.url}/v1/models")
@@ -394,7 +402,8 @@ def test_a_key_opens_every_route_and_none_but_health_is_open_without(tmp_path: P
     routes = [
         ("GET", "/"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
         ("POST", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/detokenize"),
-        ("GET", "/tokenizer_info"), ("GET", "/nowhere"), ("GET", "/health/"), ("GET", "//health"),
+        ("GET", "/tokenizer_info"), ("GET", "/nowhere"), ("GET", "/health/x"), ("GET", "/metrics/"),
+        ("GET", "//metrics"), ("POST", "//v1/completions/"),
     ]  # fmt: skip
     with (
         running(keys=Keys(str(path), read_keys(str(path)))) as server,
