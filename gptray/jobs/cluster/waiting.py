@@ -50,11 +50,11 @@ def telling_waits(wait_s: float | None) -> Iterator[None]:
 
     wait_s: how long the whole job may wait before the block raises RunFailed; None: forever.
     """
-    if _Watch.is_watching or is_own_ray():
+    if _WaitWatch.is_watching or is_own_ray():
         yield  # nobody else can hold the resources of the job's own Ray
         return
-    watch = _Watch(wait_s)
-    _Watch.is_watching = True
+    watch = _WaitWatch(wait_s)
+    _WaitWatch.is_watching = True
     try:
         with following(watch.look, every_s=POLL_S):
             yield
@@ -63,10 +63,10 @@ def telling_waits(wait_s: float | None) -> Iterator[None]:
             raise RunFailed(watch.gave_up) from None
         raise
     finally:
-        _Watch.is_watching = False
+        _WaitWatch.is_watching = False
 
 
-class _Watch:
+class _WaitWatch:
     is_watching = False
 
     def __init__(self, wait_s: float | None) -> None:

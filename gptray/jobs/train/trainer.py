@@ -14,7 +14,9 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.actor import ActorHandle
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import PlacementGroup
 
 from gptray.config import RunFailed
 from gptray.config.errors import WorkerFailed
@@ -94,13 +96,14 @@ class Cleaner:
     ten seconds to end.
     """
 
-    def __init__(self, controller: Any) -> None:
-        self._controller, self._group = controller, None
+    def __init__(self, controller: ActorHandle[object]) -> None:
+        self._controller = controller
+        self._group: PlacementGroup | None = None
 
     def start_monitoring(self) -> None:
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def register_placement_group(self, group: Any) -> None:
+    def register_placement_group(self, group: PlacementGroup) -> None:
         """Note the placement group of the controller's current workers."""
         self._group = group
 
@@ -127,7 +130,7 @@ class FailureNotes(ray.train.UserCallback):  # type: ignore[misc]
     def __init__(self, task: TrainTask) -> None:
         self._task = task
 
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         ranks = ", ".join(str(rank) for rank in sorted(worker_exceptions))
         why = why_ended(next(iter(worker_exceptions.values())))
         with suppress(RunFailed):

@@ -84,7 +84,7 @@ class _Tail(Generic[T]):
             self._file.close()
 
 
-class _Watch:
+class _RunWatch:
     def __init__(self, run_dir: Path, max_steps: int, on_evaluation: Callable[[], object]) -> None:
         self._on_evaluation = on_evaluation
         self._metrics = _Tail[MetricsRow](run_dir / METRICS, METRIC_FIELDS, from_end=False)
@@ -222,7 +222,7 @@ def watching(
 
     `on_evaluation` is called, from a thread, when training begins and after each evaluation.
     """
-    watch = _Watch(run_dir, max_steps, on_evaluation)
+    watch = _RunWatch(run_dir, max_steps, on_evaluation)
     with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
         yield
 

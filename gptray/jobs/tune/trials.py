@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray.tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -121,17 +122,17 @@ class _QueueUser:
 class _Searcher(_QueueUser, Searcher):  # type: ignore[misc]
     """Gives Tune the queue's trials in order."""
 
-    def set_search_properties(self, *args: Any, **spec: Any) -> bool:
+    def set_search_properties(self, *args: object, **spec: object) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, TrialTask] | str | None:
         with _failure_kept(self._queue):
             if planned := self._queue.next():
                 return {"task": self._queue.task(planned)}
         is_over = self._queue.is_over or self._queue.failure
         return str(Searcher.FINISHED) if is_over else None
 
-    def on_trial_complete(self, trial_id: str, *args: Any, **info: Any) -> None:
+    def on_trial_complete(self, trial_id: str, *args: object, **info: object) -> None:
         pass
 
     def save(self, checkpoint_path: str) -> None:
@@ -150,7 +151,7 @@ def _failure_kept(queue: SweepQueue) -> Iterator[None]:
 class _Brake(_QueueUser, ray.tune.Stopper):  # type: ignore[misc]
     """Stops all trials once the sweep's record cannot be written."""
 
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def __call__(self, trial_id: str, result: object) -> bool:
         return False
 
     def stop_all(self) -> bool:
@@ -160,11 +161,13 @@ class _Brake(_QueueUser, ray.tune.Stopper):  # type: ignore[misc]
 class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
     """Records the outcome of each trial."""
 
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: object, trial: Trial, **info: object) -> None:
         with _failure_kept(self._queue):
             self._queue.started(name_of(trial))
 
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: object, trial: Trial, **info: object
+    ) -> None:
         if self._queue.failure:
             return  # stopped because of it
         result = trial.last_result
@@ -180,21 +183,21 @@ class _Log(_QueueUser, ray.tune.Callback):  # type: ignore[misc]
                 passing=result.get("passing", False),
             )
 
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: object, trial: Trial, **info: object) -> None:
         is_told = trial.error_file and Path(trial.error_file).is_file()
         message = why_ended(Path(trial.error_file).read_text("utf-8") if is_told else "")
         with _failure_kept(self._queue):
             self._queue.ended(name_of(trial), "failed", step=0, message=message, passing=True)
 
 
-def task_of(trial: Any) -> TrialTask:
+def task_of(trial: Trial) -> TrialTask:
     """The task of one of Tune's trials."""
     task = trial.config["task"]
     assert isinstance(task, TrialTask)
     return task
 
 
-def name_of(trial: Any) -> str:
+def name_of(trial: Trial) -> str:
     """The sweep's name for one of Tune's trials."""
     return task_of(trial).name
 
@@ -210,7 +213,9 @@ class Rungs(FIFOScheduler):  # type: ignore[misc]
         super().__init__()
         self._halving = halving
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: object, trial: Trial, result: dict[str, object]
+    ) -> str:
         task = task_of(trial)
         # The last report has an outcome instead of a step.
         if not task.is_cut or "step" not in result:

@@ -35,7 +35,7 @@ CHANGE_S = 20.0
 SHOWN = 12
 
 
-class _Watch:
+class _SweepWatch:
     def __init__(self, folder: Path, num_trials: int, on_change: Callable[[], object]) -> None:
         self._folder, self._num_trials, self._on_change = folder, num_trials, on_change
         trials = load_trials(folder)
@@ -166,7 +166,7 @@ def watching_sweep(
 
     `on_change` is called now and then, from a thread, when there is something new.
     """
-    watch = _Watch(folder, num_trials, on_change)
+    watch = _SweepWatch(folder, num_trials, on_change)
     with closing(watch), following(watch.look, every_s=POLL_S), telling(watch.line):
         yield
 
