@@ -72,7 +72,7 @@ class Nodes:
         return node
 
     def drain(self, node: Any, seconds: float) -> None:
-        """Announce that a node will be taken, as a cloud does; without work it then ends."""
+        """Announce that a node will be preempted, as a cloud does; without work it then ends."""
         from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 

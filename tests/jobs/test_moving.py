@@ -126,7 +126,7 @@ def test_an_elastic_training_goes_on_with_the_workers_that_there_is_room_for(
             second, third = nodes.add(1), nodes.add(1)
             line_with(", 3 workers,", process)
             nodes.drain(second, 20)
-            line_with("will be taken in", process)
+            line_with("will be preempted in", process)
             line_with(", 2 workers,", process)
             line_with("val", process)
             nodes.kill(third)

@@ -177,4 +177,4 @@ def _drain(timeout_s: float) -> None:
     replicas = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
     cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
     if cut:
-        log.warning("%d requests did not end in time", cut)
+        log.warning("%s did not end in time", count(cut, "request"))

@@ -51,7 +51,7 @@ class Notices:
         self._has_saved = False
         self._last, self._longest_s = time.monotonic(), 0.0
         self._reason = "a worker got SIGTERM"
-        self._taken_at: float | None = None  # when the first node will be preempted
+        self._preempted_at: float | None = None  # when the first node will be preempted
         self._is_to_leave = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="notices", daemon=True)
@@ -75,9 +75,9 @@ class Notices:
         self._longest_s, self._last = max(self._longest_s, now - self._last), now
         if self._is_to_leave or _sigterm.is_set():
             return Action.LEAVE
-        if self._taken_at is None:
+        if self._preempted_at is None:
             return Action.NONE
-        left_s = self._taken_at - time.time()
+        left_s = self._preempted_at - time.time()
         if left_s < 2 * self._longest_s + SPARE_S:
             return Action.LEAVE
         if self._has_saved:
@@ -119,8 +119,8 @@ class Notices:
             staying = self._workers - len(lost) + min(given, len(lost))
             self._next_workers = max(self._compute.min_workers, staying)
             names = [node.address for node in alive_nodes() if node.id in lost]
-            self._reason = f"node{'s' * (len({*lost}) > 1)} {', '.join(names)} will be taken"
-            self._taken_at = min(leaving[node] for node in lost)
+            self._reason = f"node{'s' * (len({*lost}) > 1)} {', '.join(names)} will be preempted"
+            self._preempted_at = min(leaving[node] for node in lost)
             self._is_to_leave = given >= len(lost)
         elif (more := min(given, missing)) and is_settled:
             self._next_workers = self._workers + more
