@@ -134,9 +134,10 @@ def load_weights(
 ) -> None:
     """Copy a folder's weights, and its `Usage`, into a network of the same shape.
 
-    stored_rows: of the file's embedding, if more than the network's tokens; those beyond are
-    zeroed. rows: how to make embedding and head, if not the file's. Raises UserError, naming the
-    file and the first weight that is missing, unknown or misshapen.
+    stored_rows: how many rows the file's embedding has, if more than the network has tokens. Rows
+    of the network beyond the file's are padding, and zeroed. rows: how to make embedding and head,
+    if not the file's. Raises UserError, naming the file and the first weight that is missing,
+    unknown or misshapen.
     """
     folder = Path(folder)
     family, config = family_in(folder), model.config
