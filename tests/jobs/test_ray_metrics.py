@@ -79,7 +79,7 @@ def is_watched(labels: dict[str, str]) -> bool:
 def test_every_metric_of_the_table_is_exported_by_the_job_that_has_it(
     tiny_data: TokenData, text_file: Path, data_root: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(text_file, data_root, "name=watched", "evaluate.passages=4")
+    config = tiny_config(text_file, data_root, "name=watched-\ucc45", "evaluate.passages=4")
     space = [{"path": "optim.lr", "grid": [0.001, 0.01]}]
     sweep = {"name": "watched-sweep", "tune.space": space, "tune.baseline": False}
     prompts = tmp_path / "prompts.jsonl"
@@ -94,7 +94,7 @@ def test_every_metric_of_the_table_is_exported_by_the_job_that_has_it(
     for name, found in scraper.found.items():
         assert {"run", *METRICS[name].tags} <= found[0].keys(), name
     runs = {name: {one["run"] for one in found} for name, found in scraper.found.items()}
-    assert "watched" in runs["gptray_val_loss"] & runs["gptray_train_seconds"]
+    assert "watched-%EC%B1%85" in runs["gptray_val_loss"] & runs["gptray_train_seconds"]
     assert "watched-sweep" in runs["gptray_trials"]
     assert "watched-sweep/0001" in runs["gptray_train_steps"]
     assert runs["gptray_rows"] == {"watched-rows"}
@@ -117,6 +117,10 @@ def test_a_value_that_was_not_set_is_not_set_again() -> None:
     with pytest.raises(KeyError):
         exporter.set("gptray_nonsense", 1.0)
     exporter.set_again()
+
+
+def test_a_run_named_in_any_script_has_metrics() -> None:
+    Exporter("\ucc45").set("gptray_max_steps", 1.0)
 
 
 def test_a_trial_is_tagged_with_its_sweep(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from string import printable
 from typing import Literal, Protocol, cast
+from urllib.parse import quote
 
 from ray.util import metrics
 
@@ -133,12 +135,13 @@ class _Series(Protocol):
 class Exporter:
     """Sets the metrics of one run; does nothing without Ray.
 
+    run: the tag `run`; percent-encoded where it is not ASCII, since Ray takes nothing else.
     Ray drops gauges that are not set for 20 seconds, so they are set again as long as the exporter
     exists.
     """
 
     def __init__(self, run: str) -> None:
-        self._run = run
+        self._run = quote(run, safe=printable)
         self._series: dict[str, _Series] = {}
         # The values of gauges, by name and tags.
         self._values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
