@@ -19,6 +19,7 @@ from urllib.parse import unquote
 from safetensors import SafetensorError
 
 from gptray.config import RunFailed, UserError
+from gptray.path_mistakes import uri_slip
 
 # Errors that more space would solve: a full disk, a quota, a limit on a file's size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -152,12 +153,13 @@ def check_writable(folder: Path, *, key: str) -> None:
     try:
         there = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
         if not there.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{there} is not a folder")
+            what = "not a folder" if there.exists() else "a broken link"
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is {what}")
         for part in folder.relative_to(there).parts:
             if part.startswith("$"):
                 raise UserError(f"{key}: {part} is not expanded here; write ~ or the whole path")
-            if part.endswith(":"):
-                raise UserError(f"{key}: {part} does not begin a URI; write {part}//bucket/folder")
+            if slip := uri_slip(part):
+                raise UserError(f"{key}: {slip}")
             if len(os.fsencode(part)) > os.pathconf(there, "PC_NAME_MAX"):
                 raise OSError(errno.ENAMETOOLONG, f"the name {part[:40]}... is too long")
         if len(os.fsencode(folder)) > os.pathconf(there, "PC_PATH_MAX") - _LONGEST_BELOW:

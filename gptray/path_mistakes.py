@@ -16,3 +16,11 @@ def path_mistake(error: OSError) -> str | None:
     if error.errno == errno.ENOENT and error.filename is None and error.strerror == why:
         return "the current folder no longer exists; change to another one"
     return None
+
+
+def uri_slip(part: str) -> str | None:
+    """What to write for a URI with a slash too few, if a part of a path seems to begin one."""
+    if not part.endswith(":"):
+        return None
+    rest = "/folder" if part == "file:" else "bucket/folder"
+    return f"{part}/ does not begin a URI; write {part}//{rest}"

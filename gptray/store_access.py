@@ -27,8 +27,18 @@ SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 WRITABLE = ("s3", "gs", "gcs", "abfs", "abfss")
 # Characters not to quote in a URI, besides letters and digits; a percent sign already quotes.
 _OF_URIS = "%:/?#[]@!$&'()*+,;=~"
+# pyarrow's options: a small file in S3 is one call, not three; Google's client gives up after ten
+# seconds, not fifteen silent minutes that no signal ends.
+_OPTIONS = {
+    "s3": "allow_delayed_open=true",
+    "gs": "retry_limit_seconds=10",
+    "gcs": "retry_limit_seconds=10",
+}
 # Words in stores' errors about missing, wrong or insufficient credentials.
-_DENIED = ("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE")
+_DENIED = (
+    *("ACCESS_DENIED", "Forbidden", "403", "credential", "INVALID_ACCESS_KEY", "SIGNATURE"),
+    "OAuth2 access token",
+)
 # Pauses between tries, and the wait after which to log a warning.
 _PAUSES_S = (0.2, 0.5, 1.0, 2.0, 4.0)
 _TELL_S = 3.0
@@ -49,8 +59,9 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
     if scheme not in SCHEMES:
         raise UserError(f"{uri}: {_other_scheme(scheme)}")
     opened = uri
-    if scheme == "s3" and "allow_delayed_open" not in uri:  # a small file is one call, not three
-        opened += ("&" if "?" in uri else "?") + "allow_delayed_open=true"
+    option, _, value = _OPTIONS.get(scheme, "").partition("=")
+    if option and option not in uri:
+        opened += f"{'&' if '?' in uri else '?'}{option}={value}"
     try:
         opened = quote(opened, safe=_OF_URIS)  # pyarrow accepts only ASCII
         filesystem, path = with_retries(lambda: FileSystem.from_uri(opened))
@@ -87,7 +98,10 @@ def reason(error: Exception) -> str:
     """A store's error in one line, with the source of credentials if it denied access."""
     line = first_line(error)
     if _is_denied(error):
-        return f"{line} (credentials come from the environment, such as AWS_PROFILE)"
+        return (
+            f"{line} (credentials come from the environment, such as AWS_PROFILE or "
+            "GOOGLE_APPLICATION_CREDENTIALS)"
+        )
     return line
 
 

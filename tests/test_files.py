@@ -112,10 +112,14 @@ def test_line_that_a_crash_cut_off_is_dropped_before_the_next(tmp_path: Path) ->
         ("n" * 300, "is too long"),
         ("/".join(["n" * 200] * 20), "is too long"),
         ("/proc/nothing", "cannot be written"),
+        ("link/run", "link is a broken link"),
+        ("s3:/bucket", "s3:/ does not begin a URI; write s3://bucket/folder"),
+        ("file:/run", "file:/ does not begin a URI; write file:///folder"),
     ],
 )
 def test_folder_that_cannot_be_written_is_refused(tmp_path: Path, folder: str, reason: str) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UserError, match=rf"storage_path=x: .*{reason}"):
         check_writable(tmp_path / folder, key="storage_path=x")
 

@@ -33,6 +33,7 @@ from gptray.data.folders import (
     unique_files,
 )
 from gptray.files import absolute
+from gptray.path_mistakes import uri_slip
 from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
 from gptray.wording import count
 
@@ -218,6 +219,8 @@ def _missing(path: str) -> str:
     if os.path.islink(path):
         return f"a link to {shown(os.readlink(path))}, which does not exist"
     folder, name = os.path.split(path)
+    if slip := next(filter(None, map(uri_slip, folder.split("/"))), None):
+        return f"there is no such file or folder; {slip}"
     if not os.path.isdir(folder):
         return f"there is no such file or folder ({folder} is not a folder)"
     return f"there is no such file or folder{did_you_mean(nearest(name, names_in(folder)))}"

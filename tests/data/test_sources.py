@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from pyarrow.fs import FileSystem
 
 from gptray.config import UserError
 from gptray.data.sources import find_files
+from gptray.store_access import file_system
 
 Form = Literal["NFC", "NFD"]
 
@@ -108,6 +110,7 @@ def test_home_and_relative_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ("bb.txt", r"bb\.txt: there is no such file or folder; did you mean b\.txt\?"),
         ("nowhere/b.txt", r"nowhere is not a folder"),
+        ("s3:/bucket/b.txt", r"s3:/ does not begin a URI; write s3://bucket/folder"),
         ("b.txt,b.txt", r"there is no such file; a list is written '\[.*, .*b\.txt\]'"),
         ("*.parquet", "no file matches"),
         (
@@ -195,3 +198,8 @@ def test_links_of_both_kinds_lead_to_one_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt").hardlink_to(first)
     (tmp_path / "c.txt").symlink_to(first)
     assert [file.path for file in find_files(str(tmp_path))] == [str(first)]
+
+
+def test_googles_client_gives_up_after_seconds() -> None:
+    uri = "gs://anonymous@bucket/book.txt"
+    assert file_system(uri) == FileSystem.from_uri(f"{uri}?retry_limit_seconds=10")
