@@ -32,6 +32,11 @@ def write_files(folder: Path) -> None:
         for number in range(30):
             for words in itertools.product(who, where, what):
                 rows.writerow([f"{' '.join(words)}? {number}", f"응, {words[-1]}."])
+    asked = [{"role": "user", "content": "Which topic?"}]
+    chats = (asked + [{"role": "assistant", "content": name}] for name in [*topics] * 8)
+    (folder / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": chat}) + "\n" for chat in chats), "utf-8"
+    )
     prompts = [{"id": n, "prompt": f"The {word}"} for n, word in enumerate(text[:600].split())]
     lines = (json.dumps(prompt) + "\n" for prompt in prompts)
     (folder / "prompts.jsonl").write_text("".join(lines), "utf-8")

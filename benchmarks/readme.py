@@ -57,9 +57,15 @@ trainer = trainers.BpeTrainer(
 )
 bpe.train(["book.txt"], trainer)
 for name in ("gpt2", "Qwen/Qwen3-0.6B"):
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    ).save_pretrained(name)
+    )
+    if name != "gpt2":
+        fast.chat_template = (
+            "{% for one in messages %}{{ one.role }}: {{ one.content }}{{ eos_token }}{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        )
+    fast.save_pretrained(name)
 config = GPT2Config(
     vocab_size=1000, n_layer=2, n_head=4, n_embd=64, bos_token_id=0, eos_token_id=0
 )

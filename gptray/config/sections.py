@@ -42,7 +42,11 @@ class DataConfig(Section):
     test_source: NonEmpty | list[NonEmpty] | None = Field(
         None, description="separate test text, in any form of source, instead of a share of it"
     )
-    text_column: str = Field("text", description="column that holds the text; not for .txt and .md")
+    text_column: str | None = Field(
+        None,
+        description="column that holds the text, or chats for the tokenizer's chat template; null: "
+        "text, else messages, conversations, or prompt and completion; not for .txt and .md",
+    )
     separator: NonEmpty | None = Field(
         None,
         description="string between documents in .txt and .md, such as <|endoftext|>; null: each "

@@ -8,31 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import BufferedReader
-from typing import TypeVar
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from gptray.config import UserError
+from gptray.data.batches import declared_schema, first_row
 from gptray.data.boundary import byte_boundary, separator_border
+from gptray.data.chats import Rows, text_columns
 from gptray.data.csv_text import csv_rows, separator_hint
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
 from gptray.data.encoding import BLOCK_BYTES, UTF8, check_head, decoded, stream_encoding
 from gptray.data.pieces import Piece, Reading, open_parquet
 from gptray.data.rows import (
     BOM,
+    is_list,
     is_text,
     json_line,
     json_rows,
-    kind_of,
-    no_column,
     several_columns,
     text_lines,
 )
 from gptray.data.sources import SourceFile
 
 T = TypeVar("T")
-# How far `first_look` reads into a file.
-_FIRST_LOOK = 1 << 16  # characters
+# How far `first_look` reads into a file, and at most into one of chats, which take longer.
+_FIRST_LOOK, _FIRST_CHATS = 1 << 16, 1 << 21  # characters
 
 
 def read_parts(piece: Piece) -> Iterator[Part]:
@@ -99,13 +101,13 @@ def _line_at(file: SourceFile, offset: int) -> int:
 
 def _read_json_lines(piece: Piece) -> Iterator[Part]:
     """Read the lines that begin in the piece; the first may begin in its neighbour."""
-    file, column = piece.file, piece.reading.text_column
+    file, documents = piece.file, Rows(piece.reading)
     stop = piece.stop if file.compression is None else None
     begin = max(piece.start - 1, 0)
     with file.open(begin) as stream:
         if begin == 0 and stream_encoding(stream, file.encoding) != UTF8:
             lines = enumerate(text_lines(file, stream), start=1)
-            yield from _parts(file, lines, lambda line: _json_text(line, column))
+            yield from _parts(file, lines, lambda line: _json_text(line, documents))
             return
         position = begin
         if piece.start:
@@ -116,7 +118,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
         while (stop is None or position < stop) and (raw := stream.readline()):
             line += 1
             try:
-                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, column)
+                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, documents)
             except ValueError as error:
                 number = line if not piece.start else _line_at(file, position)
                 raise UserError(f"{file.name}:{number}: {error}") from None
@@ -133,51 +135,38 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
     return skipped
 
 
-def _json_text(raw: bytes | str, text_column: str) -> Part:
-    if not raw.strip():
-        return EMPTY_ROW
-    return _json_row(json_line(raw), text_column)
+def _json_text(raw: bytes | str, documents: Rows) -> Part:
+    return _json_row(json_line(raw), documents) if raw.strip() else EMPTY_ROW
 
 
-def _json_row(row: dict[str, object], text_column: str) -> Part:
+def _json_row(row: dict[str, object], documents: Rows) -> Part:
     """Null is a missing text; a row without the column is a mistake (ValueError)."""
-    if text_column not in row:
-        raise ValueError(no_column(text_column, list(row)))
-    return _row(row[text_column], text_column)
+    columns = documents.columns(row)
+    return documents.part([row[name] for name in columns], columns)
 
 
 def _read_json(piece: Piece) -> Iterator[Part]:
-    column = piece.reading.text_column
-    return _parts(piece.file, json_rows(piece.file), lambda row: _json_row(row, column))
-
-
-def _row(value: object, text_column: str) -> Part:
-    """Check one row's text; a missing one (null) is an empty row.
-
-    Raises ValueError without the place, which the caller adds.
-    """
-    if value is None:
-        return EMPTY_ROW
-    if not isinstance(value, str):
-        raise ValueError(f"column {text_column!r} holds {kind_of(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"column {text_column!r} holds half a surrogate pair") from None
-    return Part(value, True) if value.strip() else EMPTY_ROW
+    documents = Rows(piece.reading)
+    return _parts(piece.file, json_rows(piece.file), lambda row: _json_row(row, documents))
 
 
 def _read_csv(piece: Piece) -> Iterator[Part]:
-    file, name = piece.file, piece.reading.text_column
+    file, documents = piece.file, Rows(piece.reading)
     rows = csv_rows(file)
     line, header = next(rows, (1, []))
-    if name not in header:
-        problem = no_column(name, header) + separator_hint(header)
-        raise UserError(f"{file.name}:{line}: {problem}")
-    if header.count(name) > 1:
-        raise UserError(f"{file.name}:{line}: {several_columns(name)}")
-    place = header.index(name)
-    return _parts(file, rows, lambda row: _row(row[place], name) if row else EMPTY_ROW)
+    try:
+        columns = documents.columns(header)
+    except ValueError as problem:
+        raise UserError(f"{file.name}:{line}: {problem}{separator_hint(header)}") from None
+    for name in columns:
+        if header.count(name) > 1:
+            raise UserError(f"{file.name}:{line}: {several_columns(name)}")
+    places = [header.index(name) for name in columns]
+
+    def read(row: list[str]) -> Part:
+        return documents.part([row[at] for at in places], columns) if row else EMPTY_ROW
+
+    return _parts(file, rows, read)
 
 
 def _parts(
@@ -193,16 +182,20 @@ def _parts(
 
 
 def _read_parquet(piece: Piece) -> Iterator[Part]:
-    file, text_column = piece.file, piece.reading.text_column
+    file, documents = piece.file, Rows(piece.reading)
     groups = range(piece.start, piece.stop)
     table = open_parquet(file)
-    check_parquet_column(file, table.schema_arrow, text_column)
+    columns = parquet_columns(file, table.schema_arrow, piece.reading.text_column)
     row = sum(table.metadata.row_group(group).num_rows for group in range(piece.start))
     try:
-        for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=[text_column]):
-            for value in batch.column(text_column):
+        # Group by group: Arrow cannot read a dictionary in a list across row groups.
+        for batch in chain.from_iterable(
+            table.iter_batches(batch_size=256, row_groups=[group], columns=[*columns])
+            for group in groups
+        ):
+            for values in zip(*(batch.column(name) for name in columns), strict=True):
                 row += 1
-                yield _row(value.as_py(), text_column)
+                yield documents.part([value.as_py() for value in values], columns)
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -213,32 +206,57 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
         raise UserError(f"{file.name}: row {row}: {error}") from None
 
 
-def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> bool:
+class Look(NamedTuple):
+    """What a file holds, as far as is known: any text, and chats among it."""
+
+    has_text: bool
+    has_chats: bool = False
+
+
+def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> Look:
     """Read the file's beginning, or all of it: raise UserError if that fails.
 
-    Finds a missing column, a wrong encoding, and a bad row among those read. Returns whether there
-    is text as far as is known; of Parquet, only the metadata is read.
+    Finds a missing column, a wrong encoding, and a bad row among those read. Of text in Parquet,
+    only the metadata is read.
     """
+    stop = file.size
     if file.format == "parquet":
         table = open_parquet(file)
-        check_parquet_column(file, table.schema_arrow, reading.text_column)
-        is_null = pa.types.is_null(table.schema_arrow.field(reading.text_column).type)
-        return bool(table.metadata.num_rows) and not is_null
-    seen, has_text = 0, False
-    for part in read_parts(Piece(file, 0, file.size, reading)):
+        columns = parquet_columns(file, table.schema_arrow, reading.text_column)
+        kind, stop = table.schema_arrow.field(columns[0]).type, table.metadata.num_row_groups
+        if not is_list(kind):
+            return Look(bool(table.metadata.num_rows) and not pa.types.is_null(kind))
+    seen, has_text, has_chats = 0, False, False
+    for part in read_parts(Piece(file, 0, stop, reading)):
         seen += len(part.text) + 1
         has_text |= part != EMPTY_ROW
-        if seen > _FIRST_LOOK and not whole:
-            return True
-    return has_text
+        has_chats |= part.is_chat
+        if seen > _FIRST_LOOK and not whole or seen > _FIRST_CHATS and has_chats:
+            break
+    return Look(has_text, has_chats)
 
 
-def check_parquet_column(file: SourceFile, schema: pa.Schema, text_column: str) -> None:
-    """Raise UserError unless there is one such column, and it holds text or nothing but nulls."""
-    if text_column not in schema.names:
-        raise UserError(f"{file.name}: {no_column(text_column, schema.names)}")
-    if schema.names.count(text_column) > 1:
-        raise UserError(f"{file.name}: {several_columns(text_column)}")
-    kind = schema.field(text_column).type
-    if not is_text(kind) and not pa.types.is_null(kind):
-        raise UserError(f"{file.name}: column {text_column!r} holds {kind}, not text")
+def chosen_columns(file: SourceFile, reading: Reading) -> tuple[str, ...]:
+    """The `text_columns` of a file of rows, or of its first row; none if it has no rows."""
+    schema = declared_schema(file, "")
+    first = first_row(file) if schema is None else None
+    names = [*first[1]] if first else schema.names if schema is not None else []
+    return text_columns(names, reading.text_column) if names else ()
+
+
+def parquet_columns(file: SourceFile, schema: pa.Schema, asked: str | None) -> tuple[str, ...]:
+    """The `text_columns` of a file.
+
+    Raises UserError unless there is one of each name, and it holds text, chats or only nulls.
+    """
+    try:
+        columns = text_columns(schema.names, asked)
+    except ValueError as problem:
+        raise UserError(f"{file.name}: {problem}") from None
+    for name in columns:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{file.name}: {several_columns(name)}")
+        kind = schema.field(name).type
+        if not is_text(kind) and not pa.types.is_null(kind) and not is_list(kind):
+            raise UserError(f"{file.name}: column {name!r} holds {kind}, not text")
+    return columns

@@ -1,4 +1,7 @@
-"""The manifest of a prepared data folder; sizes are in UTF-8 bytes of text."""
+"""The manifest of a prepared data folder; sizes are in UTF-8 bytes of text.
+
+The text of a chat is what the chat template writes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,14 @@ class LostEntry(TypedDict):
     examples: list[list[str]]
 
 
-class TokenizerEntry(TypedDict):
+class TemplateEntry(TypedDict, total=False):
+    """A tokenizer's chat template, if it has one."""
+
+    chat_template: str  # its sha256
+    end_of_turn_id: int  # the token that ends a message, if any documents are chats
+
+
+class TokenizerEntry(TemplateEntry):
     source: str
     sha256: str
     vocab_size: int
@@ -77,6 +87,8 @@ class Provenance(TypedDict):
     split: CutEntry
     fraction: float
     documents: int
+    # How many of the documents are chats, written by the chat template, if any are.
+    chats: NotRequired[int]
     bytes: int
     empty_rows: int
 

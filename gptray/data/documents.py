@@ -9,15 +9,25 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from gptray.data.boundary import last_boundary
+from gptray.data.written_names import put_together
 
 _LONGEST_PART = 1 << 20  # characters
 
 
 class Part(NamedTuple):
-    """A stretch of a document's text; `ends` is true for the last. `Part("", True)`: empty row."""
+    """A stretch of a document's text; `ends` is true for the last. `Part("", True)`: empty row.
+
+    is_chat: a chat template wrote the text, so it is for `Tokenizer.chat_ids`.
+    """
 
     text: str
     ends: bool
+    is_chat: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The text as it reads."""
+        return put_together(self.text) if self.is_chat else self.text
 
 
 EMPTY_ROW = Part("", True)

@@ -1,15 +1,48 @@
-"""Takes prompts from the text itself: the first words of two validation documents."""
+"""Takes prompts from the text itself: the first words of two validation documents, or a chat."""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
+from gptray.data.chat_template import ChatTemplate
 from gptray.data.tokens import TokenData
 
 # The most words and characters in a prompt, and the tokens to take them from.
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
 # A line that begins with a word, not with the markup of a list, a table or code.
 _WORD = re.compile(r"^[^\W\d_]{2}", re.MULTILINE)
+# What the user says if no chat in the text is short enough.
+_HELLO = ({"role": "user", "content": "Hello"},)
+
+
+class Opening(NamedTuple):
+    """A prompt, and whether it names special tokens (see `Tokenizer.prompt_ids`)."""
+
+    prompt: str
+    parse_special: bool = False
+
+
+def openings(data: TokenData) -> list[Opening]:
+    """Prompts that suit the text: a chat up to its first answer, if most documents are chats."""
+    if data.is_of_chats:
+        return [Opening(prompt, parse_special=True) for prompt in _until_answer(data)]
+    return [Opening(prompt) for prompt in first_words(data)]
+
+
+def _until_answer(data: TokenData) -> list[str]:
+    template = ChatTemplate.of(str(data.data_dir / "tokenizer"), eos_token=None)
+    assert template
+    try:
+        asked = template.write(_HELLO)
+        answering = asked.removeprefix(template.write(_HELLO, add_generation_prompt=False))
+    except ValueError:
+        return []  # it refuses a chat this simple
+    if answering in ("", asked):
+        return [asked]
+    text = data.tokenizer.decode(data.val.slice(0, min(TOKENS, len(data.val))).tolist())
+    before, found, _ = text.partition(answering)
+    return [before + answering if found else asked]
 
 
 def first_words(data: TokenData) -> list[str]:

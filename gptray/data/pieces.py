@@ -22,10 +22,15 @@ UNIT_PIECES = 1000  # at most in a unit: opening many small files takes longer t
 
 @dataclass(frozen=True)
 class Reading:
-    """How to find documents in the files of a source: the config's keys of these names."""
+    """How to find documents in the files of a source: the config's keys of these names.
 
-    text_column: str = "text"
+    tokenizer: also one trained here; the chat template of any other writes chats as text.
+    """
+
+    text_column: str | None = None
     separator: str | None = None
+    tokenizer: str = "bpe"
+    eos_token: str | None = None
 
 
 @dataclass(frozen=True)

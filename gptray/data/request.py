@@ -5,13 +5,13 @@ Equal requests share a folder; another source, tokenizer, split, seed or fractio
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from gptray.config import Config, UserError
@@ -31,6 +31,7 @@ from gptray.data.tokenizer_prefix import stored_prefix
 from gptray.data.tokens import FORMAT_VERSION
 from gptray.files import cache_folder
 from gptray.node_cache import storage_folder
+from gptray.template_file import template_in
 
 # Sources up to this size are identified by their contents, so that copying or touching a file does
 # not make it another source; larger ones by path, size and modification time.
@@ -115,7 +116,12 @@ class Request:
         path = tokenizer_path(self.tokenizer)
         known = path or cached_tokenizer(self.tokenizer)
         prefix = stored_prefix(str(known), tokenizer_sha256(known)) if known else []
-        more = {**eos, **({"prefix": prefix} if prefix else {})}
+        template = template_in(known) if known and known.is_dir() else None
+        more = {
+            **eos,
+            **({"prefix": prefix} if prefix else {}),
+            **({"chat_template": sha256(template.encode()).hexdigest()} if template else {}),
+        }
         if path is None:
             return {"kind": "hub", "id": self.tokenizer, **more}
         return {"kind": "folder", "sha256": tokenizer_sha256(path), **more}
@@ -128,7 +134,7 @@ class Request:
         label = PurePosixPath(files[0].path).name.partition(".")[0] if files else BUILTIN
         label = unicodedata.normalize("NFC", label)
         label = re.sub(r"[^\w-]+", "-", label).strip("-")[:40] or "text"
-        return self.root / f"{label}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return self.root / f"{label}-{sha256(text.encode()).hexdigest()[:12]}"
 
 
 def make_request(config: Config) -> Request:
@@ -237,7 +243,7 @@ def _request(
     return Request(
         source=source,
         own=own,
-        reading=Reading(data.text_column, data.separator),
+        reading=Reading(data.text_column, data.separator, tokenizer, data.eos_token),
         tokenizer=tokenizer,
         vocab_size=data.vocab_size,
         split=split,

@@ -241,3 +241,9 @@ def is_text(kind: pa.DataType) -> bool:
     plain = kind.value_type if pa.types.is_dictionary(kind) else kind
     checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     return any(is_kind(plain) for is_kind in checks)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a Parquet column of this type holds lists of objects, such as messages."""
+    checks = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(kind) for is_kind in checks) and pa.types.is_struct(kind.value_type)

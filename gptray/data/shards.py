@@ -7,6 +7,7 @@ the text. Checks every text and counts what decoding its tokens does not restore
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import numpy as np
 from gptray.data.boundary import chunks, last_boundary
 from gptray.data.data_manifest import ShardEntry, SplitEntry
 from gptray.data.difference import Lost, Tally
+from gptray.data.documents import Part
 from gptray.data.fallback import fallback_tokens
 from gptray.data.roundtrip import RoundTrip
 from gptray.data.tokenizer import Tokenizer
+from gptray.data.written_names import put_together
 
 BATCH_CHARACTERS = 1 << 18
 _REMEMBERED = 1 << 23  # characters of chunks
@@ -60,7 +63,7 @@ class ShardEncoder:
         self.dtype = np.dtype(shard_dtype(tokenizer.vocab_size)).newbyteorder("<")
         self.cuts = tokenizer.cuts_at_boundaries()
         self.start_of_text = self._pack(tokenizer.document_prefix)
-        self.end_of_text = self._pack([tokenizer.eos_id])
+        self._end_of_text = self._pack([tokenizer.eos_id])
         self._tokenizer = tokenizer
         self._is_fallback = fallback_tokens(tokenizer)
         self._round_trip = RoundTrip(tokenizer)
@@ -90,19 +93,40 @@ class ShardEncoder:
                 self._lossy[chunk] = lost
         return [b"".join(map(self._known.__getitem__, part)) for part in parts]
 
-    def check(self, text: str, encoded: bytes, tally: Tally) -> None:
-        """Add the losses of a text that `encode` has just encoded to the tally."""
+    def encode_chat(self, chat: str) -> bytes:
+        """The ids of a chat that a template wrote, as bytes of a shard."""
+        return self._pack(self._tokenizer.chat_ids(chat))
+
+    def end_of(self, part: Part) -> bytes:
+        """The end-of-text token if a document ends with this part, unless the text has it."""
+        has_own = part.is_chat and part.text.rstrip().endswith(self._tokenizer.eos_token)
+        return self._end_of_text if part.ends and not has_own else b""
+
+    def check(self, part: Part, encoded: bytes, tally: Tally) -> None:
+        """Add the losses of a text that has just been encoded to the tally."""
         trip = self._round_trip
-        if trip.is_lossless or (self._checks_chunks and not self._lossy):
+        if trip.is_lossless or (self._checks_chunks and not self._lossy and not part.is_chat):
             return
-        if self._checks_chunks:
-            for part in chunks(text):
-                if part in self._lossy:
-                    tally.lost.add(self._lossy[part])
+        if self._checks_chunks and not part.is_chat:
+            for chunk in chunks(part.text):
+                if chunk in self._lossy:
+                    tally.lost.add(self._lossy[chunk])
             return
-        back = trip.back(text, np.frombuffer(encoded, self.dtype).tolist())
-        if back is not None:
-            tally.compare(text, back, trip.unknown)
+        ids = np.frombuffer(encoded, self.dtype).tolist()
+        for text, its_ids in self._pieces(part.text, ids) if part.is_chat else [(part.text, ids)]:
+            if (back := trip.back(text, its_ids)) is not None:
+                tally.compare(text, back, trip.unknown)
+
+    def _pieces(self, chat: str, ids: list[int]) -> Iterator[tuple[str, list[int]]]:
+        """The texts between a chat's special tokens, each with its ids."""
+        for part in self._tokenizer.written_names.parts(chat):
+            if isinstance(part, str):
+                text = part
+                continue
+            stop = ids.index(part)
+            yield put_together(text), ids[:stop]
+            ids = ids[stop + 1 :]
+        yield put_together(text), ids
 
     def _pack(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self.dtype).tobytes()
@@ -119,7 +143,7 @@ class ShardWriter:
         self._encoder = encoder
         self._open = ""  # text of the current document that is not batched yet
         self._begins = False  # whether the current document begins with that text
-        self._batch: list[tuple[str, bool, bool]] = []
+        self._batch: list[tuple[Part, bool]] = []  # with whether a document begins
         self._batched = 0  # characters
         self._digest = hashlib.sha256()
         self._tally = Tally()
@@ -135,7 +159,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                self._push(self._open, False)
+                self._push(Part(self._open, False))
                 self._flush()
         finally:
             self._stream.close()
@@ -152,19 +176,25 @@ class ShardWriter:
         entry["sha256"] = self._digest.hexdigest()
         return Shard(entry, lost)
 
-    def add(self, text: str, *, begins: bool, ends: bool) -> None:
-        """Append a stretch of a document's text, and the tokens that begin and end a document."""
+    def add(self, text: str, *, begins: bool, ends: bool, is_chat: bool = False) -> None:
+        """Append a stretch of a document's text, and the tokens that begin and end a document.
+
+        is_chat: a chat template wrote the text, its beginning included.
+        """
+        if is_chat:
+            self._push(Part(text, ends, is_chat))
+            return
         self._begins |= begins
         self._open += text
         if self._encoder.cuts:
             self._push_long_text()
         if ends:
-            self._push(self._open, True)
+            self._push(Part(self._open, True))
             self._open = ""
 
     def break_off(self) -> None:
         """End a document that continues in another split, so that no token spans both."""
-        self._push(self._open, False)
+        self._push(Part(self._open, False))
         self._open = ""
 
     def _push_long_text(self) -> None:
@@ -173,28 +203,29 @@ class ShardWriter:
             # Text without a boundary is cut at a fixed length, counted from the last boundary.
             window = self._open[start : start + BATCH_CHARACTERS + 1]
             cut = start + (last_boundary(window) or BATCH_CHARACTERS)
-            self._push(self._open[start:cut], False)
+            self._push(Part(self._open[start:cut], False))
             start = cut
         self._open = self._open[start:]
 
-    def _push(self, text: str, ends: bool) -> None:
-        self._batch.append((text, self._begins, ends))
+    def _push(self, part: Part) -> None:
+        self._batch.append((part, self._begins))
         self._begins = False
-        self._batched += len(text)
+        self._batched += len(part.text)
         if self._batched > BATCH_CHARACTERS or len(self._batch) > BATCH_CHARACTERS // 64:
             self._flush()
 
     def _flush(self) -> None:
         encoder, entry = self._encoder, self._entry
-        encoded = encoder.encode([text for text, *_ in self._batch])
-        for ids, (text, begins, ends) in zip(encoded, self._batch, strict=True):
+        plain = iter(encoder.encode([part.text for part, _ in self._batch if not part.is_chat]))
+        for part, begins in self._batch:
+            ids = encoder.encode_chat(part.text) if part.is_chat else next(plain)
             block = encoder.start_of_text + ids if begins else ids
-            block += encoder.end_of_text if ends else b""
+            block += encoder.end_of(part)
             self._stream.write(block)
             self._digest.update(block)
             entry["tokens"] += len(block) // encoder.dtype.itemsize
-            entry["bytes"] += len(text.encode())
-            entry["characters"] += len(text)
+            entry["bytes"] += len(part.shown.encode())
+            entry["characters"] += len(part.shown)
             entry["fallback_tokens"] += encoder.count_fallback(ids)
-            encoder.check(text, ids, self._tally)
+            encoder.check(part, ids, self._tally)
         self._batch, self._batched = [], 0

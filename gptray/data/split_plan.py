@@ -27,6 +27,7 @@ class PieceScan:
     ends: bool  # whether the last document ends here
     alphabet: str = ""  # its distinct characters, if asked for
     markers: dict[str, tuple[int, int]] = field(default_factory=dict)  # occurrences, documents
+    chats: int = 0  # documents that a chat template wrote
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gptray.data.tokenizer_files import END_OF_TEXT, open_tokenizer
 from gptray.data.tokenizer_parts import TokenizerParts
 from gptray.data.tokenizer_prefix import check_prefix, text_prefix
 from gptray.data.trust import UnreadableText, panics_as_errors, unreadable
-from gptray.data.written_names import WrittenNames
+from gptray.data.written_names import WrittenNames, put_together
 
 _PROBES = (
     "one two",
@@ -130,7 +130,6 @@ class Tokenizer:
         Names that were taken apart (see `WrittenNames`) stay text. Raises UserError as `encode`
         does.
         """
-        put_together = self.written_names.put_together
         if self._characters is None and put_together(chat) == chat:
             # In one go, as transformers does: the start of the text and spaces beside names matter.
             return self._encode_by(self._special_parser, [chat])[0]

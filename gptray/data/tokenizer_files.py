@@ -24,6 +24,7 @@ from gptray.gguf_source import is_gguf, opened_gguf
 from gptray.hub import NotOnHub, cached_model, download_model
 from gptray.node_cache import fetched_holder
 from gptray.stored import Locked, read_foreign, read_object
+from gptray.template_file import TEMPLATE, template_in
 from gptray.wording import first_line
 
 log = logging.getLogger("gptray")
@@ -37,11 +38,11 @@ _TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges).*\.(json|txt|model)|.*\.model"
 )
 # The files to fetch from a folder that a URI names.
-_FETCHED = re.compile(rf"config\.json|{_TOKENIZER_FILES.pattern}")
+_FETCHED = re.compile(rf"config\.json|{re.escape(TEMPLATE)}|{_TOKENIZER_FILES.pattern}")
 _BELOW = ("model", "tokenizer")
 _HUB_FILES = (
     "config.json", "tokenizer*.json", "tokenizer*.txt", "special_tokens_map.json",
-    "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt", "*.model",
+    "added_tokens.json", "vocab*.json", "vocab*.txt", "merges*.txt", "*.model", TEMPLATE,
 )  # fmt: skip
 _VOCABULARY = ("vocab.json", "merges.txt")
 
@@ -124,6 +125,14 @@ def cached_tokenizer(hub_id: str) -> Path | None:
     """The folder of `hub_tokenizer` if it has been downloaded; works offline."""
     folder = cached_model(hub_id)
     return folder if folder and tokenizer_files(folder) else None
+
+
+def tokenizer_template(source: str) -> str | None:
+    """The chat template of the tokenizer that `source` names; None if it has none."""
+    if source in KINDS:
+        return None
+    path = tokenizer_path(source) or hub_tokenizer(source)
+    return template_in(path) if path.is_dir() else None
 
 
 def tokenizer_files(path: Path) -> list[Path]:

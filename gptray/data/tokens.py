@@ -23,6 +23,7 @@ from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
 from gptray.files import sha256_of
 from gptray.stored import read_object
+from gptray.template_file import TEMPLATE
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3
@@ -169,6 +170,17 @@ class TokenData:
         others = {f"also/{name}": one.splits["test"] for name, one in self.also.items()}
         return {**self.splits, **others}
 
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end what a model writes: the end of text and, in chats, of a turn."""
+        end = self.manifest["tokenizer"].get("end_of_turn_id", self.eos_id)
+        return list(dict.fromkeys([self.eos_id, end]))
+
+    @property
+    def is_of_chats(self) -> bool:
+        """Whether most documents are chats that the chat template wrote."""
+        return 2 * self.manifest.get("chats", 0) > self.manifest.get("documents", 0)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The data's tokenizer, loaded on first use."""
@@ -195,7 +207,10 @@ class TokenData:
     def verify(self) -> None:
         """Read everything; raises DamagedData for the first file that has changed."""
         self._check()
-        expected = {self._tokenizer_json: self.manifest["tokenizer"]["sha256"]}
+        tokenizer = self.manifest["tokenizer"]
+        expected = {self._tokenizer_json: tokenizer["sha256"]}
+        if "chat_template" in tokenizer:
+            expected[self._tokenizer_json.with_name(TEMPLATE)] = tokenizer["chat_template"]
         for split in self.splits.values():
             expected |= split.sha256
         # hashlib releases the GIL.

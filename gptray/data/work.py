@@ -68,7 +68,7 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
     sizes: list[int] = []
     characters: list[int] = []
     digests, digest = bytearray(), hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    empty_rows = 0
+    empty_rows = chats = 0
     seen: set[str] = set()
     markers: Counter[str] = Counter()
     marked: dict[str, set[int]] = {}  # documents that hold each marker
@@ -81,7 +81,8 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
             sizes.append(0)
             characters.append(0)
             digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        raw = part.text.encode()
+            chats += part.is_chat
+        raw = part.shown.encode()
         digest.update(raw)
         digests[_DIGEST_BYTES * (len(sizes) - 1) :] = digest.digest()
         sizes[-1] += len(raw)
@@ -89,7 +90,7 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
         ended = part.ends
         if alphabet:
             seen.update(part.text)
-        for marker, count in _markers(part.text):
+        for marker, count in () if part.is_chat else _markers(part.text):
             markers[marker] += count
             marked.setdefault(marker, set()).add(len(sizes))
     return PieceScan(
@@ -100,6 +101,7 @@ def _scan_piece(piece: Piece, *, alphabet: bool) -> PieceScan:
         ends=ended,
         alphabet="".join(sorted(seen)),
         markers={marker: (count, len(marked[marker])) for marker, count in markers.items()},
+        chats=chats,
     )
 
 
@@ -174,7 +176,7 @@ def _write(
             if label not in writers:
                 path = folder / f"{SPLITS[label]}.{number:06d}.part"
                 writers[label] = stack.enter_context(ShardWriter(path, encoder))
-            writers[label].add(part.text, begins=begins, ends=part.ends)
+            writers[label].add(part.text, begins=begins, ends=part.ends, is_chat=part.is_chat)
 
 
 def _holds(text: str, piece: Piece) -> bool:
@@ -214,5 +216,6 @@ def _by_region(regions: Sequence[Region], part: Part, position: int) -> Iterator
         stop = min(region.stop - position, len(part.text))
         if stop > done:
             # Only the document's own end gets an end-of-text token, not a cut.
-            yield region.label, Part(part.text[done:stop], part.ends and stop == len(part.text))
+            ends = part.ends and stop == len(part.text)
+            yield region.label, Part(part.text[done:stop], ends, part.is_chat)
             done = stop

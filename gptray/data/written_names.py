@@ -9,6 +9,11 @@ from collections.abc import Mapping
 _APART = "\ufdd0"
 
 
+def put_together(text: str) -> str:
+    """The text before `WrittenNames.taken_apart`."""
+    return text.replace(_APART, "")
+
+
 class WrittenNames:
     """Finds the names of special tokens in texts. ids: the tokens' ids by name."""
 
@@ -24,8 +29,4 @@ class WrittenNames:
 
     def taken_apart(self, text: str) -> str:
         """Escape a text so that `parts` finds no name in it; `put_together` reverses it."""
-        return self._pattern.sub(lambda name: _APART.join(name[0]), self.put_together(text))
-
-    def put_together(self, text: str) -> str:
-        """The text before `taken_apart`."""
-        return text.replace(_APART, "")
+        return self._pattern.sub(lambda name: _APART.join(name[0]), put_together(text))

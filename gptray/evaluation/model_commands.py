@@ -9,7 +9,7 @@ from pathlib import Path
 from gptray.commands import job_command
 from gptray.config import Config, UserError, override
 from gptray.files import is_uri
-from gptray.model.example import FALLBACK, load_example
+from gptray.model.example import FALLBACK, Example, load_example
 
 
 def model_commands(
@@ -24,7 +24,7 @@ def model_commands(
     name = name or str(folder.resolve())
     return {
         "evaluate": command("evaluate", f"evaluate.model={name}"),
-        "generate": command("generate", f"generate.model={name}", _prompt_word(folder)),
+        "generate": command("generate", f"generate.model={name}", *_prompt_words(folder)),
         "serve": command("serve", f"serve.model={name}"),
     }
 
@@ -34,11 +34,13 @@ def home_of(config: Config) -> str | None:
     return f"{config.storage_path}/{config.name}" if is_uri(config.storage_path) else None
 
 
-def _prompt_word(folder: Path) -> str:
+def _prompt_words(folder: Path) -> list[str]:
     """`sample.prompt=` with a prompt that suits the model; quoted only if YAML needs it."""
-    prompt = load_example(folder / "model") or load_example(folder) or FALLBACK
+    example = load_example(folder / "model") or load_example(folder) or Example(FALLBACK)
+    prompt = example.prompt
     is_plain = prompt.isprintable() and prompt[0] not in "'\"[~" and prompt.lower() != "null"
-    return f"sample.prompt={prompt if is_plain else json.dumps(prompt, ensure_ascii=False)}"
+    word = f"sample.prompt={prompt if is_plain else json.dumps(prompt, ensure_ascii=False)}"
+    return [word, "sample.parse_special=true"] if example.parse_special else [word]
 
 
 def train_command(

@@ -142,7 +142,7 @@ def save_merged(
     folder: Path,
     *,
     vocab_size: int,
-    eos_token_id: int | None,
+    eos_token_id: int | list[int] | None,
     bos_token_id: int | None,
 ) -> None:
     """Write the model of `load_merged` one weight at a time, without a model in memory.

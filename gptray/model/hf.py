@@ -37,25 +37,24 @@ def save_pretrained(
     model: GPT,
     folder: str | Path,
     *,
-    eos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
     bos_token_id: int | None = None,
 ) -> None:
     """Write config.json and model.safetensors (fp32) in the network's family's format, and the
     files of `model.usage`.
 
     Padding of the vocabulary is left out, so no reader can sample it. eos_token_id: ends a text, in
-    addition to those of `model.usage`. bos_token_id: begins a text; None: the usage's, else
-    eos_token_id.
+    addition to those of `model.usage`; one token or several. bos_token_id: begins a text; None: the
+    usage's, else the first of eos_token_id.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = model.valid_vocab_size
     usage = model.usage
-    ends = list(usage.eos_ids)
-    if eos_token_id is not None and eos_token_id not in ends:
-        ends.append(eos_token_id)
+    more = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
+    ends = list(dict.fromkeys([*usage.eos_ids, *more]))
     if bos_token_id is None:
-        bos_token_id = usage.bos_id(eos_token_id)
+        bos_token_id = usage.bos_id(next(iter(more), None))
     model_type = family_of(model.config, usage.model_type)
     config = hf_config(model.config, rows, model_type, bos_token_id=bos_token_id, eos_ids=ends)
     family = FAMILIES[model_type]

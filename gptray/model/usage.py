@@ -12,13 +12,11 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.files import replacing
-from gptray.stored import Unreadable, is_whole, read_bytes, read_foreign
+from gptray.stored import is_whole, read_foreign
+from gptray.template_file import TEMPLATE, template_in
 
 GENERATION = "generation_config.json"
-TEMPLATE = "chat_template.jinja"
 _CONFIG = "config.json"
-_TOKENIZER = "tokenizer_config.json"
-_DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Usage:
         given = config.get("model_type")
         model_type = given if isinstance(given, str) else None
         eos_ids = _eos_ids(folder, generation, config)
-        return cls(generation, eos_ids, _chat_template(folder), model_type)
+        return cls(generation, eos_ids, template_in(folder), model_type)
 
     def bos_id(self, default: int | None) -> int | None:
         """The token that begins a text, by generation_config.json."""
@@ -79,20 +77,3 @@ def _eos_ids(
             f"{path}: eos_token_id={given!r:.60} is neither a token id nor a list of them"
         )
     return tuple(dict.fromkeys(ids))
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The template, from its own file or the tokenizer's settings."""
-    path = folder / TEMPLATE
-    if path.is_file():
-        try:
-            return read_bytes(path).decode()
-        except (Unreadable, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: {error}") from None
-    if not (folder / _TOKENIZER).is_file():
-        return None
-    given = read_foreign(folder / _TOKENIZER).get("chat_template")
-    if isinstance(given, list):
-        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
-        given = named.get(_DEFAULT)
-    return given if isinstance(given, str) else None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, model_validator
 
 from gptray.config.limits import within
-from gptray.generation.chat_template import messages_of
+from gptray.data.chat_template import messages_of
 from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
 
 # OpenAI's limit; a server's own may be lower.

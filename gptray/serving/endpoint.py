@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from gptray.config import Config
+from gptray.data.chat_template import ChatTemplate
 from gptray.data.roundtrip import pieces
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
-from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.detokenize import REPLACEMENT
 from gptray.generation.engine import Engine
 from gptray.generation.loading import open_engine, pack_adapter
@@ -93,14 +93,15 @@ class Served:
         base = Base.of(str(folder))
         with memory_told("serve.max_batch_size", serve.max_batch_size):
             packed = {one: pack_adapter(engine, base, source) for one, source in named.items()}
+        special, example = config.sample.parse_special, load_example(Path(folder))
         served = cls(
             name,
             engine,
             tokenizer,
             serve.max_waiting,
-            parse_special=config.sample.parse_special,
+            parse_special=special,
             utf8=config.sample.utf8,
-            example_prompt=load_example(Path(folder)),
+            example_prompt=example.prompt if example and special >= example.parse_special else None,
             chat_template=Usage.of(Path(folder)).chat_template,
         )
         for one, adapter in packed.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gptray.data.openings import first_words
+from gptray.data.openings import openings
 from gptray.data.tokens import TokenData
 from gptray.files import remove, storing
 from gptray.model.adapter import ADAPTER, Base
@@ -19,7 +19,7 @@ from gptray.training.checkpoint import AVERAGED, MODEL, publish_folder
 
 def save_model(model: GPT, folder: Path, data: TokenData) -> None:
     """Write a model with its tokenizer and an example prompt."""
-    save_pretrained(model, folder, eos_token_id=data.eos_id, bos_token_id=_bos_id(data))
+    save_pretrained(model, folder, eos_token_id=data.end_ids, bos_token_id=_bos_id(data))
     _save_text_files(folder, data)
 
 
@@ -43,7 +43,7 @@ def publish_best(
                 adapter,
                 draft,
                 vocab_size=data.vocab_size,
-                eos_token_id=data.eos_id,
+                eos_token_id=data.end_ids,
                 bos_token_id=_bos_id(data),
             )
             _save_text_files(draft, data)
@@ -59,5 +59,5 @@ def _bos_id(data: TokenData) -> int | None:
 
 def _save_text_files(folder: Path, data: TokenData) -> None:
     shutil.copytree(data.data_dir / "tokenizer", folder, dirs_exist_ok=True)
-    for prompt in first_words(data)[:1]:
-        save_example(folder, prompt)
+    for prompt, parse_special in openings(data)[:1]:
+        save_example(folder, prompt, parse_special=parse_special)

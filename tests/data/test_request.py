@@ -96,6 +96,16 @@ def test_the_split_has_the_runs_seed_unless_it_has_its_own(config: Config) -> No
     assert folder(config, data__seed=5, seed=6) == folder(config, seed=5) != folder(config)
 
 
+def test_the_chat_template_matters_wherever_it_is_kept(config: Config, tmp_path: Path) -> None:
+    saved = tmp_path / "tokenizer"
+    train_bpe([KOREAN], 300).save(saved)
+    bare = folder(config, data__tokenizer=str(saved))
+    (saved / "chat_template.jinja").write_text("{{ messages }}")
+    first = folder(config, data__tokenizer=str(saved))
+    (saved / "chat_template.jinja").write_text("{{ messages[0] }}")
+    assert len({bare, first, folder(config, data__tokenizer=str(saved))}) == 3
+
+
 def test_init_from_brings_its_tokenizer(config: Config, tmp_path: Path) -> None:
     train_bpe([KOREAN], 300).save(tmp_path / "run" / "model")
     named = folder(config, data__tokenizer=str(tmp_path / "run"))

@@ -38,6 +38,12 @@ def test_a_prompt_arrives_as_it_is(tmp_path: Path, prompt: str, place: str) -> N
     assert load_config(None, shlex.split(commands["serve"])[2:]).serve.model == str(folder)
 
 
+def test_a_chat_is_read_with_its_special_tokens(tmp_path: Path) -> None:
+    save_example(tmp_path, "<|im_start|>user\n", parse_special=True)
+    config = load_config(None, shlex.split(model_commands(tmp_path)["generate"])[2:])
+    assert (config.sample.prompt, config.sample.parse_special) == ("<|im_start|>user\n", True)
+
+
 def test_a_plain_prompt_is_not_quoted(tmp_path: Path) -> None:
     save_example(tmp_path, "the cat")
     command = model_commands(tmp_path, "book")["generate"]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from gptray.config import UserError, load_config
+from gptray.data.chat_template import ChatTemplate
 from gptray.data.prompts import check_input, scan
 from gptray.data.sources import SourceFile, find_files
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.chat_template import ChatTemplate
 from gptray.generation.engine import Engine
 from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.openai_batch import RequestReader

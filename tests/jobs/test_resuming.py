@@ -93,6 +93,17 @@ def test_auto_is_the_same_setting_as_what_it_means(folder: Path) -> None:
         check_resumable(exact)
 
 
+def test_no_column_is_the_same_setting_as_the_column_text(folder: Path) -> None:
+    steps = "train.max_steps=100"
+    saved = (folder / "config.yaml").read_text("utf-8")
+    assert "text_column: null" in saved
+    older = saved.replace("text_column: null", "text_column: text")
+    (folder / "config.yaml").write_text(older, "utf-8")
+    assert check_resumable(config_of(folder.parent, steps)) == []
+    with pytest.raises(UserError, match=r"data\.text_column: '?text'? there, '?body'? now"):
+        check_resumable(config_of(folder.parent, steps, "data.text_column=body"))
+
+
 def test_a_least_rate_of_the_same_value_is_the_same_setting(folder: Path, tmp_path: Path) -> None:
     """A run of before optim.min_lr=null says 0.0002, which is what null is for its optim.lr."""
 

@@ -34,6 +34,8 @@ def test_it_is_saved_as_it_was_loaded(tmp_path: Path) -> None:
     assert (second / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
     save_pretrained(load_pretrained(first), second, eos_token_id=5, bos_token_id=2)
     assert read(second, "generation_config.json") == {**SETTINGS, "bos_token_id": 2}
+    save_pretrained(load_pretrained(first), second, eos_token_id=[3, 9, 4])
+    assert read(second, "generation_config.json") == {**SETTINGS, "eos_token_id": [5, 9, 3, 4]}
 
 
 def test_a_template_is_found_in_the_tokenizers_settings(tmp_path: Path) -> None:

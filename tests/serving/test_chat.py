@@ -14,7 +14,7 @@ from openai.types.chat import completion_create_params as chat_params
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from gptray.generation.chat_template import ChatTemplate
+from gptray.data.chat_template import ChatTemplate
 from tests.data import foreign
 from tests.generation.models import random_gpt
 from tests.serving.servers import TOKENIZER, Server, running, tiny

@@ -95,9 +95,9 @@ def test_the_model_folder_has_a_prompt_from_validation_text(
         tiny_data,
         tmp_path / "r",
     )
-    prompt = load_example(tmp_path / "r" / "model")
+    example = load_example(tmp_path / "r" / "model")
     validation = tiny_data.tokenizer.decode(tiny_data.val.slice(0, 2000).tolist())
-    assert prompt and prompt in validation
+    assert example and example.prompt in validation and not example.parse_special
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

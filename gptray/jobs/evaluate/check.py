@@ -36,7 +36,7 @@ from gptray.jobs.folders.places import check_storage, with_absolute_paths
 from gptray.jobs.folders.resuming import state_of
 from gptray.jobs.models import CONFIG, for_workers, with_tokenizer
 from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.prepare.check import CheckedText, check_text
+from gptray.jobs.prepare.check import CheckedText, check_text, column_row
 from gptray.model.shape import read_shape
 from gptray.remote_folder import RemoteFolder
 
@@ -152,6 +152,7 @@ def plan(checked: CheckedEvaluation) -> Plan:
         *(("model", model) for model in checked.models),
         *([("adapter", adapter)] if (adapter := config.evaluate.adapter) else []),
         ("text", ", ".join(checked.source)),
+        *column_row(checked.text),
         ("windows", f"{checked.block_size} tokens, {checked.stride} apart"),
         ("weights", config.quantize.weights.replace("none", "full")),
         *([("compared", f"full weights, {', '.join(kinds)}")] if kinds else []),

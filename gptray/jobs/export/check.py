@@ -29,7 +29,8 @@ from gptray.model.gguf_names import (
 from gptray.model.packed_weights import GROUP, PACKINGS
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
-from gptray.model.usage import GENERATION, TEMPLATE, Usage
+from gptray.model.usage import GENERATION, Usage
+from gptray.template_file import TEMPLATE
 from gptray.wording import size_words
 
 _SUFFIX = ".gguf"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gptray.config import Config, UserError, flatten, load_saved
 from gptray.config.named_texts import named_texts
+from gptray.data.chats import TEXT
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
 from gptray.files import absolute, check_writable, expanded
@@ -78,7 +79,8 @@ def held_out(config: Config) -> dict[str, object]:
     """The values, by key, that decide which text a run holds out; its paths must be absolute."""
     flat = flatten(config)
     seed = config.seed if config.data.seed is None else config.data.seed
-    return {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}
+    held = {"seed": seed, **{key: flat[f"data.{key}"] for key in _HOLD_OUT}}
+    return held | ({"text_column": TEXT} if held["text_column"] is None else {})
 
 
 def arguments_for(folder: Path) -> list[str]:

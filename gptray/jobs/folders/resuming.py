@@ -15,6 +15,7 @@ from typing import Any
 from gptray.commands import typed
 from gptray.config import Config, RunFailed, UserError, dump, flatten, load_config
 from gptray.config.keys import shown, written
+from gptray.data.chats import TEXT
 from gptray.evaluation.model_commands import home_of
 from gptray.files import refuse_links, replacing, storing
 from gptray.jobs.folders.driver_lock import LOCK, is_held
@@ -73,6 +74,8 @@ def check_resumable(config: Config, *, sweep: bool = False) -> list[str]:
     for key in {*SOURCES, TOKENIZER}.intersection(changed):
         if is_same_place(*changed[key]):
             del changed[key]
+    if {*changed.get("data.text_column", ())} == {None, TEXT}:
+        del changed["data.text_column"]  # the tokens are compared, too
     if "train.compile" in changed and compiles(saved) == compiles(config):
         del changed["train.compile"]
     # A sweep's trials may have other rates, and then another tenth of them.

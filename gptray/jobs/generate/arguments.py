@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeGuard
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest_keys
 from gptray.config.use_sections import ROW_SETTINGS
-from gptray.generation.chat_template import Message
+from gptray.data.chat_template import Message
 
 # The keywords of `LLM` and the config's keys that they set.
 OPTIONS = {

@@ -12,7 +12,7 @@ from threading import Lock
 from typing import NoReturn, Unpack
 
 from gptray.config import Config, RunFailed, SampleConfig, UserError, override
-from gptray.generation.chat_template import ChatTemplate, Message, messages_of
+from gptray.data.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
 from gptray.generation.settings import Sampling, numbered_seed

@@ -9,9 +9,10 @@ from pathlib import Path
 from gptray.config import UserError
 from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, RowRequest
 from gptray.data.batches import Values
+from gptray.data.chat_template import ChatTemplate
 from gptray.data.prompts import CHAT
 from gptray.data.tokenizer import Tokenizer
-from gptray.generation.chat_template import ChatTemplate
+from gptray.data.written_names import put_together
 from gptray.model.usage import Usage
 from gptray.serving.api_error import ApiError
 from gptray.serving.chat_request import ChatRequest
@@ -82,7 +83,7 @@ class RequestReader:
         if self._template is None:
             raise ValueError(f"the model has no chat template: use {COMPLETIONS_URL}")
         chat = self._template.write(request.messages, **request.writing)
-        return RowRequest(self._template.shown(chat), {**_settings(request), CHAT: chat}, None)
+        return RowRequest(put_together(chat), {**_settings(request), CHAT: chat}, None)
 
 
 def _settings(request: GenerationRequest) -> dict[str, object]:

@@ -13,7 +13,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from gptray.config import Config
-from gptray.data.corpus import first_look
+from gptray.data.chats import TEXT
+from gptray.data.corpus import Look, chosen_columns, first_look
 from gptray.data.fallback import token_words
 from gptray.data.request import Request, make_request, tokenizer_name
 from gptray.data.shares import split_rows
@@ -39,10 +40,14 @@ FindSources = Callable[[Config], Request]
 
 @dataclass(frozen=True)
 class CheckedText:
-    """A text whose files, columns and tokenizer have been checked. config: which text it is."""
+    """A text whose files, columns and tokenizer have been checked.
+
+    config: which text it is. column: where its rows hold it, in words; "" if there are no rows.
+    """
 
     config: Config
     request: Request
+    column: str = ""
 
     @cached_property
     def data(self) -> TokenData | None:
@@ -75,11 +80,17 @@ def plan(checked: CheckedText) -> Plan:
         parts = ", ".join(f"{names[label]} {share:.1%}" for label, share in shares.items())
         rows.append((source.key.removeprefix("data."), f"{size_of(source.files)}: {parts}"))
     rows += [
+        *column_row(checked),
         ("tokenizer", request.tokenizer),
         ("data_dir", str(request.data_dir)),
         ("to do", "nothing, it is already prepared" if data else "scan, tokenize, write"),
     ]
     return rows + (text_rows(data) if data else [])
+
+
+def column_row(checked: CheckedText) -> Plan:
+    """A plan's row for the column that holds a text, if it has rows."""
+    return [("text column", checked.column)] if checked.column else []
 
 
 def text_rows(data: TokenData) -> Plan:
@@ -106,12 +117,12 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
 
     Logs warnings about the files. Raises UserError with all mistakes.
     """
-    mistakes, request = Mistakes(), None
+    mistakes, request, column = Mistakes(), None, ""
     with mistakes, doing("finding the text"):
         request = find(config)
         for warning in request.warnings:
             _warn(warning)
-        _look_at_files(request, mistakes)
+        column = _look_at_files(request, mistakes)
     with mistakes:
         _check_tokenizer(config, request)
     with mistakes:
@@ -122,7 +133,7 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
     request = replace(request)
     with doing("identifying the text"):
         _ = request.identity  # it reads every file, and is kept
-    return CheckedText(config, request)
+    return CheckedText(config, request, column)
 
 
 def _check_tokenizer(config: Config, request: Request | None) -> None:
@@ -142,22 +153,45 @@ def _check_tokenizer(config: Config, request: Request | None) -> None:
         raise unknown(config, name, error.reason, key=key) from None
 
 
-def _look_at_files(request: Request, mistakes: Mistakes) -> None:
+def _look_at_files(request: Request, mistakes: Mistakes) -> str:
+    """Look at the files of every source; return where their rows hold the text, in words."""
     left, checked = _LOOKED_BYTES, _CHECKED_FILES
+    columns: dict[str, None] = {}  # in order, each once
     for source, _ in request.sources:
         files = source.files[:checked]
         checked -= len(files)
         may_hold_text = len(files) < len(source.files)
+        with_rows = next((file for file in files if file.format != "txt"), None)
         for file in files:
             # A bad row may be anywhere, and small files are quick to read.
             whole = file.compression is None and file.size <= left
             left -= file.size if whole else 0
-            has_text = True
+            look = Look(has_text=True)
             with mistakes:
-                has_text = first_look(file, request.reading, whole=whole)
-            may_hold_text |= has_text
+                look = first_look(file, request.reading, whole=whole)
+                if file is with_rows:
+                    columns[_column(file, request, look)] = None
+            may_hold_text |= look.has_text
         if source.files and not may_hold_text:
             mistakes.add(f"{source.key} holds no text")
+    return "; ".join(filter(None, columns))
+
+
+def _column(file: SourceFile, request: Request, look: Look) -> str:
+    """Where a file of rows holds its text, in words; logged if that was chosen."""
+    names = chosen_columns(file, request.reading)
+    words = " + ".join(names)
+    if look.has_chats:
+        words += f", as the chat template of {request.tokenizer} writes it"
+    if request.reading.text_column is None and names not in ((), (TEXT,)):
+        _tell(f"{file.name} has no column {TEXT!r}; reading {words}")
+    return words
+
+
+@lru_cache
+def _tell(message: str) -> None:
+    """Log once per process, as `_warn` does."""
+    log.info("%s", message)
 
 
 @lru_cache

@@ -13,29 +13,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from gptray.commands import retyped
 from gptray.config import Config, RunFailed, UserError
 from gptray.data.data_manifest import (
     DataManifest,
-    Provenance,
     ShardEntry,
-    SourceEntry,
     SplitEntry,
-    TokenizerEntry,
 )
-from gptray.data.difference import Lost
 from gptray.data.fallback import fallback_warning, token_measures, token_words
 from gptray.data.publish import building
 from gptray.data.request import Request, make_request
 from gptray.data.shards import Shard, shard_dtype, split_entry
 from gptray.data.shares import split_rows
-from gptray.data.sources import BUILTIN, Source
+from gptray.data.sources import BUILTIN
 from gptray.data.split_plan import PiecePlan, SplitPlan
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
-from gptray.data.tokenizer_files import KINDS
-from gptray.data.tokens import FORMAT_VERSION, MANIFEST, TokenData
+from gptray.data.tokenizer_files import KINDS, tokenizer_template
+from gptray.data.tokens import MANIFEST, TokenData
 from gptray.data.work import UnitScan, sample, tokenise
 from gptray.files import storing
 from gptray.jobs.cluster.connection import ray_cluster
@@ -45,9 +40,11 @@ from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.next_steps import differing, settings_of, tell
 from gptray.jobs.other_texts import ALSO_KEY, OtherTexts
 from gptray.jobs.prepare.check import CheckedText, opened, size_of
+from gptray.jobs.prepare.origins import provenance_of, template_entry, tokenizer_entry
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.progress.doing import doing
 from gptray.record import last_event, read_events
+from gptray.template_file import TEMPLATE
 
 log = logging.getLogger("gptray")
 
@@ -71,6 +68,7 @@ def run(checked: CheckedText) -> dict[str, object]:
     return {
         "data_dir": str(data.data_dir),
         "documents": data.manifest["documents"],
+        "chats": data.manifest.get("chats", 0),
         "tokens": {name: entry["tokens"] for name, entry in splits.items()},
         "bytes": {name: entry["bytes"] for name, entry in splits.items()},
         "split_documents": {name: entry["documents"] for name, entry in splits.items()},
@@ -155,14 +153,15 @@ def _build(
 ) -> None:
     """Fill `folder` with the tokenizer, the shards and, last, the manifest."""
     began = time.monotonic()
+    if tokenizer is not None:
+        _save_tokenizer(request, tokenizer, folder)
     texts = find_pieces(request, tokenizer, folder, piece_bytes=piece_bytes)
     files = [file for source, _ in texts for file in source.files]
     log.info("preparing %s: %s", request.data_dir.name, size_of(files))
     split_plan, scans = scan_and_plan(request, texts)
     if tokenizer is None:
         tokenizer = _make_tokenizer(request, split_plan, scans)
-    with storing(request.data_dir):
-        tokenizer.save(folder / "tokenizer")
+        _save_tokenizer(request, tokenizer, folder)
     data_dir = request.data_dir
 
     def write_shards(number: int, unit: Sequence[PiecePlan]) -> dict[int, Shard]:
@@ -175,9 +174,13 @@ def _build(
         if file.changed():
             raise RunFailed(f"{file.name} changed while it was being prepared; start again")
     splits = _number_shards(folder, request.split_names, split_plan, shards)
+    provenance = provenance_of(request, [source for source, _ in texts], split_plan, scans)
     manifest: DataManifest = {
-        **_provenance(request, [source for source, _ in texts], split_plan, scans),
-        "tokenizer": _describe(request, tokenizer, shards),
+        **provenance,
+        "tokenizer": {
+            **tokenizer_entry(request, tokenizer, shards),
+            **template_entry(folder / "tokenizer", has_chats="chats" in provenance),
+        },
         "dtype": shard_dtype(tokenizer.vocab_size),
         "splits": splits,
         "warnings": text_warnings(request, split_plan, scans, splits),
@@ -196,6 +199,15 @@ def _build(
     log.info("tokens  %s", token_words(manifest))
 
 
+def _save_tokenizer(request: Request, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer/`, with the chat template of the tokenizer that was asked for."""
+    template = tokenizer_template(request.tokenizer)
+    with storing(request.data_dir):
+        tokenizer.save(folder / "tokenizer")
+        if template is not None:
+            (folder / "tokenizer" / TEMPLATE).write_text(template, "utf-8", newline="")
+
+
 def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]) -> Tokenizer:
     if request.tokenizer == "char":
         # From the whole text: characters that occur only in validation text need a token too.
@@ -209,59 +221,6 @@ def _make_tokenizer(request: Request, plan: SplitPlan, scans: Sequence[UnitScan]
     )
     with doing("training the tokenizer"):
         return train_bpe((text for unit in texts for text in unit), request.vocab_size)
-
-
-def _provenance(
-    request: Request, sources: Sequence[Source], plan: SplitPlan, scans: Sequence[UnitScan]
-) -> Provenance:
-    """The manifest's record of where the tokens come from: sources, split and counts."""
-    sha256 = {name: digest for unit in scans for name, digest in unit.sha256.items()}
-    named = {file for source, _ in request.sources for file in source.files}
-    files: dict[str, list[SourceEntry]] = {
-        source.key.removeprefix("data."): [
-            {
-                "path": file.name if file in named else BUILTIN,
-                "size": file.size,
-                "sha256": sha256[file.name],
-            }
-            for file in source.files
-        ]
-        for source in sources
-    }
-    return {
-        "format": FORMAT_VERSION,
-        "request": request.identity,
-        "sources": files.pop(sources[0].key.removeprefix("data.")),
-        # val_source and test_source, if given.
-        **cast(Provenance, files),
-        "split": {
-            "fractions": list(request.split),
-            "cut_documents": plan.cut_documents,
-            "seed": request.seed,
-        },
-        "fraction": request.fraction,
-        "documents": plan.total_documents,
-        "bytes": plan.total_bytes,
-        "empty_rows": sum(piece.empty_rows for unit in scans for piece in unit.pieces),
-    }
-
-
-def _describe(
-    request: Request, tokenizer: Tokenizer, units: Sequence[dict[int, Shard]]
-) -> TokenizerEntry:
-    """The manifest's entry for the tokenizer, with what it loses of the text."""
-    lost = Lost.joined(shard.lost for unit in units for shard in unit.values())
-    entry: TokenizerEntry = {
-        "source": request.tokenizer,
-        "sha256": tokenizer.sha256,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_token": tokenizer.eos_token,
-        "eos_token_id": tokenizer.eos_id,
-        "lost": lost.entry(),
-    }
-    if tokenizer.document_prefix:
-        entry["document_prefix"] = tokenizer.document_prefix
-    return entry
 
 
 def _number_shards(

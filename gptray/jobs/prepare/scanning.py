@@ -20,6 +20,7 @@ from gptray.data.tokenizer import Tokenizer
 from gptray.data.work import UnitScan, scan
 from gptray.files import storing
 from gptray.jobs.cluster.tasks import map_items
+from gptray.template_file import TEMPLATE
 
 log = logging.getLogger("gptray")
 _NAMED_FILES = 5  # how many files messages name
@@ -28,14 +29,20 @@ _NAMED_FILES = 5  # how many files messages name
 def find_pieces(
     request: Request, tokenizer: Tokenizer | None, folder: Path, *, piece_bytes: int
 ) -> list[tuple[Source, ScannedText]]:
-    """The files of every source, cut into units of work; scans nothing yet."""
+    """The files of every source, cut into units of work; scans nothing yet.
+
+    folder: also holds the tokenizer with its chat template, if there is one.
+    """
+    reading, saved = request.reading, folder / "tokenizer"
+    if (saved / TEMPLATE).is_file():
+        reading = replace(reading, tokenizer=str(saved), eos_token=None)  # every node sees it
     cut_text = tokenizer is None or tokenizer.cuts_at_boundaries()
     texts = []
     for source, shares in request.sources:
-        reading = request.reading if source.files else Reading()
+        how = reading if source.files else Reading()
         if not source.files:
             source = replace(source, files=(_write_builtin(folder / f"{BUILTIN}.jsonl"),))
-        units = plan_pieces(source.files, reading, piece_bytes=piece_bytes, cut_text=cut_text)
+        units = plan_pieces(source.files, how, piece_bytes=piece_bytes, cut_text=cut_text)
         texts.append((source, ScannedText(units, [], shares, source.key)))
     return texts
 

@@ -26,7 +26,7 @@ from gptray.jobs.folders.resuming import (
 )
 from gptray.jobs.folders.run_folder import resolve, run_dir, run_place
 from gptray.jobs.other_texts import OtherTexts, check_also
-from gptray.jobs.prepare.check import CheckedText, check_text, text_rows
+from gptray.jobs.prepare.check import CheckedText, check_text, column_row, text_rows
 from gptray.jobs.progress.trackers import check_trackers
 from gptray.jobs.train.given_models import (
     check_base,
@@ -177,6 +177,7 @@ def plan(checked: CheckedTraining) -> Plan:
             rows.append(("shared memory", f"{shared}: all processes of a machine hold it once"))
     else:
         rows.append(("parameters", "known once the tokenizer is"))
+    rows += column_row(checked.text)
     if data:
         order = BatchOrder(data.train.tokens, config.train.block_size, seed=config.seed)
         rows.append(("token data", f"{data.data_dir} (ready)"))

@@ -1,13 +1,22 @@
-"""Renders a chat's messages as a prompt, by the model's own template and with transformers."""
+"""Renders a chat's messages as text, by the tokenizer's own template and with transformers."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from gptray.data.tokenizer import Tokenizer
+from gptray.data.tokenizer_files import (
+    hub_tokenizer,
+    tokenizer_path,
+    tokenizer_sha256,
+    tokenizer_template,
+)
+from gptray.data.written_names import put_together
 
 Message = Mapping[str, str]
 
@@ -41,10 +50,11 @@ def _message(value: object, place: str) -> dict[str, str]:
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{place}.name must be text")
     named = {} if name is None else {_NAME: name}
-    return {"role": role, "content": _text(content, f"{place}.content"), **named}
+    return {"role": role, "content": text_of(content, f"{place}.content"), **named}
 
 
-def _text(content: object, place: str) -> str:
+def text_of(content: object, place: str) -> str:
+    """A message's content as text; parts are joined by newlines. Raises ValueError."""
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)) or not content:
@@ -66,23 +76,45 @@ def _part(part: object, place: str) -> str:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's template, as Jinja source. Text in a message never becomes a special token."""
+    """A tokenizer's template, as Jinja source. Text in a message never becomes a special token."""
 
     source: str
     tokenizer: Tokenizer
 
+    @classmethod
+    def of(cls, tokenizer: str, *, eos_token: str | None) -> ChatTemplate | None:
+        """The template of a tokenizer, see `Tokenizer.load`; None if it has none."""
+        source = tokenizer_template(tokenizer)
+        if source is None:
+            return None
+        sha256 = tokenizer_sha256(tokenizer_path(tokenizer) or hub_tokenizer(tokenizer))
+        return cls(source, _loaded(tokenizer, eos_token, sha256))
+
+    def reads(self, key: str) -> bool:
+        """Whether the template mentions a message's key."""
+        return re.search(rf"\b{re.escape(key)}\b", self.source) is not None
+
+    def end_of_turn(self) -> int | None:
+        """The special token that ends the model's messages; None if the template writes none."""
+        said = "Hello."
+        try:
+            chat = self.write(
+                [{"role": role, "content": said} for role in ("user", "assistant")],
+                add_generation_prompt=False,
+            )
+        except ValueError:
+            return None  # it refuses a chat this simple
+        after = self.tokenizer.written_names.parts(chat.rpartition(said)[2])
+        return next((part for part in after if isinstance(part, int)), None)
+
     def prompt(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[int]]:
         """A chat as a prompt: its text and its token ids. Options and errors are `write`'s."""
         chat = self.write(messages, **options)
-        return self.shown(chat), self.tokenizer.chat_ids(chat)
-
-    def shown(self, chat: str) -> str:
-        """The text of a chat from `write`, for people to read."""
-        return self.tokenizer.written_names.put_together(chat)
+        return put_together(chat), self.tokenizer.chat_ids(chat)
 
     def write(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -97,16 +129,14 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second
 
         given = variables or {}
-        reserved = {*inspect.signature(render_jinja_template).parameters, *_BUILT_IN}
-        if taken := sorted(reserved & {*given}):
-            raise ValueError(f"chat_template_kwargs.{taken[0]} is not one of the template's own")
-        take_apart = self.tokenizer.written_names.taken_apart
-        quoted = [
-            {key: take_apart(value) for key, value in message.items()} for message in messages
-        ]
+        if given:  # looking at the signature takes as long as writing a chat
+            reserved = {*inspect.signature(render_jinja_template).parameters, *_BUILT_IN}
+            if taken := sorted(reserved & {*given}):
+                key = f"chat_template_kwargs.{taken[0]}"
+                raise ValueError(f"{key} is not one of the template's own")
         try:
             chat: str = render_jinja_template(
-                [quoted],
+                [[{key: self._quoted(one[key]) for key in one} for one in messages]],
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -115,3 +145,17 @@ class ChatTemplate:
         except Exception as error:  # whatever a template's own code raises
             raise ValueError(f"the model's chat template: {error}") from None
         return chat
+
+    def _quoted(self, value: object) -> object:
+        """A value with the special tokens' names in its texts taken apart."""
+        if isinstance(value, str):
+            return self.tokenizer.written_names.taken_apart(value)
+        if isinstance(value, Mapping):
+            return {key: self._quoted(one) for key, one in value.items()}
+        return [*map(self._quoted, value)] if isinstance(value, (list, tuple)) else value
+
+
+@lru_cache(maxsize=2)
+def _loaded(tokenizer: str, eos_token: str | None, sha256: str) -> Tokenizer:
+    """Cached, as every piece of a text loads it. sha256: of its files, which may change."""
+    return Tokenizer.load(tokenizer, eos_token=eos_token)
