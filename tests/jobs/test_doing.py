@@ -104,7 +104,7 @@ def test_a_sweep_says_that_its_trials_build_the_kernels(lines: Lines, tmp_path: 
     folder.mkdir(parents=True)
     write_event(folder, "building", message="building the C++ kernels")
     with watching_sweep(tmp_path, 1, on_change=lambda: None):
-        assert lines.next() == "0 of 1 trials; running: 0000 building the C++ kernels"
+        assert lines.next() == "0 of 1 trial; running: 0000 building the C++ kernels"
         write_event(folder, "start", step=0)
-        while lines.next() != "0 of 1 trials; running: 0000 at step 0":
+        while lines.next() != "0 of 1 trial; running: 0000 at step 0":
             pass

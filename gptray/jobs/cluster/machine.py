@@ -9,6 +9,7 @@ from gptray.gpus import built_for_cpus, is_torch_for_cpus, local_gpus
 from gptray.native.backend import TRAIN_KEY, check_native
 from gptray.native.compiler import cannot_compile, why_not_compile
 from gptray.system import on_mac, usable_cores
+from gptray.wording import count
 
 
 def check_training(config: Config) -> None:
@@ -49,12 +50,12 @@ def check_resources(
     if compute.cpus_per_worker and compute.cpus_per_worker * workers > cpus:
         problems.append(
             f"compute.cpus_per_worker={compute.cpus_per_worker} x "
-            f"compute.num_workers={shown} is more than this machine's {cpus} cores"
+            f"compute.num_workers={shown} is more than this machine's {count(cpus, 'core')}"
         )
-    count, cores = workers + 1, compute.cpus_per_worker or 1
-    has_spare = gpu_workers(compute, gpus) >= count and cores * count <= cpus
+    number, cores = workers + 1, compute.cpus_per_worker or 1
+    has_spare = gpu_workers(compute, gpus) >= number and cores * number <= cpus
     if beside and not problems and not has_spare:
-        spare = f"{count} GPUs" if compute.use_gpu else f"{cores * count} cores"
+        spare = f"{number} GPUs" if compute.use_gpu else f"{cores * number} cores"
         problems.append(
             f"{beside}=true needs one more worker than compute.num_workers={shown}, so {spare}; "
             f"this machine has {gpus if compute.use_gpu else cpus}. Without it ({beside}=false) "

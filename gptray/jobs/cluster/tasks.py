@@ -22,6 +22,7 @@ from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.cluster.waiting import await_core
 from gptray.jobs.progress.doing import so_far, telling
 from gptray.system import usable_cores
+from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
@@ -75,8 +76,8 @@ def map_items(
     )
     results: dict[int, R] = {}
     exporter = Exporter("prepare")
-    began = time.monotonic()
-    with telling(lambda: so_far(f"{doing}: {len(results)} of {len(rows)} parts", began)):
+    began, parts = time.monotonic(), count(len(rows), "part")
+    with telling(lambda: so_far(f"{doing}: {len(results)} of {parts}", began)):
         for row in dataset.iter_rows():
             if row["message"]:
                 raise Failure(row["message"], row["is_mistake"]).error()

@@ -41,7 +41,7 @@ def plan(checked: CheckedModel | CheckedBatch) -> Plan:
     columns = output_schema(found.schema, samples).names
     return [
         ("model", job.model),
-        ("input", f"{count(len(job.files), 'file')}, {size}, {found.rows:,} rows"),
+        ("input", f"{count(len(job.files), 'file')}, {size}, {count(found.rows, 'row')}"),
         ("engines", f"{config.generate.num_workers} of {config.generate.max_batch_size} sequences"),
         ("backend", planned_backend(config)),
         ("memory", planned_memory(config, job.model_dir, config.generate.max_batch_size)),

@@ -22,6 +22,7 @@ from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
 from gptray.tuning.sweep_record import SKIPPED, TRIALS, load_trials, trial_dir, winner_dir
 from gptray.tuning.trial_plan import choose_winner, score
+from gptray.wording import count
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,12 @@ def _sweep(place: RecordPlace, known: Listed) -> Listed:
     if winner and has_model(folder):
         follows = of_model(folder, place.path)["generate"]
     if winner and not place.is_held:
-        state = f"finished, {len(trials)} trials"
+        state = f"finished, {count(len(trials), 'trial')}"
     else:
         ended = sum(trial.outcome is not None for trial in trials)
         has_none = bool(trials) and ended == len(trials) and choose_winner(trials) is None
         word = "running" if place.is_held else "failed" if has_none else "interrupted"
-        state = f"{word}, {ended} of {len(trials)} trials"
+        state = f"{word}, {ended} of {count(len(trials), 'trial')}"
     return replace(known, state=state, next=follows)
 
 

@@ -36,6 +36,7 @@ from gptray.tuning.trial_plan import (
     plan_trials,
     text_key,
 )
+from gptray.wording import count
 
 BUSY = "another process runs the sweep {}"
 FILES = "config.yaml trials.jsonl trials/ best.yaml model/ trials.parquet optuna.log report.html"
@@ -153,7 +154,9 @@ def check_same_validation(texts: Iterable[TokenData]) -> None:
     """Raise UserError if the texts' validation splits differ."""
     sizes = {(text.val.documents, text.val.bytes) for text in texts}
     if len(sizes) > 1:
-        found = ", ".join(f"{count} documents of {size:,} bytes" for count, size in sorted(sizes))
+        found = ", ".join(
+            f"{count(number, 'document')} of {size:,} bytes" for number, size in sorted(sizes)
+        )
         raise UserError(
             f"tune.space: trials would be validated on different text ({found}); give all of them "
             "the same data.source and share for validation, or one data.val_source"
@@ -189,7 +192,7 @@ def plan(checked: CheckedSweep) -> Plan:
     if checked.changes:
         rows.append(("changes", "; ".join(checked.changes)))
     if ended:
-        rows.append(("ended already", f"{len(ended)} trials"))
+        rows.append(("ended already", count(len(ended), "trial")))
     rows.append(("files", FILES))
     return rows
 

@@ -46,6 +46,7 @@ from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_di
 from gptray.tuning.table import write_trials_parquet
 from gptray.tuning.trial_plan import choose_winner
 from gptray.tuning.winner_commands import BEST
+from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
@@ -129,7 +130,7 @@ def _finish(config: Config, folder: Path, record: Record) -> None:
     trials = load_trials(folder)
     failed = [trial for trial in trials if trial.passing]
     if failed:
-        told = f"{len(failed)} of {len(trials)} trials failed: {failed[0].message}"
+        told = f"{len(failed)} of {count(len(trials), 'trial')} failed: {failed[0].message}"
         if config.tune.retry_failed:
             raise RunFailed(
                 f"{told}; the same command runs them again; with tune.retry_failed=false the "

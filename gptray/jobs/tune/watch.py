@@ -26,7 +26,7 @@ from gptray.record import read_events
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible
-from gptray.wording import duration
+from gptray.wording import count, duration
 
 log = logging.getLogger("gptray")
 POLL_S = 1.0
@@ -120,7 +120,7 @@ class _SweepWatch:
     def _progress(self, trials: Sequence[Trial]) -> str:
         ended = [trial for trial in trials if trial.has_ended]
         total = max(self._num_trials, len(trials))
-        text = f"{len(ended)} of {total} trials"
+        text = f"{len(ended)} of {count(total, 'trial')}"
         best = ranked(trials)
         if best:
             text += f", best {best[0].name} with {score(best[0]):.4f}"

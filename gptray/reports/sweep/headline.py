@@ -32,7 +32,7 @@ def sweep_state(standing: Ranking, *, running: bool) -> tuple[str, str]:
     ended = sum(trial.outcome is not None for trial in trials)
     run = sum(trial.started and trial.outcome is None for trial in trials)
     first = sum(not trial.replicate_of for trial in trials)
-    of_all = f": {ended} of {_total(standing)} trials ended"
+    of_all = f": {ended} of {count(_total(standing), 'trial')} ended"
     if running:
         return "running", of_all + (f", {run} running" if run else "")
     if standing.sweep.winner:
