@@ -104,7 +104,7 @@ def test_every_node_has_the_project_the_token_and_the_shared_folder(
     for remote, local in mounts.items():
         assert remote == f"/home/ubuntu/gptray-source/{local}"
         assert (ROOT / local).exists()
-    assert {"gptray", "pyproject.toml", "constraints.txt"} <= set(mounts.values())
+    assert {"gptray", "configs", "pyproject.toml", "constraints.txt"} <= set(mounts.values())
     setup = "\n".join(cluster["setup_commands"])
     assert "pip install -q ~/gptray-source -c ~/gptray-source/constraints.txt" in setup
     assert "mountpoint -q /mnt/gptray || sudo mount -t nfs" in setup
