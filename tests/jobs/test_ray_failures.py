@@ -78,6 +78,16 @@ def test_a_controllers_failure_is_told_by_its_kind(tmp_path: Path, is_storage: b
     from ray.train import ControllerError
 
     cause = OSError(errno.EIO, os.strerror(errno.EIO)) if is_storage else TimeoutError("no answer")
-    begins = f"cannot write {tmp_path}: Input/output error" if is_storage else "Ray Train's contr"
+    failed = "Ray Train's controller failed; the same command"
+    begins = f"cannot write {tmp_path}: Input/output error" if is_storage else failed
     with pytest.raises(RunFailed, match=f"^{begins}"), ray_failures(Config(), tmp_path):
         raise ControllerError(cause)
+
+
+def test_a_dying_scorer_is_guessed_only_where_there_is_one(tmp_path: Path) -> None:
+    from ray.train import ControllerError
+
+    config = load_config(None, ["train.async_validation=true"])
+    guess = "failed, which happens when the process that scores checkpoints dies more than"
+    with pytest.raises(RunFailed, match=guess), ray_failures(config, tmp_path):
+        raise ControllerError(TimeoutError("no answer"))

@@ -17,6 +17,7 @@ import ray
 
 from gptray.config import RunFailed, UserError
 from gptray.files import cannot_write, is_file_error
+from gptray.jobs.cluster.own_code import check_own_code
 from gptray.jobs.cluster.own_ray import folder_of_ray, own_ray, shut_down
 from gptray.jobs.cluster.ray_messages import RayMessages
 from gptray.jobs.cluster.waiting import telling_waits
@@ -70,12 +71,14 @@ def ray_cluster(
 
     environment: variables for the processes of the job's own Ray.
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
-    Raises RunFailed if Ray does not start or answer, or the wait took too long.
+    Raises RunFailed if Ray does not start or answer, or the wait took too long; UserError if the
+    working directory has another gptray.
     """
     if ray.is_initialized():
         with telling_waits(wait_s):
             yield False
         return
+    check_own_code()
     address = os.environ.get("RAY_ADDRESS")
     if address:
         check_address(address)

@@ -21,6 +21,7 @@ import ray
 from gptray.config import Config, RunFailed, UserError
 from gptray.files import check_writable, expanded, is_uri, no_empty_folders, open_regular, storing
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, ask
+from gptray.jobs.cluster.own_code import own_code
 from gptray.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
@@ -29,6 +30,10 @@ log = logging.getLogger("gptray")
 SETTLE_S, POLL_S = 3.0, 0.2
 # Bytes of a file, and files of a folder or a text, that suffice to tell one from another.
 _START_BYTES, _MOST_FILES = 64, 100
+_OTHER_CODE = (
+    "has another gptray than the one that runs this job; install the same one on every node, or "
+    "start the job with ray job submit --working-dir"
+)
 _REMEDY = "give a {noun} that all nodes share, such as NFS"
 
 
@@ -128,7 +133,7 @@ def blind_nodes(
         for key, paths in (read or {}).items():
             places += [_as_here(key, path) for path in paths[:_MOST_FILES] if path.exists()]
         about = ", ".join([*(place.words for place in places), *stores][:2])
-        answers = ask(working, problem_of, places, stores, about=about)
+        answers = ask(working, problem_of, places, stores, own_code(), about=about)
     found: list[UserError | RunFailed] = []
     for node, answer in zip(working, answers, strict=True):
         if isinstance(answer, NoAnswer):
@@ -143,8 +148,15 @@ def blind_nodes(
     return found
 
 
-def problem_of(places: Sequence[Place], stores: Sequence[str] = ()) -> tuple[str, str] | None:
-    """On a node: the first place that it sees differently from the driver, and the problem."""
+def problem_of(
+    places: Sequence[Place], stores: Sequence[str] = (), code: str = ""
+) -> tuple[str, str] | None:
+    """On a node: the first place that it sees differently from the driver, and the problem.
+
+    code: the driver's `own_code`.
+    """
+    if code and code != own_code():
+        return "gptray", _OTHER_CODE
     for place in places:
         if problem := _unseen(place) or _unwritable(place):
             return place.words, problem

@@ -137,11 +137,11 @@ def ray_failures(config: Config, folder: Path) -> Iterator[None]:
     except ControllerError as error:
         if is_file_error(error.controller_failure):
             raise cannot_write(folder, error.controller_failure) from None
+        most = f"dies more than compute.max_failures={config.compute.max_failures} times"
+        guess = f", which happens when the process that scores checkpoints {most}"
         raise RunFailed(
-            "Ray Train's controller failed, which happens when the process that scores "
-            f"checkpoints dies more than compute.max_failures={config.compute.max_failures} "
-            "times; the same command resumes from the last "
-            f"checkpoint.\n{error.controller_failure}"
+            f"Ray Train's controller failed{guess if config.train.async_validation else ''}; the "
+            f"same command resumes from the last checkpoint.\n{error.controller_failure}"
         ) from None
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
         why = why_ended(error, otherwise="")
