@@ -37,6 +37,6 @@ def check_own_code() -> None:
     if _code_of(there) != own_code():
         raise UserError(
             f"{there} is not the gptray that runs this job, {_PACKAGE}, but Ray's processes would "
-            "import it from this folder: start the job in another folder, or install the one that "
-            f"is here (pip install -e {there.parent})"
+            "import it from this folder: start the job from another folder, or install the one "
+            f"that is here (pip install -e {there.parent})"
         )
