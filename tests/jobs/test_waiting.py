@@ -46,6 +46,11 @@ def test_a_wait_says_what_is_awaited_and_what_is_free(
     assert shortage(awaited, FREE, free).startswith(expected)
 
 
+def test_where_no_gpu_matters_none_is_counted() -> None:
+    text = shortage([{"CPU": 2.0}], [{"CPU": 2.0}, {}], [{"CPU": 1.0}, {}])
+    assert text == "2 cores: the cluster has 2 cores, 1 core free"
+
+
 def test_room_on_several_nodes_is_told_apart_from_room_on_one() -> None:
     text = shortage([{"CPU": 3.0}], FREE, FREE)
     assert text.endswith("1 GPU and 3 cores free, not together on one node")

@@ -156,15 +156,17 @@ def shortage(
     elif others:
         words = amount_words(total(awaited))
     all_free = total(free)
-    text = f"{words}: the cluster has {_both(total(has))}, {_both(all_free)} free"
+    by_gpus = any(one.get("GPU") for one in (*awaited, *has))
+    there, left = (_amounts(one, by_gpus=by_gpus) for one in (total(has), all_free))
+    text = f"{words}: the cluster has {there}, {left} free"
     if all(all_free.get(name, 0.0) >= number for name, number in total(awaited).items()):
         text += ", not together on one node"
     return text
 
 
-def _both(resources: Resources) -> str:
+def _amounts(resources: Resources, *, by_gpus: bool) -> str:
     words = amount_words(resources)
-    return words if resources.get("GPU") else f"0 GPUs and {words}"
+    return f"0 GPUs and {words}" if by_gpus and not resources.get("GPU") else words
 
 
 def demand_of_job() -> tuple[Sequence[Resources], bool]:
