@@ -35,6 +35,7 @@ from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
 from gptray.files import cannot_write, is_storage, is_uri
 from gptray.jobs.base import Job, Plan, find_job
+from gptray.jobs.progress.doing import doing
 from gptray.node_cache import copied
 from gptray.path_mistakes import path_mistake
 from gptray.signals import STOP_S, interrupting
@@ -96,7 +97,9 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         _log_to_stderr(verbose=arguments.verbose)
         with interrupting(lambda failure, is_again: _end_at_once(name, failure, is_again)):
             job = job or find_job(name)
-            result = job.run(job.check(config))
+            with doing("checking what the job needs"):
+                checked = job.check(config)
+            result = job.run(checked)
         if result is not None:
             write_out(json_line(result))
         return DONE

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from gptray.jobs.doctor.facts import ClusterFacts, Disk, Examined, NodeFacts, Op
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.run import run as visit
 from gptray.jobs.doctor.worker import node_facts, open_ports, process_name, two_gpus_add_up
+from tests.object_store import object_store
 
 GIB = 1 << 30
 HEALTHY = NodeFacts(
@@ -266,6 +268,27 @@ def test_a_node_tells_of_a_missing_compiler(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "no-such-compiler" in str(node_facts(str(tmp_path)).no_code)
+
+
+def test_a_node_of_a_job_whose_home_is_a_store_tells_of_its_cache(tmp_path: Path) -> None:
+    disks = node_facts("s3://bucket/runs").disks
+    assert [disk.what for disk in disks] == ["gptray's cache", "Ray's files"]
+
+
+def test_a_store_is_looked_at_as_a_folder_is(
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with object_store(monkeypatch, tmp_path):
+        for place in ("s3://bucket/runs", "s3://no-such-bucket/runs"):
+            with suppress(RunFailed):  # a machine with a full disk, say, or the second place
+                visit(check(load_config(None, [f"storage_path={place}"])))
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    good, bad = ({one["check"]: one for one in line["checks"]}["storage"] for line in lines)
+    assert good["message"] == "storage_path=s3://bucket/runs answers the only node"
+    assert bad["level"] == "fail" and "storage_path=s3://no-such-bucket/runs: " in bad["message"]
 
 
 def test_two_processes_add_up_a_number(ray_cluster: None) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gptray.cli import run_job
+from gptray.config import Config
+from gptray.jobs.base import Job
 from gptray.jobs.progress import doing
 from gptray.jobs.progress.bar import Bar
 from gptray.jobs.tune.watch import watching_sweep
@@ -66,6 +69,17 @@ def test_of_blocks_in_each_other_the_innermost_speaks(lines: Lines) -> None:
         lines.next()
         lines.next()
     assert {line.partition(",")[0] for line in lines.said} == {"asking the nodes"}
+
+
+def test_a_check_that_takes_long_says_so(lines: Lines) -> None:
+    told: list[str] = []
+
+    def check(config: Config) -> None:
+        log.addHandler(lines)  # the command line has set its own
+        told.append(lines.next())
+
+    assert run_job("train", doc="", argv=[], job=Job(check, lambda _: [], lambda _: None)) == 0
+    assert told[0].startswith("checking what the job needs, ")
 
 
 def test_silence_before_a_block_counts(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:

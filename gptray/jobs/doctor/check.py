@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from gptray.config import Config, UserError
+from gptray.config import Config
 from gptray.files import is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.models import storage_of
 
 
-def check(config: Config) -> Path:
-    """Resolve storage_path. Raises UserError for an object store or an unknown user's home."""
-    if is_uri(config.storage_path):
-        raise UserError(
-            f"storage_path={config.storage_path}: the doctor checks only folders that the nodes "
-            "share; leave storage_path out to check everything else"
-        )
-    return storage_of(config)
+def check(config: Config) -> str:
+    """storage_path: a URI, or a folder in full. Raises UserError for an unknown user's home."""
+    return config.storage_path if is_uri(config.storage_path) else str(storage_of(config))
 
 
-def plan(storage_path: Path) -> Plan:
+def plan(storage_path: str) -> Plan:
     """What the job would do."""
     return [("checks", f"every node, and {storage_path}; changes nothing")]

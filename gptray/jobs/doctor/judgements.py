@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from gptray.files import is_uri
 from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined
 from gptray.wording import count, time_words
 
@@ -176,6 +177,8 @@ def storage(facts: ClusterFacts) -> tuple[Level, str]:
     if facts.blind:
         return "fail", "; ".join(facts.blind)
     on = "every node" if len(facts.nodes) > 1 else "the only node"
+    if is_uri(facts.storage_path):
+        return "ok", f"storage_path={facts.storage_path} answers {on}"
     return "ok", f"storage_path={facts.storage_path} is readable and writable on {on}"
 
 

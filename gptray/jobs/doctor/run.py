@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gptray.config import RunFailed
+from gptray.files import is_uri
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node, alive_nodes, ask
 from gptray.jobs.cluster.connection import ray_cluster
-from gptray.jobs.cluster.shared_storage import blind_nodes
+from gptray.jobs.cluster.shared_storage import blind_nodes, problem_of
 from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.worker import clock, node_facts, two_gpus_add_up
@@ -21,7 +22,7 @@ from gptray.wording import count
 log = logging.getLogger("gptray")
 
 
-def run(storage_path: Path) -> None:
+def run(storage_path: str) -> None:
     """Log a line for each check and print the JSON line. Raises RunFailed if a check fails."""
     print_line = line_printer()
     with ray_cluster():
@@ -35,25 +36,34 @@ def run(storage_path: Path) -> None:
         raise RunFailed(f"{count(len(failed), 'problem')}: {', '.join(failed)}")
 
 
-def look(storage_path: Path) -> ClusterFacts:
+def look(storage_path: str) -> ClusterFacts:
     """Gather the facts of the cluster. Needs Ray."""
     nodes = alive_nodes()
     log.info("checking %s", count(len(nodes), "node"))
-    answers = ask(nodes, node_facts, str(storage_path), about="their versions and disks")
+    answers = ask(nodes, node_facts, storage_path, about="their versions and disks")
     pairs = [*zip(nodes, answers, strict=True)]
     found = [(node, one) for node, one in pairs if not isinstance(one, NoAnswer)]
     ahead = _seconds_ahead([node for node, _ in found])
-    blind = blind_nodes(written={f"storage_path={storage_path}": storage_path})
     return ClusterFacts(
-        storage_path=str(storage_path),
+        storage_path=storage_path,
         nodes=tuple(
             Examined(node, facts, seconds)
             for (node, facts), seconds in zip(found, ahead, strict=True)
         ),
         silent=tuple((node, one) for node, one in pairs if isinstance(one, NoAnswer)),
-        blind=tuple(map(str, blind)),
+        blind=tuple(_blind(storage_path)),
         nccl=two_gpus_add_up() if sum(node.gpus for node in nodes) >= 2 else None,
     )
+
+
+def _blind(storage_path: str) -> list[str]:
+    """Which nodes cannot use storage_path, and why; a store must also answer this machine."""
+    words = f"storage_path={storage_path}"
+    if not is_uri(storage_path):
+        return [str(one) for one in blind_nodes(written={words: Path(storage_path)})]
+    if problem := problem_of([], [words]):
+        return [": ".join(problem)]
+    return [str(one) for one in blind_nodes(stores=[words])]
 
 
 def _seconds_ahead(nodes: Sequence[Node]) -> list[float]:

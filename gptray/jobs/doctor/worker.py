@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from gptray.files import cache_folder, is_uri
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
 from gptray.jobs.cluster.own_ray import folder_of_ray
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
@@ -49,8 +50,9 @@ MEET_S = 60.0
 def node_facts(storage_path: str) -> NodeFacts:
     """Gather the facts of this machine."""
     gpus, driver = _gpus()
+    is_store = is_uri(storage_path)
     places = (
-        ("storage_path", Path(storage_path)),
+        ("gptray's cache", cache_folder()) if is_store else ("storage_path", Path(storage_path)),
         ("Ray's files", folder_of_ray()),
     )
     return NodeFacts(
