@@ -84,6 +84,19 @@ def test_a_source_compiles_for_arm_without_a_warning(name: str, level: str) -> N
     assert done.returncode == 0, done.stdout
 
 
+@needs_cross
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="needs clang++ (apt-get install clang)")
+@pytest.mark.parametrize("features", ["FEAT_DotProd", "FEAT_DotProd FEAT_BF16 FEAT_I8MM"])
+@pytest.mark.parametrize("name", ["decode.cpp", "train.cpp"])
+def test_clang_compiles_a_source_with_a_macs_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, features: str
+) -> None:
+    on_mac(monkeypatch, tmp_path, features)
+    target = "--target=aarch64-linux-gnu"  # whose headers are there
+    done = run("clang++", target, *options(tiles=False), "-fsyntax-only", NATIVE / name)
+    assert done.returncode == 0, done.stdout
+
+
 def on_linux(monkeypatch: pytest.MonkeyPatch, folder: Path, features: str) -> None:
     """Have this be Linux on an ARM processor of some features."""
     monkeypatch.setattr(platform, "system", lambda: "Linux")
