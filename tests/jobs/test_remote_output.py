@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import fs, parquet
 
+from gptray import system
 from gptray.config import Config, RunFailed, UserError, dump
 from gptray.data.parts import part_name
 from gptray.jobs.cluster.tasks import result_of
@@ -28,6 +34,7 @@ from gptray.lease import leased
 from gptray.remote_folder import RemoteFolder
 from tests.jobs.generating import config_of, planned
 from tests.object_store import Object, ObjectStore
+from tests.processes import before_long
 
 ROOT = Path(__file__).parents[2]
 OUT, ROWS = "s3://bucket/out", 25
@@ -212,6 +219,56 @@ def test_a_lease_of_another_machine_is_waited_out(
     with leased(place, busy="busy", expires_s=1.5):
         (own,) = place.files()
     assert own != LEASE and "whether process 12 on node7 is still running" in caplog.text
+
+
+def test_on_macos_a_lease_is_known_by_boot_and_process(
+    store: ObjectStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sysctl = tmp_path / "sysctl"
+    sysctl.write_text('#!/bin/sh\n[ "$2" = kern.bootsessionuuid ] && echo this-boot\n')
+    sysctl.chmod(0o755)
+    monkeypatch.setattr(system, "SYSCTL", sysctl)
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    caplog.set_level("INFO")
+    place = RemoteFolder("s3://bucket/out/.gptray")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began = psutil.Process(process.pid).create_time()
+        owner = {"host": "mac", "machine": "this-boot", "pid": process.pid, "began": began}
+        left = Object(json.dumps(owner).encode())
+        for is_over in (False, True):
+            store.objects[f"bucket/out/.gptray/{LEASE}"] = left
+            caplog.clear()
+            with leased(place, busy="busy", expires_s=1.5):
+                (own,) = place.files()
+            waited = f"whether process {process.pid} on mac is still running" in caplog.text
+            assert own != LEASE and waited != is_over
+            if not is_over:
+                process.communicate(b"\n", timeout=60)
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_lease_that_ran_out_while_the_machine_slept_is_lost_if_another_removed_it(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    def may_write() -> bool:
+        with suppress(RunFailed):
+            lease.check()
+            return True
+        return False
+
+    place, clock_gettime = RemoteFolder("s3://bucket/out/.gptray"), time.clock_gettime
+    with leased(place, busy="busy", expires_s=2) as lease:
+        keeper = next(one for one in threading.enumerate() if one.name == "lease")
+        (name,) = place.files()
+        if is_removed:
+            place.remove(name)
+        monkeypatch.setattr(time, "clock_gettime", lambda clock: clock_gettime(clock) + 100)
+        assert not may_write()
+        before_long(lambda: not keeper.is_alive() or may_write())
+        assert may_write() != is_removed and bool(place.files()) != is_removed
 
 
 def test_a_busy_store_and_a_store_that_refuses(
