@@ -92,9 +92,10 @@ def _facts() -> dict[str, str]:
     """The system's facts about the first core, by Linux's names."""
     if on_mac():
         return mac_facts()
-    if not CPUINFO.exists():
+    try:
+        first = CPUINFO.read_text("utf-8").partition("\n\n")[0]
+    except OSError:
         return {}
-    first = CPUINFO.read_text("utf-8").partition("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
 
