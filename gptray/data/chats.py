@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 
+from gptray.config import UserError
 from gptray.data.chat_template import ChatTemplate, text_of
 from gptray.data.documents import EMPTY_ROW, Part
 from gptray.data.pieces import Reading
@@ -24,6 +25,10 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _USUAL = ("system", "user", "assistant", "tool")
 # Keys of messages that call tools instead of saying something.
 _CALLS = ("tool_calls", "function_call")
+
+
+class NoTemplate(UserError):
+    """A chat that cannot be written: the tokenizer has no template or cannot be opened."""
 
 
 def text_columns(names: Collection[str], asked: str | None) -> tuple[str, ...]:
@@ -72,7 +77,7 @@ class Rows:
         if self._template is None:
             name = self._reading.tokenizer
             whose = "a tokenizer trained here" if name in KINDS else f"the tokenizer of {name}"
-            raise ValueError(
+            raise NoTemplate(
                 f"column {columns[0]!r} holds a chat, but {whose} has no chat template to write it "
                 "with; choose a model.init_from or data.tokenizer that has one, such as "
                 "Qwen/Qwen3-0.6B"
@@ -95,7 +100,10 @@ class Rows:
 
     @cached_property
     def _template(self) -> ChatTemplate | None:
-        return ChatTemplate.of(self._reading.tokenizer, eos_token=self._reading.eos_token)
+        try:
+            return ChatTemplate.of(self._reading.tokenizer, eos_token=self._reading.eos_token)
+        except UserError as error:
+            raise NoTemplate(f"{error}") from None
 
 
 def _part(text: str, columns: Sequence[str], *, is_chat: bool) -> Part:

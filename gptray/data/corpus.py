@@ -16,7 +16,7 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.batches import declared_schema, first_row
 from gptray.data.boundary import byte_boundary, separator_border
-from gptray.data.chats import Rows, text_columns
+from gptray.data.chats import NoTemplate, Rows, text_columns
 from gptray.data.csv_text import csv_rows, separator_hint
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
 from gptray.data.encoding import BLOCK_BYTES, UTF8, check_head, decoded, stream_encoding
@@ -121,7 +121,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
                 yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, documents)
             except ValueError as error:
                 number = line if not piece.start else _line_at(file, position)
-                raise UserError(f"{file.name}:{number}: {error}") from None
+                raise _placed(f"{file.name}:{number}", error) from None
             position += len(raw)
 
 
@@ -177,8 +177,14 @@ def _parts(
         try:
             part = read(row)
         except ValueError as error:
-            raise UserError(f"{file.name}:{line}: {error}") from None
+            raise _placed(f"{file.name}:{line}", error) from None
         yield part
+
+
+def _placed(place: str, error: ValueError) -> UserError:
+    """The error of a row, with its place in front."""
+    kind = NoTemplate if isinstance(error, NoTemplate) else UserError
+    return kind(f"{place}: {error}")
 
 
 def _read_parquet(piece: Piece) -> Iterator[Part]:
@@ -196,6 +202,8 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
             for values in zip(*(batch.column(name) for name in columns), strict=True):
                 row += 1
                 yield documents.part([value.as_py() for value in values], columns)
+    except NoTemplate as error:
+        raise _placed(f"{file.name}: row {row}", error) from None
     except UserError:
         raise
     except UnicodeDecodeError as error:

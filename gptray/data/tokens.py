@@ -39,7 +39,8 @@ class DamagedData(ValueError):
 class TokenSplit:
     """One split's tokens: its documents one after the other, each ended by the end-of-text token.
 
-    document_prefix: the special tokens that begin each document, such as <s>; text has none.
+    Chats have that token also within, if their template does. document_prefix: the special tokens
+    that begin each document, such as <s>; text has none.
     """
 
     def __init__(

@@ -104,9 +104,17 @@ def test_another_template_makes_other_data_and_goes_with_the_model(
 
 
 def test_chats_need_a_template(tmp_path: Path, model_dir: Path, chats: Path) -> None:
+    again = write_chats(tmp_path / "more.jsonl", [{"messages": CHATS[0]}])
     for words in ([f"model.init_from={model_dir}"], ["data.tokenizer=bpe"]):
         settings = [
-            f"storage_path={tmp_path}", f"data.source={chats}", "train.block_size=32", *words
+            f"storage_path={tmp_path}", f"data.source=[{chats}, {again}]", "train.block_size=32",
+            *words,
         ]  # fmt: skip
-        with pytest.raises(UserError, match=r"chats.jsonl:1: .* no chat template"):
+        with pytest.raises(UserError, match=r"^[^\n]*chats.jsonl:1: [^\n]* no chat template .*$"):
             find_job("train").check(load_config(None, settings))
+
+
+def test_a_tokenizer_that_is_nowhere_is_told_once(tmp_path: Path, chats: Path) -> None:
+    settings = [f"storage_path={tmp_path}", f"data.source={chats}", "data.tokenizer=./none"]
+    with pytest.raises(UserError, match=r"^data.tokenizer=./none: no such folder or file$"):
+        find_job("train").check(load_config(None, settings))

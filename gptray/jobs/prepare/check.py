@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from gptray.config import Config
-from gptray.data.chats import TEXT
+from gptray.data.chats import TEXT, NoTemplate
 from gptray.data.corpus import Look, chosen_columns, first_look
 from gptray.data.fallback import token_words
 from gptray.data.request import Request, make_request, tokenizer_name
@@ -117,14 +117,17 @@ def check_text(config: Config, find: FindSources = make_request) -> CheckedText:
 
     Logs warnings about the files. Raises UserError with all mistakes.
     """
-    mistakes, request, column = Mistakes(), None, ""
+    mistakes, request, column, opens = Mistakes(), None, "", False
     with mistakes, doing("finding the text"):
         request = find(config)
         for warning in request.warnings:
             _warn(warning)
-        column = _look_at_files(request, mistakes)
     with mistakes:
         _check_tokenizer(config, request)
+        opens = True
+    if request:
+        with doing("looking at the text"):
+            column = _look_at_files(request, mistakes, has_tokenizer=opens)
     with mistakes:
         check_storage(config)
     mistakes.raise_any()
@@ -153,8 +156,11 @@ def _check_tokenizer(config: Config, request: Request | None) -> None:
         raise unknown(config, name, error.reason, key=key) from None
 
 
-def _look_at_files(request: Request, mistakes: Mistakes) -> str:
-    """Look at the files of every source; return where their rows hold the text, in words."""
+def _look_at_files(request: Request, mistakes: Mistakes, *, has_tokenizer: bool) -> str:
+    """Look at the files of every source; return where their rows hold the text, in words.
+
+    has_tokenizer: whether it can be opened; if not, chats are not another mistake.
+    """
     left, checked = _LOOKED_BYTES, _CHECKED_FILES
     columns: dict[str, None] = {}  # in order, each once
     for source, _ in request.sources:
@@ -168,7 +174,12 @@ def _look_at_files(request: Request, mistakes: Mistakes) -> str:
             left -= file.size if whole else 0
             look = Look(has_text=True)
             with mistakes:
-                look = first_look(file, request.reading, whole=whole)
+                try:
+                    look = first_look(file, request.reading, whole=whole)
+                except NoTemplate:
+                    if has_tokenizer:
+                        has_tokenizer = False
+                        raise
                 if file is with_rows:
                     columns[_column(file, request, look)] = None
             may_hold_text |= look.has_text
