@@ -14,7 +14,7 @@ import pytest
 
 from gptray.config import UserError, load_config
 from gptray.data.sources import find_files
-from gptray.data.tokenizer_files import tokenizer_path
+from gptray.data.tokenizer_files import tokenizer_path, tokenizer_template
 from gptray.entry_points import run
 from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
 from gptray.jobs.folders.run_folder import resolve
@@ -87,6 +87,16 @@ def test_a_tokenizer_takes_a_uri_and_fetches_no_weights(
     name = "tokenizer.json"
     assert (path / name).read_bytes() == (model_dir / name).read_bytes()
     assert fetches(store) == 0
+
+
+def test_a_tokenizer_in_a_store_brings_its_chat_template(
+    store: ObjectStore, model_dir: Path, tmp_path: Path
+) -> None:
+    assert tokenizer_template(BOOK) is None
+    shutil.copytree(model_dir, tmp_path / "talker")
+    (tmp_path / "talker" / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    store.put(tmp_path / "talker", "bucket/runs/talker/model")
+    assert tokenizer_template("s3://bucket/runs/talker") == "{{ messages }}"
 
 
 def test_a_wrong_name_is_told_with_the_nearest_one() -> None:
