@@ -30,6 +30,7 @@ from gptray.config import (
     dump_differences,
     load_config,
 )
+from gptray.config.errors import missing_module
 from gptray.config.help import help_text
 from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
@@ -125,9 +126,10 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         told = f"{name}: {cannot_write(Path.cwd(), error)}" if is_storage(error) else None
         _say(told or traceback.format_exc().rstrip("\n"))
         return FAILED
-    except Exception:
-        _say(traceback.format_exc().rstrip("\n"))
-        return FAILED
+    except Exception as error:
+        missing = missing_module(error)
+        _say(f"{name}: {missing}" if missing else traceback.format_exc().rstrip("\n"))
+        return MISTAKE if missing else FAILED
 
 
 def _open_closed_streams() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import logging
 import os
@@ -43,6 +44,27 @@ def raising(error: BaseException) -> Run:
         raise error
 
     return job
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def absent(config: Config) -> dict[str, Any]:
+        importlib.import_module("no_such_package")
+        return {}
+
+    assert run(job=absent) == 2
+    said = f"train: {sys.prefix} lacks the package no_such_package; install gptray there again "
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(config: Config) -> dict[str, Any]:
+        importlib.import_module("gptray.no_such_module")
+        return {}
+
+    assert run(job=broken) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 def test_result_is_one_json_line_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:

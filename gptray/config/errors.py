@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -39,3 +41,14 @@ class WorkerFailed(RuntimeError):
 
     Not a RunFailed, which all workers return together.
     """
+
+
+def missing_module(error: Exception) -> str | None:
+    """What to install if an error says that a package is missing; None for any other error."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if not missing or missing.startswith("gptray.") or find_spec(missing.partition(".")[0]):
+        return None
+    return (
+        f"{sys.prefix} lacks the package {missing}; install gptray there again (pip install -e . "
+        "in its folder), which brings what it requires"
+    )
