@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from gptray.generation.adapted_rows import INTO_MLP, LAYERS, output_factors
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
-from gptray.model.layers import RMSNorm
+from gptray.model.layers import Linear, RMSNorm
 from gptray.model.quantized import QuantizedWeight, head_kind, quantize
 from gptray.model.rotary import Angles
 from gptray.native import abi
@@ -196,8 +197,9 @@ class NativeWeights:
 
     def _layer(self, block: Block, name: str) -> abi.Linear:
         """Pack one of LAYERS."""
-        layer, factors = block.get_submodule(name), output_factors(name, self._model.config)
-        assert isinstance(layer, nn.Linear)
+        # A Linear, or in training what stands for one: LoRALinear.
+        layer = cast(Linear, block.get_submodule(name))
+        factors = output_factors(name, self._model.config)
         weight, bias = self._full(layer.weight), None
         if layer.bias is not None:
             bias = self._full(layer.bias) if factors is None else self._full(layer.bias) * factors
@@ -206,7 +208,7 @@ class NativeWeights:
                 interleaved(weight),
                 None if bias is None else interleaved(bias).flatten(),
             )
-        importance = self._importance[layer.weight]
+        importance = self._importance.get(layer.weight)
         return self._linear(weight, bias, factors=factors, importance=importance)
 
 

@@ -25,7 +25,7 @@ from gptray.generation.queries import Queries
 from gptray.model.attention import Attention
 from gptray.model.gpt import GPT, Block
 from gptray.model.importance import input_importance
-from gptray.model.layers import RMSNorm, activation, rms_norm
+from gptray.model.layers import Linear, RMSNorm, activation, rms_norm
 from gptray.model.quantized import head_kind
 from gptray.model.rotary import Angles
 
@@ -134,8 +134,8 @@ class _Block:
         numbers = count(layer * len(LAYERS))
 
         def packed(name: str, kind: str | None = None) -> Layer:
-            layer, factors = block.get_submodule(name), output_factors(name, config)
-            assert isinstance(layer, nn.Linear)
+            # A Linear, or in training what stands for one: LoRALinear.
+            layer, factors = cast(Linear, block.get_submodule(name)), output_factors(name, config)
             weight, bias = full(layer.weight), None if layer.bias is None else full(layer.bias)
             if factors is not None:
                 factors = factors.to(weight.device)

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptray.config import UserError
+from gptray.config import LoraConfig, UserError
 from gptray.data.tokenizer import Tokenizer
 from gptray.generation.adapted_rows import PackedAdapter
 from gptray.generation.decoder import Network, Piece, StepRows
+from gptray.generation.decoders import make_decoder
 from gptray.generation.engine import Engine
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.model.adapter import Base
-from gptray.model.adapter_files import load_low_rank, load_merged
+from gptray.model.adapter_files import adapted_network, load_low_rank, load_merged
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.hf import load_pretrained
 from tests.generation.adapted import save_base, write_adapter
@@ -111,6 +112,25 @@ def test_an_adapter_gives_the_merged_models_logits(
     ).clone()
     last = decoder.step(StepRows([(ids[-1], 39)], [], adapters=[adapter]))
     found = torch.cat((logits, last))[:, : tokenizer.vocab_size]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rounded", ["none", "int8"])
+def test_a_model_whose_adapter_is_in_training_is_decoded(
+    base: Base, tokenizer: Tokenizer, backend: str, rounded: str
+) -> None:
+    base, ids = replace(base, quantized=rounded), prompt_of(tokenizer, 40, seed=1)
+    model = adapted_network(
+        base, LoraConfig(rank=3), base.config, vocab_size=tokenizer.vocab_size, dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in filter(lambda one: one.requires_grad, model.parameters()):
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        expected = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size]
+    decoder = make_decoder(backend, model, 1, torch.float32, "none")
+    found = decoder.step(StepRows([], [Piece(0, 0, ids, scored=True)]))[:, : tokenizer.vocab_size]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
