@@ -33,6 +33,7 @@ def test_a_full_memory_is_told_in_a_sentence() -> None:
         ("The actor died.\nactor_id: 1\nIts node is gone.\n", "Its node is gone."),
         (ValueError(" wrong "), "wrong"),
         ("", "its process died"),
+        (AssertionError(), "AssertionError"),
     ],
 )
 def test_other_errors_are_told_by_their_last_line(error: Exception | str, why: str) -> None:

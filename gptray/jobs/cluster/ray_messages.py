@@ -21,14 +21,17 @@ _QUIET_S = 10.0
 def why_ended(error: Exception | str, *, otherwise: str | None = None) -> str:
     """Why a process ended, by Ray's error: a full memory, or else `otherwise`.
 
-    otherwise: by default the error's last line; those before it are Ray's ids.
+    otherwise: by default the error's last line; those before it are Ray's ids. Of an error without
+    text, it is the kind.
     """
     text = str(error).strip()
     if found := _FULL_MEMORY.search(text):
         return f"Ray killed its process because {_full(found)}"
     if otherwise is not None:
         return otherwise
-    return text.splitlines()[-1] if text else "its process died"
+    if text:
+        return text.splitlines()[-1]
+    return type(error).__name__ if isinstance(error, Exception) else "its process died"
 
 
 def _full(found: re.Match[str]) -> str:
