@@ -39,6 +39,7 @@ from gptray.jobs.base import Job, Plan, find_job
 from gptray.jobs.progress.doing import doing
 from gptray.node_cache import copied
 from gptray.path_mistakes import path_mistake
+from gptray.process_setup import set_up_process
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, json_line, redirect_to_null, write_out
 from gptray.visible import visible
@@ -73,8 +74,7 @@ def run_job(
     job: None means the job of that name, see `find_job`.
     """
     if argv is None:
-        _open_closed_streams()
-        _use_utf8()
+        set_up_process()
     code = _run(name, doc, argv, job)
     if argv is None:
         if code in (FAILED, INTERRUPTED):
@@ -130,32 +130,6 @@ def _run(name: str, doc: str, argv: Sequence[str] | None, job: Job[Any] | None) 
         missing = missing_module(error)
         _say(f"{name}: {missing}" if missing else traceback.format_exc().rstrip("\n"))
         return MISTAKE if missing else FAILED
-
-
-def _open_closed_streams() -> None:
-    """Open /dev/null for a closed stdin, stdout or stderr, lest a file gets its descriptor."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def _use_utf8() -> None:
-    """If the locale is not UTF-8, start again in Python's UTF-8 mode.
-
-    Libraries treat all paths as UTF-8 whatever the locale, so Python must as well. Output keeps the
-    terminal's encoding.
-    """
-    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
-        return
-    os.environ["PYTHONUTF8"] = "1"
-    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
-    words: list[str | bytes] = [*sys.orig_argv]
-    with suppress(OSError):
-        # The raw bytes: not every locale's decoding can be reversed.
-        words = [*Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]]
-    os.execv(sys.executable, [sys.executable, *words[1:]])
 
 
 def _escape_unencodable() -> None:

@@ -111,12 +111,14 @@ WORKERS = [
 def undisturbed(
     text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Two workers' run, left alone: its folder, and what the command printed."""
+    """Two workers' run, left alone: its folder, and what the command printed.
+
+    Python has warnings as errors, which Ray itself does not survive.
+    """
     home = tmp_path_factory.mktemp("storage") / "home"
     command = command_of(text_file, home, "undisturbed", *WORKERS)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(home), timeout=300
-    )
+    strict = {**environment(home), "PYTHONWARNINGS": "error"}
+    done = subprocess.run(command, capture_output=True, text=True, env=strict, timeout=300)
     return home.parent / "undisturbed", done
 
 

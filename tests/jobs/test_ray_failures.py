@@ -14,6 +14,7 @@ from gptray.config.errors import WorkerFailed
 from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.fitting import ray_failures
 from gptray.jobs.train.trainer import Trainer
+from tests.test_jobs import job
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,18 @@ def test_a_folder_that_ray_cannot_write_is_named(tmp_path: Path) -> None:
     told = pytest.raises(RunFailed, match=rf"^cannot write {tmp_path}: No space left on device \(")
     with told, ray_failures(Config(), tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_too_deep_for_rays_sockets_is_named(text_file: Path, tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    words = [f"data.source={text_file}", f"storage_path={tmp_path}"]
+    done = job("prepare", *words, environment={"RAY_TMPDIR": str(deep)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"prepare: Ray did not start: the path {deep} is too long for its sockets; "
+        "set RAY_TMPDIR to another folder"
+    )
 
 
 def test_what_one_worker_alone_failed_by_is_told_without_its_traceback(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def _ray_folder() -> Iterator[None]:
         with ray_answers():
             yield
     except Exception as error:
-        if is_file_error(error):
+        if "AF_UNIX path" in str(error):
+            failure: object = f"the path {folder} is too long for its sockets"
+        elif is_file_error(error):
             failure = cannot_write(folder, error)
         elif shutil.disk_usage(folder).free < _RAY_NEEDS:
             # Ray's own processes died without saying why.

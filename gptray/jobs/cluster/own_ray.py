@@ -123,6 +123,8 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
     start` would demand from clients that do not know it. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER: makes
     Ray's processes bind their ports to the loopback address. GLOO_SOCKET_IFNAME: the same for
     torch.distributed.
+    PYTHONWARNINGS and RAY_AUTH_MODE are unset: with warnings as errors Ray does not start, and the
+    mode is meant for a cluster; Ray's default asks for the token.
     """
     wanted = {
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
@@ -130,8 +132,10 @@ def _environment(given: Mapping[str, str]) -> Iterator[None]:
         "GLOO_SOCKET_IFNAME": "lo0" if on_mac() else "lo",
         **given,
     }
-    before = {key: os.environ.get(key) for key in [*wanted, "RAY_AUTH_MODE"]}
-    os.environ.pop("RAY_AUTH_MODE", None)  # meant for a cluster; Ray's default asks for the token
+    unset = ("PYTHONWARNINGS", "RAY_AUTH_MODE")
+    before = {key: os.environ.get(key) for key in [*wanted, *unset]}
+    for key in unset:
+        os.environ.pop(key, None)
     os.environ.update(wanted)
     try:
         yield
