@@ -245,6 +245,11 @@ def test_a_model_that_learns_nothing_is_told() -> None:
     assert diagnosis.verdict == "stuck"
     assert "Try: a higher learning rate." in sentence(diagnosis, config)
     assert advise(diagnosis, config)[0].keys == {"optim.lr": 1e-4}
+    (usual,) = advise(diagnosis, override(config, {"optim.lr": 1e-3}))
+    assert (usual.reason, usual.keys) == ("optim.lr is 0.001", {"optim.lr": 3e-3})
+    slow = override(config, {"optim.warmup_steps": 60, "train.max_steps": 60})
+    (warmup,) = advise(diagnosis, slow)
+    assert warmup.reason == "optim.warmup_steps is 60; the run has 60 steps"
 
 
 def test_one_evaluation_or_none_is_no_story() -> None:

@@ -171,7 +171,7 @@ def _against_instability(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
     lower = _lr(config, min(optim.lr / 3, 3e-3))  # a third of a huge rate would still be too high
     yield Advice("a lower learning rate", f"optim.lr is {optim.lr:g}", 3.0, lower)
     if optim.warmup_steps < 0.05 * steps:
-        warmup = f"optim.warmup_steps is {optim.warmup_steps:,} of {count(steps, 'step')}"
+        warmup = f"optim.warmup_steps is {optim.warmup_steps:,}; the run has {count(steps, 'step')}"
         longer = {"optim.warmup_steps": -(-steps // 20)}
         yield Advice("a longer warm-up", warmup, 2.0, longer)
     if optim.max_grad_norm is None:
@@ -183,17 +183,18 @@ def _against_being_stuck(diagnosis: Diagnosis, config: Config) -> Iterator[Advic
     optim, steps = config.optim, config.train.max_steps
     if optim.warmup_steps > 0.5 * steps:
         yield _shorter_warmup(config)
+        return  # the rate was hardly tried
     change, lr = "a higher learning rate", max(3 * optim.lr, 1e-4)
     if optim.lr >= 1e-2:
         change, lr = "a lower learning rate", optim.lr / 10
-    reason = f"optim.lr is {optim.lr:g}; 1e-4 to 2e-3 is usual"
-    yield Advice(change, reason, 3.0, _lr(config, lr))
+    usual = "" if 1e-4 <= optim.lr <= 2e-3 else "; 1e-4 to 2e-3 is usual"
+    yield Advice(change, f"optim.lr is {optim.lr:g}{usual}", 3.0, _lr(config, lr))
 
 
 def _shorter_warmup(config: Config) -> Advice:
     return Advice(
         "a shorter warm-up",
-        f"optim.warmup_steps is {config.optim.warmup_steps:,} of "
+        f"optim.warmup_steps is {config.optim.warmup_steps:,}; the run has "
         f"{count(config.train.max_steps, 'step')}",
         5.0,
         {"optim.warmup_steps": -(-config.train.max_steps // 20)},
