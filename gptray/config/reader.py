@@ -264,6 +264,9 @@ def nested(values: Mapping[str, object]) -> dict[str, object]:
 
 def _unreadable(path: Path, error: OSError) -> str:
     """Say why a file cannot be read; if it is missing, suggest others."""
+    if isinstance(error, IsADirectoryError):
+        of_run = Path(path) / "config.yaml"
+        return "is a folder" + (did_you_mean(str(of_run)) if of_run.is_file() else "")
     if not isinstance(error, FileNotFoundError):
         return f"cannot be read: {error.strerror}"
     folder = path.parent

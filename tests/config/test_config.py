@@ -323,7 +323,10 @@ def test_missing_file_names_the_nearest(
     (problem,) = problems_of(str(tmp_path / "nowhere" / "other.yaml"))
     assert "there is no folder" in problem
     (problem,) = problems_of(str(tmp_path))
-    assert "cannot be read" in problem
+    assert problem == f"{tmp_path}: is a folder"
+    (tmp_path / "config.yaml").touch()
+    (problem,) = problems_of(str(tmp_path))
+    assert problem == f"{tmp_path}: is a folder; did you mean {tmp_path}/config.yaml?"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "small.yaml").write_text("")
     (problem,) = problems_of("small")
