@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any, Literal, Required, TypedDict, cast
 
@@ -212,12 +213,13 @@ def teachers_of(events: Sequence[Event]) -> dict[str, str]:
 
 
 def seconds_trained(events: Sequence[Event]) -> float:
-    """The sum of seconds from each start to the last event before the next start."""
-    began: float | None = None
-    total = latest = 0.0
-    for event in events:
-        if event["event"] == "start":
-            total += latest - began if began is not None else 0.0
-            began = event["time"]
-        latest = event["time"]
-    return total + (latest - began if began is not None else 0.0)
+    """The sum of seconds from each start to the last event before the next start.
+
+    Between two events between which the clock was set back, none.
+    """
+    begun = dropwhile(lambda event: event["event"] != "start", events)
+    return sum(
+        max(0.0, after["time"] - event["time"])
+        for event, after in pairwise(begun)
+        if after["event"] != "start"
+    )

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from gptray.config import override
-from gptray.record import Event
+from gptray.record import Event, seconds_trained
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
 from gptray.reports.run.sentence import sentence
@@ -58,6 +58,14 @@ def test_hours_count_the_evaluations_and_leave_a_pause_out() -> None:
     diagnosis = diagnose(rows, config_of(rows), first + second)
     assert diagnosis.seconds(diagnosis.steps_after_best) == pytest.approx(2 * 3600)
     assert "cost 2 h and made it" in sentence(diagnosis, config_of(rows))
+
+
+def test_a_clock_that_was_set_back_shortens_a_run_by_no_more_than_that_evaluation() -> None:
+    times = [0.0, 20.0, 40.0, -3540.0, -3520.0]
+    events = [started()] + [evaluated(10 * i, [], time=time) for i, time in enumerate(times)]
+    assert seconds_trained(events) == 60.0
+    night = [started(40, time=100.0), evaluated(50, [], time=105.0)]
+    assert seconds_trained([evaluated(0, []), *events, *night]) == 65.0
 
 
 def test_pace_knows_that_a_run_was_interrupted() -> None:
