@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
 
+from gptray.system import usable_cores
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -19,7 +21,7 @@ def run_on_all_cores(
     """Run jobs, as many at a time as there are cores; yield each with its result as it ends."""
     os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the processes
     spawn = multiprocessing.get_context("spawn")
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     pool = ProcessPoolExecutor(cores, mp_context=spawn, initializer=_end_with_parent)
     try:
         runs = {pool.submit(run, job): job for job in jobs}

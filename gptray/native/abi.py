@@ -13,6 +13,7 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+from gptray.config import RunFailed
 from gptray.native.build import build_library
 
 if TYPE_CHECKING:
@@ -175,9 +176,14 @@ def load_library(*, key: str) -> ctypes.CDLL:
     key: the config's key that can be set to torch to do without it, for messages.
 
     Raises:
-        RunFailed: it cannot be built; see `gptray.native.build.build_library`.
+        RunFailed: it cannot be built, see `gptray.native.build.build_library`, or not loaded.
     """
-    library = ctypes.CDLL(str(build_library(key=key)))
+    path = build_library(key=key)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # such as functions that its OpenMP lacks
+        told = f"the native library cannot be loaded: {error}"
+        raise RunFailed(f"{told}; set {key}=torch to do without it") from None
     for describe in (library.decode_abi, library.train_abi):
         describe.restype, describe.argtypes = c_char_p, ()
     description = (library.decode_abi() + library.train_abi()).decode()

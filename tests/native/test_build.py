@@ -399,3 +399,21 @@ def test_auto_generates_through_pytorch_where_the_build_fails(
     assert not list(tmp_path.rglob("backends/*.json")), "it may be mended"
     with pytest.raises(RunFailed, match="out of registers"):
         build_engine_backend(load_config(None, ["generate.backend=native"]))
+
+
+@needs_native
+def test_a_library_that_cannot_be_loaded_is_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken-g++"
+    made = 'while [ "$1" != -o ]; do shift; done; printf \'\\177ELF\' >"$2"'
+    broken.write_text(f'#!/bin/sh\ncase "$*" in *-E*|*--version*) exit 0;; esac\n{made}\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_library.cache_clear()
+    shape = ModelConfig(n_layer=1, n_embd=32, n_head=2, vocab_size=300)
+    assert faster_decoder(Config(), shape, max_batch_size=1).backend == "torch"
+    told = "^the native library cannot be loaded: .*; set generate.backend=torch to do without it$"
+    with pytest.raises(RunFailed, match=told):
+        load_library(key=GENERATE_KEY)
