@@ -69,6 +69,23 @@ TINY = [
     "train.max_steps=4",
     "train.eval_interval=2",
 ]
+# The training loop without Ray, on a text and into a folder that are named.
+LOOP = f"""
+import sys
+from pathlib import Path
+
+sys.path.append({str(ROOT / "benchmarks")!r})
+
+from gptray.data.tokenizer import char_tokenizer
+from made_tokens import split_tokens
+from tests.tiny import tiny_config
+from tests.training.runs import run
+
+text, folder = map(Path, sys.argv[1:])
+given = text.read_text()
+data = split_tokens(folder / "data", char_tokenizer(given), train=given, val=given[:2000])
+print(run(tiny_config(text, folder), data, folder / "run")["stopped"])
+"""
 # A job whose Ray's processes the system would not end with it.
 UNSHARED = """
 import sys, time
@@ -103,20 +120,32 @@ def ran(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
     return done
 
 
-@pytest.mark.ray
-def test_a_model_is_trained_and_generates_without_linuxs_extras(
-    bare: dict[str, str], tmp_path: Path
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny_text())
+    return path
+
+
+@pytest.mark.slow
+def test_a_loop_trains_and_its_model_generates_without_linuxs_extras(
+    bare: dict[str, str], text: Path, tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(tiny_text())
+    assert ran(bare, "-c", LOOP, str(text), str(tmp_path)).stdout == "max_steps\n"
+    model = f"generate.model={tmp_path / 'run' / 'model'}"
+    prompt = ["sample.prompt=a", "sample.max_new_tokens=4", "generate.backend=torch"]
+    assert ran(bare, "-m", "gptray", "generate", model, *prompt).stdout
+
+
+@pytest.mark.ray
+def test_a_job_trains_without_linuxs_extras(
+    bare: dict[str, str], text: Path, tmp_path: Path
+) -> None:
     storage = f"storage_path={tmp_path / 'runs'}"
     train = ["-m", "gptray", "train", f"data.source={text}", "name=book", storage, *TINY]
     plan = json.loads(ran(bare, *train, "--dry-run").stdout.splitlines()[-1])
-    assert not (tmp_path / "runs").exists() and plan
-    result = json.loads(ran(bare, *train).stdout.splitlines()[-1])
-    assert result["step"] == 4
-    prompt = ["generate.model=book", "sample.prompt=a", "sample.max_new_tokens=4"]
-    assert ran(bare, "-m", "gptray", "generate", storage, *prompt).stdout
+    assert plan["dry_run"] and not (tmp_path / "runs").exists()
+    assert json.loads(ran(bare, *train).stdout.splitlines()[-1])["step"] == 4
 
 
 def test_windows_is_told_in_one_sentence_where_gptray_runs() -> None:
