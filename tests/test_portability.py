@@ -22,6 +22,8 @@ from gptray.jobs.cluster.machine import check_resources
 from gptray.jobs.serve.proxy import middlewares
 from gptray.jobs.train.worker import peak_memory
 from gptray.model.gpu_faults import check_gpu
+from gptray.model.precision import pick_dtype
+from gptray.native.backend import why_not_native
 from gptray.native.compiler import why_no_library, why_not_compile
 from tests.tiny import tiny_text
 
@@ -231,6 +233,16 @@ def test_int8_computes_where_pytorch_lacks_onednn(monkeypatch: pytest.MonkeyPatc
     without = product(weight, bias, torch.float32, quantized="int8")(x)
     torch.testing.assert_close(without, with_it, atol=0.1, rtol=0.1)
     torch.testing.assert_close(without, x @ weight.t() + bias, atol=0.2, rtol=0.1)
+
+
+def test_bf16_is_chosen_only_where_something_computes_it_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
+    assert (pick_dtype("auto", "cpu") is torch.bfloat16) == (why_not_native(use_gpu=False) is None)
+    monkeypatch.setenv("CXX", "nowhere-g++")
+    assert pick_dtype("auto", "cpu") is torch.float32
 
 
 def test_cores_are_counted_without_affinities(monkeypatch: pytest.MonkeyPatch) -> None:
