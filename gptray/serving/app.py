@@ -19,14 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from gptray import __version__
 from gptray.config import ServeConfig, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.serving.api_error import ApiError, ClientGone
 from gptray.serving.api_keys import Keys
 from gptray.serving.arrival import Arrival
 from gptray.serving.body import read_json
-from gptray.serving.chat import ChatCompletion
-from gptray.serving.chat_request import ChatRequest
+from gptray.serving.chat import ChatCompletion, chat_ids
+from gptray.serving.chat_request import ChatRequest, TokenizeChatRequest
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Endpoint, Served
 from gptray.serving.engine_thread import Overloaded
@@ -82,6 +83,7 @@ def make_app(
     for method, path, route in (
         ("GET", "/", routes.page),
         ("GET", "/health", routes.health),
+        ("GET", "/version", routes.version),
         ("GET", "/metrics", metrics_route),
         ("GET", "/v1/models", routes.models),
         ("GET", "/v1/models/{name:path}", routes.model),
@@ -156,17 +158,18 @@ class _Routes:
             return JSONResponse(completion.whole(whole))
 
     async def tokenize(self, request: Request) -> Response:
-        body = await self._body(request, TokenizeRequest)
+        given = await read_json(request, self._arrival)
+        body: TokenizeRequest | TokenizeChatRequest
+        if given.get("messages") is None:
+            body = parse_request(TokenizeRequest, given)
+        else:
+            body = parse_request(TokenizeChatRequest, given)
         with self._endpoint.using(body.model) as served:
             check_name(served, body.model)
-            # Clients look up the id of /tokenizer_info's eos_token this way.
-            add, tokenizer = body.add_special_tokens, served.tokenizer
-            if body.prompt == tokenizer.eos_token:
-                tokens = [tokenizer.eos_id]
-            elif body.prompt:
-                tokens = await served.prompt_ids(body.prompt, add_prefix=add)
+            if isinstance(body, TokenizeRequest):
+                tokens = await _text_ids(body, served)
             else:
-                tokens = tokenizer.prefix if add else []
+                tokens = await chat_ids(body, served)
             answer = {
                 "count": len(tokens),
                 "max_model_len": served.engine.n_positions,
@@ -211,11 +214,24 @@ class _Routes:
             raise ApiError(503, "the engine is not generating")
         return JSONResponse({"status": "ok"})
 
+    async def version(self) -> Response:
+        return JSONResponse({"version": __version__})
+
     async def page(self) -> Response:
         return HTMLResponse(self._html)
 
     async def _body(self, request: Request, kind: type[Body]) -> Body:
         return parse_request(kind, await read_json(request, self._arrival))
+
+
+async def _text_ids(body: TokenizeRequest, served: Served) -> list[int]:
+    add, tokenizer = body.add_special_tokens, served.tokenizer
+    # Clients look up the id of /tokenizer_info's eos_token this way.
+    if body.prompt == tokenizer.eos_token:
+        return [tokenizer.eos_id]
+    if body.prompt:
+        return await served.prompt_ids(body.prompt, add_prefix=add)
+    return tokenizer.prefix if add else []
 
 
 async def _all(parts: AsyncGenerator[T, None]) -> list[T]:

@@ -10,7 +10,7 @@ from functools import partial
 from gptray.config import ServeConfig
 from gptray.generation.sampling import Drawn
 from gptray.serving.api_error import ApiError
-from gptray.serving.chat_request import ChatRequest
+from gptray.serving.chat_request import ChatPrompt, ChatRequest
 from gptray.serving.choices import Choice, finite
 from gptray.serving.completions import Completion, check_name
 from gptray.serving.endpoint import Served
@@ -27,13 +27,7 @@ class ChatCompletion(Completion):
     async def of_chat(cls, body: ChatRequest, served: Served, limits: ServeConfig) -> Completion:
         """Check a chat against the model and the limits. Raises ApiError."""
         check_name(served, body.model)
-        if served.chat is None:
-            message = f"{served.name!r} has no chat template: call POST /v1/completions"
-            raise ApiError(400, message, param="messages", code="no_chat_template")
-        try:
-            ids = await _prompt_ids(body, served)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from None
+        ids = await chat_ids(body, served)
         longest = served.engine.n_positions
         return await cls.of(body.completion(ids, longest=longest), served, limits)
 
@@ -92,10 +86,15 @@ class ChatCompletion(Completion):
         return {"prompt_token_ids": self._sequences[0].prompt} if asked else {}
 
 
-async def _prompt_ids(body: ChatRequest, served: Served) -> list[int]:
-    """The prompt as the model's template renders it. Raises ValueError."""
-    assert served.chat is not None
-    render = partial(served.chat.prompt, body.messages, **body.writing)
-    # In a thread, since the first call takes a second and a template may be slow.
-    _, ids = await asyncio.to_thread(render)
+async def chat_ids(body: ChatPrompt, served: Served) -> list[int]:
+    """A chat's token ids, as the model's template writes it. Raises ApiError."""
+    if served.chat is None:
+        message = f"{served.name!r} has no chat template: call POST /v1/completions"
+        raise ApiError(400, message, param="messages", code="no_chat_template")
+    try:
+        # In a thread, since the first call takes a second and a template may be slow.
+        write = partial(served.chat.prompt, body.messages, **body.writing)
+        _, ids = await asyncio.to_thread(write)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from None
     return ids

@@ -8,21 +8,16 @@ from pydantic import Field, PlainValidator, model_validator
 
 from gptray.config.limits import within
 from gptray.data.chat_template import messages_of
-from gptray.serving.protocol import CompletionRequest, GenerationRequest, check_min_tokens
+from gptray.serving.protocol import CompletionRequest, GenerationRequest, Strict, check_min_tokens
 
 # OpenAI's limit; a server's own may be lower.
 MAX_TOP_LOGPROBS = 20
 
 
-class ChatRequest(GenerationRequest):
-    """The keys of POST /v1/chat/completions."""
+class ChatPrompt(Strict):
+    """A chat and how the template writes it."""
 
     messages: Annotated[list[dict[str, str]], PlainValidator(messages_of)]
-    # None: as many as the context has room for.
-    max_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
-    max_completion_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
-    logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
     # Whether to continue the last message rather than answer it.
     continue_final_message: bool = False
@@ -30,21 +25,10 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> ChatRequest:
-        if self.longest is not None:
-            check_min_tokens(self.min_tokens, self.longest)
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+    def _ends_agree(self) -> ChatPrompt:
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("continue_final_message needs add_generation_prompt=false")
         return self
-
-    @property
-    def longest(self) -> int | None:
-        """The most tokens of an answer; None: as many as fit."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
 
     @property
     def writing(self) -> dict[str, Any]:
@@ -54,6 +38,38 @@ class ChatRequest(GenerationRequest):
             "continue_final_message": self.continue_final_message,
             "variables": self.chat_template_kwargs,
         }
+
+
+class TokenizeChatRequest(ChatPrompt):
+    """POST /tokenize with a chat."""
+
+    model: str | None = None
+    return_token_strs: bool = False
+
+
+class ChatRequest(ChatPrompt, GenerationRequest):
+    """The keys of POST /v1/chat/completions."""
+
+    # None: as many as the context has room for.
+    max_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
+    max_completion_tokens: Annotated[int, within("max_new_tokens", low=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _keys_agree(self) -> ChatRequest:
+        if self.longest is not None:
+            check_min_tokens(self.min_tokens, self.longest)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
+    @property
+    def longest(self) -> int | None:
+        """The most tokens of an answer; None: as many as fit."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
 
     def completion(self, prompt: list[int], *, longest: int) -> CompletionRequest:
         """The equivalent completion request. longest: max_tokens if the request sets no limit."""

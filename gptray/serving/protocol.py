@@ -101,19 +101,19 @@ def _without_nulls(value: object) -> object:
     return value
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Rejects unknown keys and converts no types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """The keys common to completions and chats: how outputs are sampled and sent."""
 
     model: str | None = None
@@ -168,7 +168,7 @@ def check_min_tokens(min_tokens: int, max_tokens: int) -> None:
         raise ValueError(f"min_tokens={min_tokens} must not be above max_tokens={max_tokens}")
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """POST /tokenize."""
 
     prompt: str
@@ -177,7 +177,7 @@ class TokenizeRequest(_Strict):
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """POST /detokenize."""
 
     tokens: list[int]

@@ -14,6 +14,7 @@ from openai.types.chat import completion_create_params as chat_params
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+import gptray
 from gptray.data.chat_template import ChatTemplate
 from tests.data import foreign
 from tests.generation.models import random_gpt
@@ -330,3 +331,19 @@ def test_a_template_that_does_not_compile_fails_in_one_sentence() -> None:
         answer = post(server, messages=ASK)
         assert server.post(prompt="the cat").status_code == 200
     assert answer.status_code == 400 and "the model's chat template: " in answer.text
+
+
+def test_a_chats_tokens_are_counted_as_its_template_writes_them(server: Server) -> None:
+    url = f"{server.url}/tokenize"
+    _, ids = ChatTemplate(TEMPLATE, TOKENIZER).prompt(ASK)
+    told = httpx.post(url, json={"messages": ASK, "return_token_strs": True}).json()
+    assert (told["tokens"], told["count"]) == (ids, len(ids))
+    assert "".join(told["token_strs"]) == TOKENIZER.decode(ids)
+    loud: dict[str, Any] = {
+        "add_generation_prompt": False, "chat_template_kwargs": {"shout": True},
+    }  # fmt: skip
+    tokens = httpx.post(url, json={"messages": ASK, **loud}).json()["tokens"]
+    assert TOKENIZER.decode(tokens).endswith("LOUD")
+    for wrong in ({"messages": []}, {"messages": ASK, "prompt": "a"}, {}):
+        assert httpx.post(url, json=wrong).status_code == 400
+    assert server.get("/version").json() == {"version": gptray.__version__}
