@@ -74,6 +74,9 @@ class SampleConfig(Section):
     include_stop_str_in_output: bool = Field(
         False, description="keep the stop string, or the token of stop_token_ids, in the output"
     )
+    skip_special_tokens: bool = Field(
+        False, description="leave special tokens out of the text; false: they appear by name"
+    )
     utf8: bool = Field(
         True,
         description="never draw a token that would break a character, so outputs never "

@@ -64,6 +64,7 @@ READERS: dict[str, Callable[[object], object]] = {
     "stop": _stops,
     "stop_token_ids": _ids,
     "include_stop_str_in_output": _flag,
+    "skip_special_tokens": _flag,
     "utf8": _flag,
     "seed": _whole,
 }

@@ -179,10 +179,10 @@ class Tokenizer:
             return [self._encode_characters(text, self._characters) for text in texts]
         return self._encode_by(self._backend, texts)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens appear by name."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`; special tokens appear by name, or not at all with `skip_special`."""
         with panics_as_errors():
-            return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+            return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def cuts_at_boundaries(self) -> bool:
         """Whether cutting text at the boundaries of `gptray.data.boundary` keeps its tokens."""

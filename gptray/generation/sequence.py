@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -68,13 +69,13 @@ class Sequence:
     history: list[int] = field(init=False, default_factory=list)
     prefilled: int = field(init=False, default=0)
     lead: list[int] = field(init=False, default_factory=list)
+    decode: Decode = field(init=False)
     # For the sampler, see `Row`.
     ends: abc.Sequence[int] = field(init=False, default=())
     mask: Mask | None = field(init=False, default=None)
 
     _longest: int = field(init=False, default=0)
     _eos_ids: abc.Sequence[int] = field(init=False, default=())
-    _decode: Decode = field(init=False)
     _utf8: Utf8 | None = field(init=False, default=None)
     _state: int = field(init=False, default=START)
     _stream: TextStream | None = field(init=False, default=None)
@@ -89,7 +90,8 @@ class Sequence:
         assert not self.history, "an engine takes a sequence once"
         sampling = self.sampling
         self.history = list(self.prompt)
-        self._eos_ids, self._decode = eos_ids, tokenizer.decode
+        self._eos_ids = eos_ids
+        self.decode = partial(tokenizer.decode, skip_special=sampling.skip_special_tokens)
         self.ends = [*eos_ids, *sampling.stop_token_ids]
         self._longest = min(self.prompt_tokens + sampling.max_new_tokens, n_positions)
         if self.prompt_logprobs is not None:
@@ -191,7 +193,7 @@ class Sequence:
 
     def _end(self, reason: FinishReason) -> None:
         if self._stream is None:
-            self.text = decode_after(self._decode, self.lead, self.tokens)
+            self.text = decode_after(self.decode, self.lead, self.tokens)
             if REPLACEMENT in self.text:
                 # Byte fallback decodes bytes otherwise once broken ones follow, too late for a
                 # stream: the text is the stream's, whether or not there was one.
@@ -210,7 +212,7 @@ class Sequence:
     def _text_stream(self) -> TextStream:
         sampling = self.sampling
         return TextStream(
-            self._decode,
+            self.decode,
             sampling.stop,
             lead=self.lead,
             unstopped=sampling.min_new_tokens,

@@ -35,7 +35,8 @@ class Sampling:
     for each time they occur there. logit_bias: (token id, what to add), each id once. ignore_eos:
     treat end-of-text like any other token. utf8: draw no token that would break a character. stop,
     stop_token_ids: texts and tokens, each of which ends the output, before it or, with
-    include_stop_str_in_output, after it. logprobs: how many of the likeliest tokens to report at
+    include_stop_str_in_output, after it. skip_special_tokens: leave their names out of the text.
+    logprobs: how many of the likeliest tokens to report at
     each position; None reports none.
 
     Raises ValueError naming the setting that is invalid.
@@ -52,6 +53,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = False
     utf8: bool = True
     seed: int = 0
     stop: tuple[str, ...] = ()

@@ -108,7 +108,7 @@ class Output:
         placed = [PlacedToken(drawn, self._offset(drawn.token)) for drawn in prompt]
         if new and self._new is not None:
             # New text starts right after the prompt as written, not as decoded from its tokens.
-            self._stream = TextStream(self._served.tokenizer.decode, lead=self._sequence.lead)
+            self._stream = TextStream(self._sequence.decode, lead=self._sequence.lead)
             self._led, self._new, self._lead = self._new, None, []
         return placed + [PlacedToken(drawn, self._offset(drawn.token)) for drawn in new]
 

@@ -29,7 +29,7 @@ ALIASES = {
 _IGNORED = (
     "user", "store", "metadata", "service_tier", "safety_identifier", "prediction", "cache_salt",
     "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "parallel_tool_calls",
-    "request_id", "include_reasoning", "skip_special_tokens", "spaces_between_special_tokens",
+    "request_id", "include_reasoning", "spaces_between_special_tokens",
 )  # fmt: skip
 # or only with these values, which ask for nothing.
 _HARMLESS: dict[str, tuple[object, ...]] = {
@@ -64,8 +64,8 @@ _BEAMS = "there is no beam search; temperature=0 takes the likeliest token"
 _TOOLS = "describe the tools in a message"
 # What to do instead of sending a key that is refused.
 _INSTEAD = {
-    "detokenize": "return_token_ids=true adds the token ids to the text",
-    "suffix": "a model continues the prompt, and sees nothing behind it",
+    "detokenize": "an answer has its text; return_token_ids=true adds the ids",
+    "suffix": "the model continues the prompt and sees nothing after it",
     "best_of": "n gives several answers",
     "echo": "POST /v1/completions echoes a prompt",
     "add_special_tokens": "the template writes the special tokens",
@@ -96,12 +96,12 @@ _INSTEAD = {
     "reasoning_effort": _TEMPLATE,
     "thinking_token_budget": "max_completion_tokens limits the whole answer",
     "verbosity": "max_completion_tokens limits an answer",
-    "moderation": "check texts before and after",
+    "moderation": "check the texts yourself",
     "repetition_detection": "repetition_penalty and frequency_penalty make a model repeat less",
     "prompt_logprobs": "POST /v1/completions with echo=true and logprobs scores a prompt",
     "prompt_embeds": "prompt takes text or token ids",
     "kv_transfer_params": "a server keeps its cache to itself",
-    "vllm_xargs": "the server runs no plugins of vLLM",
+    "vllm_xargs": "vLLM's plugins do not run here",
 }
 
 

@@ -38,7 +38,8 @@ _TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")
 # Keys that are passed to the sampler unchanged.
 SAMPLED = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
-    "logit_bias", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output", "logprobs",
+    "logit_bias", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output",
+    "skip_special_tokens", "logprobs",
 )  # fmt: skip
 
 # The most wrong keys that a message lists.
@@ -126,6 +127,7 @@ class GenerationRequest(Strict):
     stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stop_token_ids: Annotated[tuple[int, ...], PlainValidator(_stop_ids)] = ()
     include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = False
     seed: Annotated[int, within("seed"), BeforeValidator(_seed)] | None = None
     presence_penalty: Annotated[float, within("presence_penalty")] = 0.0
     frequency_penalty: Annotated[float, within("frequency_penalty")] = 0.0

@@ -344,6 +344,7 @@ def test_a_chats_tokens_are_counted_as_its_template_writes_them(server: Server) 
     }  # fmt: skip
     tokens = httpx.post(url, json={"messages": ASK, **loud}).json()["tokens"]
     assert TOKENIZER.decode(tokens).endswith("LOUD")
-    for wrong in ({"messages": []}, {"messages": ASK, "prompt": "a"}, {}):
+    bodies: list[dict[str, Any]] = [{"messages": []}, {"messages": ASK, "prompt": "a"}, {}]
+    for wrong in bodies:
         assert httpx.post(url, json=wrong).status_code == 400
     assert server.get("/version").json() == {"version": gptray.__version__}

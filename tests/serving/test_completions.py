@@ -434,3 +434,25 @@ def test_offsets_of_new_tokens_are_those_of_their_text(prompt: str | list[int]) 
             assert all(choice["text"][at:].startswith("dog") for at in told["text_offset"][-3:])
             begins = " dog" if prompt in ("the cat", "<s>the cat") else "dog"
             assert choice["text"].endswith(f"{begins} dog dog"), "a new text begins without a space"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_special_tokens_are_left_out_of_the_text_if_asked(stream: bool) -> None:
+    tokenizer = foreign.as_tokenizer(foreign.beginning(foreign.byte_level(), "<|begin|> $A"))
+    special, (letter,) = tokenizer.prefix[0], tokenizer.encode("a")
+    body: dict[str, Any] = {
+        "prompt": "the", "max_tokens": 20, "seed": 4, "logprobs": 0, "stream": stream,
+        "logit_bias": {str(special): 100, str(letter): 100}, "return_token_ids": True,
+    }  # fmt: skip
+    with running(random_gpt(tokenizer), tokenizer=tokenizer) as server:
+        named = answered(server, **body)
+        plain = answered(server, skip_special_tokens=True, **body)
+        cut = answered(server, skip_special_tokens=True, stop="aaa", **body)
+    ids = named["token_ids"]
+    assert plain["token_ids"] == ids and {*ids} == {special, letter}
+    assert named["text"].count("<|begin|>") == ids.count(special)
+    assert plain["text"] == named["text"].replace("<|begin|>", "") == "a" * ids.count(letter)
+    assert (cut["text"], cut["stop_reason"]) == ("", "aaa")
+    if not stream:
+        offsets = plain["logprobs"]["text_offset"]
+        assert offsets == [ids[:at].count(letter) for at in range(len(ids))]

@@ -56,6 +56,7 @@ class Settings(TypedDict, total=False):
     stop: str | abc.Sequence[str] | None
     stop_token_ids: abc.Sequence[int] | None
     include_stop_str_in_output: bool
+    skip_special_tokens: bool
     utf8: bool
     seed: int
     parse_special: bool
