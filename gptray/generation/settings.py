@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gptray.config import SampleConfig
+from gptray.config import SampleConfig, UserError
 from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
 from gptray.stored import is_whole
 from gptray.wording import shortened
@@ -107,6 +107,14 @@ class Sampling:
         values["stop"] = (stop,) if isinstance(stop, str) else tuple(stop or ())
         values["stop_token_ids"] = tuple(values["stop_token_ids"] or ())
         return cls(**values)
+
+
+def check_stop_ids(sample: SampleConfig, vocab_size: int) -> None:
+    """Raise UserError if the section's `stop_token_ids` names a token that the model lacks."""
+    last = vocab_size - 1
+    unknown = next((token for token in sample.stop_token_ids or () if token > last), None)
+    if unknown is not None:
+        raise UserError(f"sample.stop_token_ids: {unknown} is outside the vocabulary, 0 .. {last}")
 
 
 def derived_seed(seed: int, *key: int | str) -> int:

@@ -231,3 +231,17 @@ def test_an_output_from_before_a_setting_existed_is_the_same_jobs_by_default(
     other = config_of(model_dir, path, out, "sample.stop_token_ids=[5]")
     with pytest.raises(UserError, match=r"sample.stop_token_ids: null there, \[5\] now"):
         generate(other)
+
+
+def test_a_stop_token_that_the_model_lacks_is_told_before_anything_starts(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "the cat"}\n')
+    stop = "sample.stop_token_ids=[5, 99999]"
+    of_file = config_of(model_dir, path, tmp_path / "out", stop)
+    in_terminal = load_config(None, [f"generate.model={model_dir}", "sample.prompt=the", stop])
+    for config in (of_file, in_terminal):
+        with pytest.raises(UserError, match="sample.stop_token_ids: 99999 is outside the vocabul"):
+            planned(config)
+    assert not (tmp_path / "out").exists()

@@ -75,3 +75,13 @@ def test_a_base_in_few_bits_needs_less_memory(tmp_path: Path) -> None:
 def test_weights_in_few_bits_are_not_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quantize\.weights=int8: .*set lora\.rank"):
         planned(tmp_path, SMALL, "quantize.weights=int8")
+
+
+def test_a_stop_token_that_the_tokenizer_lacks_is_told_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    small_tokenizer().save(tmp_path / "tokenizer")
+    words = [f"storage_path={tmp_path}", f"data.tokenizer={tmp_path}/tokenizer"]
+    check(load_config(None, [*words, "sample.stop_token_ids=[5, 282]"]))
+    with pytest.raises(UserError, match=r"sample.stop_token_ids: 999 is outside .*, 0 .. 28\d$"):
+        check(load_config(None, [*words, "sample.stop_token_ids=[5, 999]"]))

@@ -33,7 +33,7 @@ def measure_texts(checked: CheckedEvaluation, data: TokenData, scorers: Scorers)
     length = min(PASSAGE_TOKENS, checked.block_size)
     passages = _passages(checked, data, held_out, length)
     lengths = [len(passage.reference) for passage in passages]
-    sampling = Sampling.of(checked.config.sample, min_new_tokens=0, stop=())
+    sampling = Sampling.of(checked.config.sample, min_new_tokens=0, stop=(), stop_token_ids=())
     likeliest = Sampling(temperature=0.0, utf8=sampling.utf8)
     greedy = _continued(scorers, "writing", passages, lengths, likeliest)
     sampled = _continued(scorers, "sampling", passages, lengths, sampling)

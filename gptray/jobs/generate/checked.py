@@ -10,6 +10,7 @@ from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, begins_with_ch
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
 from gptray.files import absolute, cached_as, is_uri
+from gptray.generation.settings import check_stop_ids
 from gptray.jobs.adapters import (
     check_adapter,
     check_adapters,
@@ -22,6 +23,7 @@ from gptray.jobs.cluster.machine import check_resources
 from gptray.jobs.engine_plan import check_engine_backend
 from gptray.jobs.generate.output_plan import check_overlap
 from gptray.jobs.models import find_model, for_workers
+from gptray.model.shape import read_shape
 from gptray.model.usage import Usage
 from gptray.store_access import why_not_written
 
@@ -45,6 +47,7 @@ def check_model(config: Config) -> CheckedModel:
     config = with_adapter(config, "generate")
     folder, name = find_model(config, config.generate.model, key="generate.model")
     check_adapter(config.generate.adapter, folder, key="generate.adapter")
+    check_stop_ids(config.sample, read_shape(folder).rows)
     check_engine_backend(config)
     return CheckedModel(config, folder, name)
 
@@ -88,6 +91,7 @@ def check_batch(config: Config) -> CheckedBatch:
         model_dir, name = find_model(config, config.generate.model, key="generate.model")
         check_adapter(config.generate.adapter, model_dir, key="generate.adapter")
         check_adapters(config.generate.adapters, model_dir, key="generate.adapters")
+        check_stop_ids(config.sample, read_shape(model_dir).rows)
     if settings.input_path is None:
         mistakes.add(
             "generate.input_path is not set: name a file of prompts, or give sample.prompt=... to "

@@ -15,7 +15,7 @@ from gptray.config import Config, RunFailed, SampleConfig, UserError, override
 from gptray.data.chat_template import ChatTemplate, Message, messages_of
 from gptray.generation.loading import open_engine
 from gptray.generation.sequence import FinishReason, Sequence
-from gptray.generation.settings import Sampling, numbered_seed
+from gptray.generation.settings import Sampling, check_stop_ids, numbered_seed
 from gptray.jobs.generate.arguments import (
     OPTIONS,
     SETTINGS,
@@ -253,7 +253,9 @@ class LLM:
 
     def _sample(self, settings: Settings) -> SampleConfig:
         check_not_forked()
-        return override(self._config, values_of(settings, SETTINGS)).sample
+        sample = override(self._config, values_of(settings, SETTINGS)).sample
+        check_stop_ids(sample, self._engine.vocab_size)
+        return sample
 
 
 def _output_of(prompt: str, sequence: Sequence) -> Output:

@@ -14,6 +14,7 @@ from gptray.config.errors import naming
 from gptray.data.order import BatchOrder
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import TokenData
+from gptray.generation.settings import check_stop_ids
 from gptray.jobs.base import Plan
 from gptray.jobs.cluster.machine import check_training
 from gptray.jobs.folders.remote_run import download_run
@@ -82,7 +83,7 @@ def check(config: Config) -> CheckedTraining:
     check_trackers(config.track)
     text = check_text(config)
     check_vocabulary(config)
-    if config.sample.prompt:
+    if config.sample.prompt or config.sample.stop_token_ids:
         check_prompts(config, text.tokenizer)
     also = check_also(config, config, trained_on=text.request)
     changes = check_resumable(config)
@@ -104,12 +105,13 @@ def check(config: Config) -> CheckedTraining:
 
 
 def check_prompts(config: Config, tokenizer: Tokenizer | None) -> None:
-    """Raise UserError, naming sample.prompt, for prompts that the tokenizer cannot read.
+    """Raise UserError for prompts that the tokenizer cannot read, and stop tokens that it lacks.
 
     tokenizer: None if it is not known yet.
     """
     if tokenizer is None:
         return
+    check_stop_ids(config.sample, tokenizer.vocab_size)
     prompts = config.sample.prompt or []
     for prompt in [prompts] if isinstance(prompts, str) else prompts:
         with naming(f"sample.prompt={prompt!r}"):

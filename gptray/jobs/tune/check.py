@@ -105,7 +105,7 @@ def check(config: Config) -> CheckedSweep:
     for one in [config, *(trial.config for trial in trials)]:
         check_vocabulary(one)
         check_base(one, None)
-        if one.sample.prompt:
+        if one.sample.prompt or one.sample.stop_token_ids:
             check_prompts(one, CheckedText(one, make_request(one)).tokenizer)
     also = check_also(config, config, trained_on=make_request(config))
     _check_prepared(trials, texts)
