@@ -100,12 +100,12 @@ def test_validation_loss_is_the_one_that_training_reported(
     json.dumps(evaluated, allow_nan=False)
 
 
-def test_neither_workers_nor_batch_size_change_a_number(
+def test_neither_workers_nor_batch_size_nor_stops_change_a_number(
     trained: tuple[Path, dict[str, Any]], evaluated: dict[str, Any]
 ) -> None:
-    again = evaluate(
-        config_of(trained[0], "name=run", "compute.num_workers=2", "evaluate.micro_batch_size=1")
-    )
+    stops = ("sample.stop=e", "sample.stop_token_ids=[3, 5]")
+    batch = ("compute.num_workers=2", "evaluate.micro_batch_size=1")
+    again = evaluate(config_of(trained[0], "name=run", *batch, *stops))
     for key, value in evaluated.items():
         if isinstance(value, float):
             assert again[key] == pytest.approx(value, abs=1e-6), key

@@ -135,22 +135,24 @@ def test_token_ids_are_prompts_like_the_text_that_they_spell(llm: LLM) -> None:
     assert [len(one) for one in ids] == [output.prompt_tokens for output in expected]
     several: list[Any] = [
         ids,
-        [numpy.array(one) for one in ids],
+        [numpy.array(ids[0]), torch.tensor(ids[1]), ids[2]],
         [{"prompt_token_ids": ids[0]}, texts[1], tuple(ids[2])],
     ]
     for prompts in several:
         assert llm.generate(prompts, **SETTINGS) == expected
     single: list[Any] = [
-        ids[0], tuple(ids[0]), {"prompt_token_ids": ids[0]}, {"prompt": texts[0]},
+        ids[0], torch.tensor(ids[0]), {"prompt_token_ids": ids[0]}, {"prompt": texts[0]},
     ]  # fmt: skip
     for prompt in single:
         assert llm.generate(prompt, **SETTINGS) == expected[:1]
         assert "".join(llm.stream(prompt, **SETTINGS)) == expected[0].text
-    wrong = llm.generate([[5, 10**6], [], [0] * 99, ids[2]], **SETTINGS)
+    wrong = llm.generate([[5, 10**30], [], [0] * 99, ids[2], [-1]], **SETTINGS)
     assert [output.error and output.error[:23] for output in wrong] == [
         "the prompt holds a toke", "the prompt is empty", "the prompt is too long:", None,
+        "the prompt holds a toke",
     ]  # fmt: skip
     assert wrong[3].text and not wrong[0].text
+    assert (wrong[4].prompt, wrong[4].prompt_token_ids) == ("", [-1])
 
 
 def test_stop_tokens_and_strings_end_a_text_and_say_so(llm: LLM) -> None:
@@ -305,7 +307,7 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.generate([[1], [True]]), "prompts[1] must be text or token ids, got list"),
         (
             lambda llm: llm.generate(NO_PROMPT),
-            "prompts must have prompt_token_ids or prompt, got t",
+            "prompts must have prompt_token_ids or prompt, got [",
         ),
         (
             lambda llm: llm.stream({"prompt_token_ids": NOTHING}),

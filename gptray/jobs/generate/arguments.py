@@ -91,34 +91,40 @@ def values_of(given: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, An
 
 def _plain(value: Any) -> Any:
     """A value in the type that a config has."""
+    value = _python(value)
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Integral) and not isinstance(value, bool):  # numpy's too
-        return int(value)
     return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
+
+
+def _python(value: object) -> object:
+    """A number, array or tensor of another library as Python's own."""
+    tolist = getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else value
 
 
 def prompts_of(prompts: Prompt | abc.Sequence[Prompt]) -> list[str | list[int]]:
     """One prompt or several, as a list of texts and token ids. Raises UserError for others."""
-    if isinstance(prompts, (str, Mapping)) or (_are_ids(prompts) and len(prompts)):
-        return [_prompt_of(prompts, "prompts")]
-    if not isinstance(prompts, abc.Iterable) or isinstance(prompts, bytes):
-        kind = type(prompts).__name__
+    given = _python(prompts)
+    if isinstance(given, (str, Mapping)) or (_are_ids(given) and given):
+        return [_prompt_of(given, "prompts")]
+    if not isinstance(given, abc.Iterable) or isinstance(given, bytes):
+        kind = type(given).__name__
         raise UserError(f"prompts must be text, token ids or a list of either, got {kind}")
-    return [_prompt_of(prompt, f"prompts[{number}]") for number, prompt in enumerate(prompts)]
+    return [_prompt_of(prompt, f"prompts[{number}]") for number, prompt in enumerate(given)]
 
 
 def _prompt_of(prompt: object, place: str) -> str | list[int]:
     if isinstance(prompt, Mapping):
         form = next((form for form in _FORMS if prompt.get(form) is not None), None)
         if form is None or not {*prompt} <= {*_FORMS}:
-            keys = ", ".join(map(str, prompt))
-            raise UserError(f"{place} must have prompt_token_ids or prompt, got {keys:.60}")
+            raise UserError(f"{place} must have prompt_token_ids or prompt, got {[*prompt]!r:.60}")
         prompt, place = prompt[form], f"{place}[{form!r}]"
-    if isinstance(prompt, str):
-        return prompt
-    if _are_ids(prompt):
-        return [*map(int, prompt)]
+    given = _python(prompt)
+    if isinstance(given, str):
+        return given
+    if _are_ids(given):
+        return [*map(int, given)]
     raise UserError(f"{place} must be text or token ids, got {type(prompt).__name__}")
 
 

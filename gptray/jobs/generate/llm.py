@@ -37,7 +37,7 @@ from gptray.model.usage import Usage
 class Output:
     """The output for a prompt.
 
-    prompt: its text, if it was given as token ids also. text: without the prompt, as in the batch
+    prompt: its text, also if it was given as token ids. text: without the prompt, as in the batch
     job's column `output`. tokens: the ids of `text`, without a token that ended it. seed:
     reproduces this text for this prompt alone. error: why finish_reason is "error", otherwise None;
     `text` is then incomplete. prompt_token_ids: `prompt_tokens` of them. stop_reason: the stop
@@ -106,7 +106,7 @@ class LLM:
         """
         sample, given = self._sample(settings), prompts_of(prompts)
         rows = [self._sequence(prompt, sample, i) for i, prompt in enumerate(given)]
-        return self._run([self._text(prompt) for prompt in given], rows, sample)
+        return self._run(given, rows, sample)
 
     def chat(
         self,
@@ -164,7 +164,10 @@ class LLM:
         return ChatTemplate(source, self._tokenizer) if source else None
 
     def _run(
-        self, prompts: list[str], rows: list[Sequence | str], sample: SampleConfig
+        self,
+        prompts: abc.Sequence[str | list[int]],
+        rows: list[Sequence | str],
+        sample: SampleConfig,
     ) -> list[Output]:
         """Run the sequences; a row that is a string is an error, which goes into its output."""
         rest = deque(row for row in rows if isinstance(row, Sequence))
@@ -174,11 +177,27 @@ class LLM:
                 self._step()
                 running[:] = [sequence for sequence in running if not sequence.ended]
         return [
-            _output_of(prompt, row)
-            if isinstance(row, Sequence)
-            else Output(prompt, "", "error", 0, [], numbered_seed(sample.seed, i), row)
+            self._output(prompt, row, numbered_seed(sample.seed, i))
             for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         ]
+
+    def _output(self, prompt: str | list[int], row: Sequence | str, seed: int) -> Output:
+        """The output of a sequence that has ended, or of a prompt that could not run."""
+        if isinstance(row, str):
+            text, ids = ("", prompt) if isinstance(prompt, list) else (prompt, [])
+            return Output(text, "", "error", 0, [], seed, row, ids)
+        assert row.finish_reason is not None
+        return Output(
+            prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt),
+            row.text,
+            row.finish_reason,
+            row.prompt_tokens,
+            row.tokens,
+            seed,
+            row.error,
+            row.prompt,
+            row.stop_reason,
+        )
 
     def _pieces(self, sequence: Sequence) -> Iterator[str]:
         """Queue a sequence and yield its text; closing the generator cancels the sequence."""
@@ -219,9 +238,6 @@ class LLM:
         while self._left:
             self._engine.cancel(self._left.popleft())
 
-    def _text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt)
-
     def _checked(self, prompt: str | list[int], sample: SampleConfig, number: int) -> Sequence:
         row = self._sequence(prompt, sample, number, live_text=True)
         if isinstance(row, str):
@@ -256,19 +272,3 @@ class LLM:
         sample = override(self._config, values_of(settings, SETTINGS)).sample
         check_stop_ids(sample, self._engine.vocab_size)
         return sample
-
-
-def _output_of(prompt: str, sequence: Sequence) -> Output:
-    """The output of a sequence that has ended."""
-    assert sequence.finish_reason is not None
-    return Output(
-        prompt,
-        sequence.text,
-        sequence.finish_reason,
-        sequence.prompt_tokens,
-        sequence.tokens,
-        sequence.sampling.seed,
-        sequence.error,
-        sequence.prompt,
-        sequence.stop_reason,
-    )
