@@ -100,6 +100,15 @@ def test_readme_opens_with_the_line_that_trains_and_the_line_that_tests() -> Non
     assert first == test  # the one that .ci/run takes
 
 
+def test_a_python_that_is_too_old_is_told_so() -> None:
+    script = ROOT / "setup.py"
+    ast.parse(script.read_text(encoding="utf-8"), feature_version=(3, 7))
+    old = f"import runpy, sys; sys.version_info = (3, 10, 13); runpy.run_path({str(script)!r})"
+    done = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "gptray needs Python 3.11 to 3.14, and this is Python 3.10.13\n"
+
+
 def test_ci_is_a_valid_script_that_may_be_run() -> None:
     path = ROOT / ".ci" / "run"
     assert path.stat().st_mode & 0o111
@@ -112,7 +121,7 @@ def test_every_place_names_the_same_pythons(project: dict[str, Any]) -> None:
     first, last = pythons[0], pythons[-1]
     classified = [line.rpartition(" :: ")[2] for line in project["classifiers"]]
     assert [one for one in classified if one.startswith("3.")] == pythons
-    for name in ("README.md", "CONTRIBUTING.md", ".ci/run"):
+    for name in ("README.md", "CONTRIBUTING.md", ".ci/run", "setup.py"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert f"Python {first} to {last}" in text, name
         assert not set(re.findall(r"[Pp]ython ?(3\.\d+)", text)) - {*pythons}, name
