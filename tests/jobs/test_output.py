@@ -178,7 +178,7 @@ def test_what_reads_a_parquet_folder_reads_the_output_and_no_file_beside_it(
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        ("link", "link is not a folder"),
+        ("link", "link is a broken link"),
         ("file/out", "file is not a folder"),
         ("/proc/out", "/proc/out cannot be written"),
         ("~nobody-of-this-name/out", "no home folder is known"),

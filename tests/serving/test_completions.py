@@ -186,7 +186,9 @@ def test_the_end_of_texts_name_is_plain_text_unless_allowed(server: Server) -> N
 def test_a_model_of_gptrays_tells_a_prompt_that_suits_it(server: Server, tmp_path: Path) -> None:
     assert "example_prompt" not in server.get("/v1/models").json()["data"][0]
     save_example(tmp_path, "\uc61b\ub0a0")
-    with running(example_prompt=load_example(tmp_path)) as own:
+    example = load_example(tmp_path)
+    assert example
+    with running(example_prompt=example.prompt) as own:
         assert own.get("/v1/models/tiny").json()["example_prompt"] == "\uc61b\ub0a0"
     for damaged in ("{", "[]", '{"example_prompt": 3}', '{"example_prompt": ""}'):
         (tmp_path / "gptray.json").write_text(damaged)
