@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
+from gptray.jobs.train.samples import sample_texts
 from gptray.model.gpt import GPT
 from gptray.training.evaluations import Samples
 from gptray.training.loop import fit
@@ -30,13 +32,16 @@ def run(
     *,
     kill_at: int | None = None,
     device: torch.device = CPU,
-    sample: Callable[[GPT], Samples] = lambda model: [],
+    sample: Callable[[GPT], Samples] | None = None,
     fetch: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Any:
+    """Train as a worker does, with samples, until the step at which it is killed."""
+
     def report(metrics: dict[str, Any], checkpoint_dir: Path | None) -> None:
         if metrics["step"] == kill_at:
             raise Killed
 
+    sample = sample or partial(sample_texts, config, data)
     return fit(config, data, run_dir, report=report, sample=sample, device=device, fetch=fetch)
 
 
