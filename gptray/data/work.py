@@ -214,8 +214,17 @@ def _by_region(regions: Sequence[Region], part: Part, position: int) -> Iterator
     done = 0
     for region in regions:
         stop = min(region.stop - position, len(part.text))
+        if part.is_chat and done < stop < len(part.text):
+            stop = _before_space(part.text, done, stop)
         if stop > done:
             # Only the document's own end gets an end-of-text token, not a cut.
             ends = part.ends and stop == len(part.text)
             yield region.label, Part(part.text[done:stop], ends, part.is_chat)
             done = stop
+
+
+def _before_space(chat: str, start: int, stop: int) -> int:
+    """Where to cut a chat near `stop`: before white space, so not in a special token's name."""
+    left = max(chat.rfind(mark, start + 1, stop) for mark in " \n")
+    right = [at for mark in " \n" if (at := chat.find(mark, stop)) >= 0]
+    return left if left > start else min(right, default=stop)

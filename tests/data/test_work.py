@@ -20,6 +20,7 @@ from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise
 from gptray.files import sha256_of
 from tests.data import foreign
+from tests.data.chatting import CHATS, chat_tokenizer, write_chats
 from tests.data.reference import expected_runs, expected_tokens
 from tests.data.texts import ENGLISH, KOREAN, many_documents, write_bytes, write_rows
 
@@ -34,9 +35,11 @@ def planned(
     split: tuple[float, ...] = (0.8, 0.1, 0.1),
     fraction: float = 1.0,
     cut_text: bool = True,
+    reading: Reading | None = None,
 ) -> tuple[SplitPlan, list[UnitScan]]:
     files = find_files(str(path))
-    units = plan_pieces(files, Reading(), piece_bytes=piece_bytes, cut_text=cut_text)
+    reading = reading or Reading()
+    units = plan_pieces(files, reading, piece_bytes=piece_bytes, cut_text=cut_text)
     scans = [scan(unit, alphabet=True) for unit in units]
     text = ScannedText(units, [unit.pieces for unit in scans], dict(enumerate(split)))
     return plan_split([text], fraction=fraction, seed=1), scans
@@ -216,3 +219,18 @@ def test_a_unit_of_which_nothing_is_kept_counts_as_lost(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "empty.bin", encoder) as writer:
         pass
     assert writer.shard is None and not (tmp_path / "empty.bin").exists()
+
+
+def test_a_chat_is_not_cut_within_the_name_of_a_special_token(tmp_path: Path) -> None:
+    saved = chat_tokenizer(tmp_path / "chatml")
+    tokenizer, reading = Tokenizer.load(saved), Reading(tokenizer=str(saved))
+    path = write_chats(tmp_path / "one.jsonl", [{"messages": CHATS[0][:1]}])
+    whole = "<|im_start|>system\nYou see the cat.<|im_end|>\n"
+    for percent in range(10, 95, 5):
+        share = percent / 100
+        plan, _ = planned(path, 1000, split=(share, 1 - share), reading=reading)
+        tokens = tokenised(plan, tokenizer, tmp_path)
+        names = tokenizer.written_names.ids
+        ids = tokens["train"] + tokens["val"]
+        assert tokenizer.decode(ids) == whole
+        assert [ids.count(names[name]) for name in ("<|im_start|>", "<|im_end|>")] == [1, 1]
