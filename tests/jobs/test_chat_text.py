@@ -67,7 +67,8 @@ def test_a_model_chats_as_it_was_taught(
     result = train(config)
     data = prepare(config)
     assert data.manifest["chats"] == data.manifest["documents"] == 90
-    assert not data.manifest["warnings"], "the template's tokens are no markers in a text"
+    markers = [one for one in data.manifest["warnings"] if "markers" in one]
+    assert not markers, "the template's tokens are none"
     assert len(data.manifest["tokenizer"]["chat_template"]) == 64
     theirs: Any = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     rows = [json.loads(line)["messages"] for line in chats.read_text().splitlines()]
@@ -94,11 +95,11 @@ def test_another_template_makes_other_data_and_goes_with_the_model(
     tmp_path: Path, base: Path, chats: Path
 ) -> None:
     first = prepare(config_of(tmp_path, base, chats))
-    (base / "chat_template.jinja").write_text(CHATML.replace("assistant\\n", "assistant "))
+    (base / "chat_template.jinja").write_text(CHATML.replace("assistant\n", "assistant "))
     second = prepare(config_of(tmp_path, base, chats))
     assert first.data_dir != second.data_dir and first.fingerprint == second.fingerprint
     second.verify()
-    (base / "chat_template.jinja").write_text(CHATML.replace("+ '\\n' }}", "}}"))
+    (base / "chat_template.jinja").write_text(CHATML.replace("+ '\n' }}", "}}"))
     third = prepare(config_of(tmp_path, base, chats))
     assert third.fingerprint != first.fingerprint
 
