@@ -72,6 +72,8 @@ def fallback_warning(manifest: DataManifest, *, asked: int | None) -> str | None
         return None
     size = manifest["tokenizer"]["vocab_size"]
     remedy = "data.tokenizer=bpe trains one on this text"
+    if manifest.get("chats"):  # one trained here has no chat template
+        remedy = "choose a model whose tokenizer suits it"
     if asked is not None:
         remedy = f"raise data.vocab_size from {size}, for example to {4 * size}"
         if size < asked:

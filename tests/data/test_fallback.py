@@ -48,6 +48,8 @@ def test_syllables_in_bytes_are_counted_and_the_key_to_raise_is_named(tmp_path: 
     assert short and short.endswith(f"too short for data.vocab_size=5000, only for {size}")
     foreign = fallback_warning(manifest, asked=None)
     assert foreign and foreign.endswith("data.tokenizer=bpe trains one on this text")
+    chats = fallback_warning({**manifest, "chats": 1}, asked=None)
+    assert chats and chats.endswith("; choose a model whose tokenizer suits it")
 
 
 @pytest.mark.parametrize(
