@@ -66,7 +66,7 @@ def test_prepare_ends_with_one_json_line(
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["data.source=nowhere.txt"], "nowhere.txt"),
         (["compute.use_gpu=true", "compute.num_workers=16"], "this machine has 0"),
-        (["train.compile=true"], "there is no nowhere-g++"),
+        (["train.compile=true"], "there is no C++ compiler nowhere-g++"),
         (["data.tokenizer=./nowhere"], "nowhere"),
         (["model.init_from=./nowhere"], "nowhere"),
         (["storage_path=s4://bucket"], "s4://bucket"),

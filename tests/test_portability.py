@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from gptray.jobs.cluster.machine import check_resources
 from gptray.jobs.serve.proxy import middlewares
 from gptray.jobs.train.worker import peak_memory
 from gptray.model.gpu_faults import check_gpu
-from gptray.model.precision import pick_dtype
+from gptray.model.precision import has_onednn_linear, pick_dtype
 from gptray.native.backend import why_not_native
 from gptray.native.compiler import why_no_library, why_not_compile
 from tests.tiny import tiny_text
@@ -74,6 +75,7 @@ TINY = [
 # The training loop without Ray, on a text and into a folder that are named.
 LOOP = f"""
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append({str(ROOT / "benchmarks")!r})
@@ -224,21 +226,30 @@ def test_peak_memory_is_in_bytes(mac: None) -> None:
     assert said <= peak_memory(torch.device("cpu")) < 1024 * said
 
 
-def test_int8_computes_where_pytorch_lacks_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch as its builds for macOS are; what it has is cached in the process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        patch.setattr(torch.ops.onednn, "qlinear_prepack", None)
+        has_onednn_linear.cache_clear()
+        yield
+    has_onednn_linear.cache_clear()
+
+
+def test_int8_computes_where_pytorch_lacks_onednn(request: pytest.FixtureRequest) -> None:
     weight, bias = torch.randn(64, 32), torch.randn(64)
     x = torch.randn(4, 32)
     with_it = product(weight, bias, torch.float32, quantized="int8")(x)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", None)
+    request.getfixturevalue("no_onednn")
     without = product(weight, bias, torch.float32, quantized="int8")(x)
     torch.testing.assert_close(without, with_it, atol=0.1, rtol=0.1)
     torch.testing.assert_close(without, x @ weight.t() + bias, atol=0.2, rtol=0.1)
 
 
 def test_bf16_is_chosen_only_where_something_computes_it_fast(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, no_onednn: None
 ) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": True})
     assert (pick_dtype("auto", "cpu") is torch.bfloat16) == (why_not_native(use_gpu=False) is None)
     monkeypatch.setenv("CXX", "nowhere-g++")

@@ -278,9 +278,9 @@ def test_check_text_tells_everything_at_once_without_ray(tmp_path: Path) -> None
         check_text(config)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    assert "a.jsonl" in lines[0] and "columns: id, body" in lines[0]
-    assert "b.csv" in lines[1] and "columns: tekst" in lines[1]
-    assert "data.tokenizer=./nowhere" in lines[2]
+    assert "data.tokenizer=./nowhere" in lines[0]
+    assert "a.jsonl" in lines[1] and "columns: id, body" in lines[1]
+    assert "b.csv" in lines[2] and "columns: tekst" in lines[2]
 
 
 FAR_DOWN = {
