@@ -67,7 +67,7 @@ def run_job(
 ) -> int:
     """Run a job from the command line and return its exit code.
 
-    UserError means exit code 2, RunFailed and any other exception 1, SIGINT and SIGTERM 130.
+    UserError means exit code 2, RunFailed and any other exception 1, a signal to stop 130.
 
     doc: the text above the keys in --help.
     argv: None means the process's own arguments; the process then ends with the job.

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def set_up_process() -> None:
-    """Open closed streams, take all paths as UTF-8, and let no warning end the job.
+    """Open closed streams, take all paths as UTF-8, and let no message or warning end the job.
 
     May start the process again.
     """
     _open_closed_streams()
     _use_utf8()
+    stderr = io.BufferedWriter(_Stderr(2, "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(stderr, sys.stderr.encoding, "backslashreplace", "", True)
     # `python -W error`: libraries, Ray first, warn of what they use themselves.
     if any(option.startswith("e") for option in sys.warnoptions):
         warnings.simplefilter("default")
+
+
+class _Stderr(io.FileIO):
+    """Standard error; drops what cannot be written, such as to a terminal that was closed."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
 
 
 def _open_closed_streams() -> None:
@@ -27,7 +44,7 @@ def _open_closed_streams() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _use_utf8() -> None:

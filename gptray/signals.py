@@ -1,4 +1,4 @@
-"""Ends a job soon after SIGTERM, SIGINT or the death of Ray, whatever it is waiting for.
+"""Ends a job soon after SIGTERM, SIGINT, SIGHUP or the death of Ray, whatever it is waiting for.
 
 The first signal interrupts the job, which then has `STOP_S` to clean up; after that, or on a second
 signal, the process ends at once. Run folders and outputs are consistent at any moment, and the
@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP: the terminal was closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOP_S = 8.0
 # `timeout` signals its child and then the child's group: signals this close count as one.
 REPEAT_S = 1.0
@@ -107,7 +108,7 @@ _stop: _Stop | None = None
 
 @contextmanager
 def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
-    """Make SIGTERM and SIGINT raise KeyboardInterrupt in the block; only in the main thread.
+    """Make these signals raise KeyboardInterrupt in the block; only in the main thread.
 
     end: ends the process at once. Its arguments are the failure that stops the job, if any, and
         whether a second signal asked for it; if not, the job did not stop within `STOP_S`.
@@ -116,7 +117,7 @@ def interrupting(end: Callable[[str | None, bool], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A shell may start a background job with SIGINT ignored.
+    # A shell may start a background job with SIGINT ignored, and nohup ignores SIGHUP.
     numbers = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
     _stop = stop = _Stop(end)
     previous = {one: signal.signal(one, stop.handle) for one in numbers}

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,44 @@ def test_closed_output_is_no_error(tmp_path: Path, descriptor: int, locale: str)
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (done.stdout == b"") == (descriptor == 1)
+
+
+BAR = """
+import sys
+from gptray.cli import run_job
+from gptray.jobs.base import Job
+from gptray.jobs.progress.bar import Bar
+
+def job(config):
+    print("begun", flush=True)
+    bar = Bar("counting", 2)
+    sys.stdin.readline()
+    bar.show("counting", 1, "", eta="", line=None)
+    bar.close()
+    return {"counted": 2}
+
+tried = Job(check=lambda config: config, plan=lambda config: [], run=job)
+sys.exit(run_job("tried", doc="", job=tried))
+"""
+
+
+def test_a_job_goes_on_when_its_terminal_is_gone() -> None:
+    terminal, stderr = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", BAR],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+    ) as process:
+        os.close(stderr)
+        assert process.stdout and process.stdout.readline() == "begun\n"
+        os.close(terminal)
+        deadline = threading.Timer(60, process.kill)
+        deadline.start()
+        out, _ = process.communicate("\n")
+        deadline.cancel()
+    assert (process.returncode, out) == (0, '{"counted": 2}\n')
 
 
 HOSTILE = "a\x1b[2J\x9b31m\u202eb\r"

@@ -99,7 +99,7 @@ def job(config):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_ends_a_job_that_does_not_leave(number: signal.Signals) -> None:
     with started(STUCK) as process:
         os.killpg(process.pid, number)
