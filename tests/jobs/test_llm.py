@@ -36,6 +36,7 @@ PROMPTS = ["the cat", "a dog", "", "the cat"]
 NO_PROMPT: Any = {"text": "the cat"}
 NOTHING: Any = None
 BYTES: Any = b"the cat"
+UNORDERED: Any = {"the cat", "a dog"}
 MISSPELT: dict[str, Any] = {"precison": "fp32"}
 OTHERS: dict[str, Any] = {"do_sample": True}
 SETTINGS: Settings = {"max_new_tokens": 12, "temperature": 1.3, "seed": 5, "top_k": None}
@@ -318,6 +319,9 @@ def test_defaults_are_the_configs(llm: LLM) -> None:
         (lambda llm: llm.stream([-1]), "the prompt holds a token outside 0 .. "),
         (lambda llm: llm.generate(BYTES), "token ids or a list of either, got bytes"),
         (lambda llm: llm.generate(NOTHING), "token ids or a list of either, got NoneType"),
+        (lambda llm: llm.generate(bytearray(BYTES)), "or a list of either, got bytearray"),
+        (lambda llm: llm.generate([bytearray(BYTES)]), "prompts[0] must be text or token ids, got"),
+        (lambda llm: llm.generate(UNORDERED), "token ids or a list of either, got set"),
         (lambda llm: LLM("a", **MISSPELT), "precison; did you mean precision?"),
         (lambda llm: LLM("a", precision="fp16"), "generate.precision: expects auto, fp32 or bf16"),
         (lambda llm: LLM(""), "generate.model: expects text or null, got ''"),

@@ -103,12 +103,16 @@ def _python(value: object) -> object:
     return tolist() if callable(tolist) else value
 
 
+# Bytes are no token ids, and a set has no order, on which seeds depend.
+_NOT_PROMPTS = (abc.Set, bytes, bytearray)
+
+
 def prompts_of(prompts: Prompt | abc.Sequence[Prompt]) -> list[str | list[int]]:
     """One prompt or several, as a list of texts and token ids. Raises UserError for others."""
     given = _python(prompts)
     if isinstance(given, (str, Mapping)) or (_are_ids(given) and given):
         return [_prompt_of(given, "prompts")]
-    if not isinstance(given, abc.Iterable) or isinstance(given, bytes):
+    if not isinstance(given, abc.Iterable) or isinstance(given, _NOT_PROMPTS):
         kind = type(given).__name__
         raise UserError(f"prompts must be text, token ids or a list of either, got {kind}")
     return [_prompt_of(prompt, f"prompts[{number}]") for number, prompt in enumerate(given)]
@@ -131,7 +135,7 @@ def _prompt_of(prompt: object, place: str) -> str | list[int]:
 def _are_ids(value: object) -> TypeGuard[abc.Collection[int]]:
     return (
         isinstance(value, abc.Collection)
-        and not isinstance(value, (str, bytes, Mapping))
+        and not isinstance(value, (str, Mapping, *_NOT_PROMPTS))
         and all(isinstance(one, Integral) and not isinstance(one, bool) for one in value)
     )
 
