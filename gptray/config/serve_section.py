@@ -105,8 +105,8 @@ class ServeConfig(Section):
     @classmethod
     def _are_origins(cls, given: str | list[str] | None) -> str | list[str] | None:
         what = (
-            "scheme and name as browsers send them, without a path, such as https://example.com or "
-            "http://localhost:3000; *: any"
+            "a scheme and a name as browsers send them, without a path, such as "
+            "https://example.com or http://localhost:3000, or * for any"
         )
         return _each_matches(given, _ORIGIN, what)
 
@@ -124,5 +124,5 @@ def _each_matches(
     """Return the value unchanged. Raises ValueError for a text that does not match."""
     for one in [given] if isinstance(given, str) else given or []:
         if not pattern.fullmatch(one):
-            raise ValueError(f"{one!r} must be {what}")
+            raise ValueError(f"must be {what}" if one is given else f"{one!r} must be {what}")
     return given

@@ -121,6 +121,9 @@ def test_an_allowed_host_is_a_name_and_no_more(name: str) -> None:
 def test_an_allowed_origin_is_what_a_browser_sends(origin: str) -> None:
     with pytest.raises(ConfigError, match="as browsers send them"):
         load_config(None, [f"serve.allowed_origins=['{origin}']"])
+    with pytest.raises(ConfigError) as one:
+        load_config(None, [f"serve.allowed_origins='{origin}'"])
+    assert str(one.value).count(repr(origin)) == 1
     sent = ["https://a.example", "http://localhost:3000", "app://obsidian.md", "null", "*"]
     assert load_config(None, [f"serve.allowed_origins={sent}"]).serve.allowed_origins == sent
 
