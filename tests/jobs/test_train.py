@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
 from gptray.record import EVENTS, read_rows
 from tests.jobs.tracker import exits
+from tests.processes import before_long, ray_workers
 from tests.tiny import tiny_config, tiny_text
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -223,6 +226,30 @@ def test_fine_tuning_starts_from_a_finished_run(
     assert tuned["val_loss"] == pytest.approx(result["val_loss"], abs=0.02)
     saved = load_config(str(tmp_path / "tuned" / "config.yaml"), [])
     assert (saved.model.n_layer, saved.model.n_embd) == (2, 32)
+
+
+def test_ctrl_c_ends_the_call_and_its_workers_and_means_later_what_it_meant_before(
+    text_file: Path, tmp_path: Path
+) -> None:
+    """In a process of the user's own, such as a notebook's, where Ray's handler would stay."""
+    config = named(text_file, tmp_path, "stopped", "train.max_steps=1000000")
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt() -> None:
+        try:
+            before_long((tmp_path / "stopped" / "checkpoint_000010").is_dir)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    presses = threading.Thread(target=interrupt)
+    presses.start()
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    presses.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+    before_long(lambda: not ray_workers("RayTrainWorker"))
+    assert train(named(text_file, tmp_path, "next"))["step"] == 20
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_init_from_with_another_shape_or_tokenizer_is_refused(

@@ -24,19 +24,25 @@ from gptray.jobs.cluster.cluster_nodes import HEAD
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.train.task import TrainTask
+from gptray.signals import is_handling
 
 # Hands out Ray Data datasets, which are not used here: workers open their tokens themselves.
 DATASETS = "DatasetsCallback"
 # Frees the placement group of workers whose controller is gone, given a dashboard; see `Cleaner`.
 CLEANER = "PlacementGroupCleanerCallback"
 POLL_S = 0.5
+# How long an interrupted call waits for its workers to end.
+ABORT_S = 10.0
 
 
 class Trainer(DataParallelTrainer):  # type: ignore[misc]
     """Ray Train's trainer without datasets, and on the job's own Ray without more.
 
-    Workers start again unless they would fail again, see `recurs`.
+    Workers start again unless they would fail again, see `recurs`. Ctrl-C raises KeyboardInterrupt,
+    now and later: Ray's own handler would outlive the run, and end the process.
     """
+
+    _controller: Any = None
 
     def _create_default_callbacks(self) -> list[Any]:
         kept = []
@@ -57,7 +63,17 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
             vars(given["scaling_policy"]).update(
                 after_controller_start=_nothing, _maybe_send_resource_request=_nothing
             )
-        return super()._initialize_and_run_controller(**given)
+        try:
+            return super()._initialize_and_run_controller(**given)
+        except KeyboardInterrupt:
+            # A job's process ends now, and its workers with it; another one may go on.
+            if self._controller is not None and not is_handling():
+                with suppress(ray.exceptions.RayError):  # the controller ends without an answer
+                    ray.get(self._controller.abort.remote(), timeout=ABORT_S)
+            raise
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
 
 
 def recurs(error: Exception) -> bool:
