@@ -23,6 +23,7 @@ from gptray.config import Config, UserError, load_config, override
 from gptray.jobs.serve.answering import Answering
 from gptray.jobs.serve.check import USER_CONFIG, check, endpoint_url, plan
 from gptray.jobs.serve.worker import Replica
+from tests.damage import deadline
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
 from tests.processes import listening
 
@@ -115,6 +116,27 @@ def test_sigterm_to_the_group_lets_streams_finish_refuses_new_ones_and_leaves_no
             and Path(f"/proc/{pid}/cmdline").read_text()] == []  # fmt: skip
 
 
+@pytest.mark.ray
+def test_a_changed_model_and_a_killed_engine_are_each_told_in_a_line(tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    with job_running(folder) as job, deadline(120):
+        assert job.process.stderr
+        os.utime(folder / "model.safetensors", (0, 0))
+        changed = next(line for line in job.process.stderr if "have changed" in line)
+        assert changed.startswith(f"warning: the files of {folder.parent} have changed. ")
+        os.kill(job.replicas()[0], signal.SIGKILL)
+        died = next(line for line in job.process.stderr if "process died" in line)
+        assert died == (
+            "warning: an engine's process died: it was killed or out of memory. "
+            "Ray Serve starts another\n"
+        )
+        while job.ask(5).status_code != 200:  # another one has started
+            pass
+        job.process.terminate()
+        rest = job.process.stderr.read()
+        assert "have changed" not in rest and "process died" not in rest
+
+
 def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "keys").write_text("\n")
     with socket.socket() as taken:
@@ -133,6 +155,7 @@ def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -
     assert "serve.api_key_file" in str(told.value) and "no key" in str(told.value)
     for argument, message in (
         ("serve.host=nowhere.invalid", "no such address"),
+        ("serve.host=203.0.113.9", "^serve.host=203.0.113.9 is not an address of this machine$"),
         (f"serve.api_key_file={tmp_path}/nothing", "No such file"),
         ("serve.max_output_tokens=1025", "context of 1024"),
     ):

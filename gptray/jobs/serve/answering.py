@@ -115,6 +115,11 @@ class Answering:
         return [*self._told, (logging.ERROR, ended)]
 
     @property
+    def active(self) -> int:
+        """Requests in flight."""
+        return self._endpoint.active
+
+    @property
     def model_name(self) -> str | None:
         """The name of the served model; None before there is one."""
         return self._endpoint.served.name if self._endpoint.served else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -103,6 +104,8 @@ def _check_address(config: Config) -> None:
     except socket.gaierror:
         raise UserError(f"serve.host={host}: there is no such address") from None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"serve.host={host} is not an address of this machine") from None
         raise UserError(f"serve.port={port}: cannot listen on {host}: {error.strerror}") from None
 
 

@@ -9,14 +9,11 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.jobs.cluster.connection import ray_cluster
@@ -27,7 +24,8 @@ from gptray.jobs.next_steps import tell
 from gptray.jobs.progress.doing import doing
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, completion_command, endpoint_url
-from gptray.jobs.serve.worker import bound
+from gptray.jobs.serve.watch import Watch
+from gptray.jobs.serve.worker import APPLICATION, bound
 from gptray.native.measured import NAMES
 from gptray.signals import failure, leaving_within, sigterm_sets
 from gptray.standard_output import line_printer
@@ -35,11 +33,10 @@ from gptray.wording import count
 
 log = logging.getLogger("gptray")
 
-APPLICATION = "gptray"
 # How much Serve's time limits exceed the endpoint's, which answers in OpenAI's format.
 SPARE_S = 10.0
 # Serve stops a replica whose engine is dead after three health checks, of one a second.
-START_S, POLL_S, NEWS_S = 60.0, 1.0, 5.0
+START_S, POLL_S = 60.0, 1.0
 OPEN_PORT = (
     "Ray Serve keeps one port of each replica open to the network; it needs a token that only this "
     "job has"
@@ -58,13 +55,13 @@ def run(checked: CheckedEndpoint) -> None:
     url = endpoint_url(config)
     on_cluster = ray_cluster(environment(config.serve), wait_s=config.compute.wait_s)
     log.info("starting %s at %s", model["model"], url)
+    watch = Watch(model["model"])
     with on_cluster as is_own, ExitStack() as stack:
         with doing(f"starting {count(config.serve.num_replicas, 'engine')}"):
             stack.enter_context(_started(config, model, is_own=is_own))
             _wait_until_healthy(url)
             _tell_backends()
-            told = Counter[str]()  # lines of news of each replica
-            _tell_news(told)
+            watch.look()
         drain_s = config.serve.drain_timeout_s
         with sigterm_sets() as stop, leaving_within(drain_s + 2 * SPARE_S):
             print_line({"url": url, "model": model["served_model_name"]})
@@ -76,7 +73,7 @@ def run(checked: CheckedEndpoint) -> None:
                 while not stop.wait(POLL_S):
                     if APPLICATION not in serve.status().applications:
                         raise RunFailed("the endpoint was deleted from the cluster")
-                    _tell_news(told)
+                    watch.look()
             except KeyboardInterrupt:
                 if not failure():
                     _drain(drain_s)
@@ -157,24 +154,11 @@ def _tell_backends() -> None:
         )
 
 
-def _tell_news(told: Counter[str]) -> None:
-    """Log what replicas have to say, such as why an engine ended, beyond the lines told."""
-    try:
-        found = serve.get_app_handle(APPLICATION).broadcast("news").results(timeout_s=NEWS_S)
-    except (RayError, RayServeException, TimeoutError):
-        return  # a replica is ending or busy: the next call tells what the others say
-    lines = list[tuple[int, str]]()
-    for replica, news in found:
-        lines += news[told[replica] :]
-        told[replica] = len(news)
-    for level, line in dict.fromkeys(lines):
-        log.log(level, "%s", line)
-
-
 def _drain(timeout_s: float) -> None:
     """Have all replicas finish running requests and refuse new ones."""
     log.info("draining: running requests have %g s to finish", timeout_s)
-    replicas = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
-    cut = sum(replicas.results(timeout_s=timeout_s + SPARE_S))
+    asked = serve.get_app_handle(APPLICATION).broadcast("drain", timeout_s)
+    left = asked.results(timeout_s=timeout_s + SPARE_S, return_exceptions=True)
+    cut = sum(number for number in left if isinstance(number, int))  # a dead replica has none
     if cut:
         log.warning("%s did not end in time", count(cut, "request"))

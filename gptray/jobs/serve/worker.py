@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
@@ -21,6 +21,7 @@ from gptray.jobs.serve.check import api_keys, replicas_compute
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+APPLICATION = "gptray"
 # Far more requests than fit in the engine's queue: the replica itself refuses those beyond, since
 # it knows when there will be room, and a body that is still arriving takes no place in the queue.
 # Still more wait in Serve's proxy, which would send them all at once.
@@ -71,6 +72,14 @@ def bound(config: Config, model: Mapping[str, str] | None) -> object:
     return deployment.bind(config, api_keys(config), threads)
 
 
+class News(NamedTuple):
+    """A replica's name, its requests in flight, and all its lines for the job's log with levels."""
+
+    replica: str
+    active: int
+    lines: list[tuple[int, str]]
+
+
 class Replica:
     """The class that Serve runs, in its own process; see `Answering`."""
 
@@ -95,9 +104,9 @@ class Replica:
     def backend(self) -> str | None:
         return self._answering.backend
 
-    def news(self) -> tuple[str, list[tuple[int, str]]]:
-        """This replica's name, and all its lines for the job's log with their levels."""
-        return serve.get_replica_context().replica_tag, self._answering.news
+    def news(self) -> News:
+        answering = self._answering
+        return News(serve.get_replica_context().replica_tag, answering.active, answering.news)
 
     def own_metrics(self) -> tuple[str, bytes]:
         """This replica's name and metrics."""
@@ -107,8 +116,10 @@ class Replica:
         """All replicas' metrics, since a request for them goes to any replica."""
         here = serve.get_replica_context()
         handle = serve.get_deployment_handle(here.deployment, here.app_name)
-        found = handle.broadcast("own_metrics").results_async(timeout_s=METRICS_S)
-        return self._answering.joined(dict(await found))
+        asked = handle.broadcast("own_metrics")
+        found = await asked.results_async(timeout_s=METRICS_S, return_exceptions=True)
+        # A replica that has just died has none.
+        return self._answering.joined(dict(one for one in found if isinstance(one, tuple)))
 
     def check_health(self) -> None:
         """Raise if the engine has stopped, so that Serve replaces the replica."""
