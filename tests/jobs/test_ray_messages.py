@@ -18,6 +18,11 @@ KILLED = (
     "memory usage: [- objects spillable: 0\n- bytes spillable: 0]\nRefer to the documentation on "
     "how to address the out of memory issue: https://docs.ray.io/en/latest."
 )
+LOST = (
+    "A worker died or was killed while executing a task by an unexpected system error. To "
+    "troubleshoot the problem, check the logs for the dead worker. Lease ID: 02000000c50c "
+    "Worker ID: 92bb706f Node ID: c2b0c531 Worker IP address: 127.0.0.1 Worker PID: 22420"
+)
 FULL = "the node's memory was nearly full (24.0 of 25.3 GB in use)"
 WHY = f"Ray killed its process because {FULL}"
 
@@ -38,6 +43,15 @@ def test_a_full_memory_is_told_in_a_sentence() -> None:
 )
 def test_other_errors_are_told_by_their_last_line(error: Exception | str, why: str) -> None:
     assert why_ended(error) == why
+
+
+def test_a_process_that_died_is_told_without_ids(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "gptray"):
+        print(f"\x1b[33m(raylet)\x1b[0m {LOST}", file=RayMessages())
+    assert caplog.messages == ["Ray lost a process, which was killed or out of memory"]
+    assert "Lease ID" not in capsys.readouterr().err
 
 
 def test_killed_processes_are_told_at_most_now_and_then_and_the_rest_as_it_is(

@@ -14,6 +14,8 @@ log = logging.getLogger("gptray")
 _FULL_MEMORY = re.compile(
     r"running low on memory.*?Memory usage (\d+)B exceeded .*?% of (\d+)B", re.DOTALL
 )
+# A process died otherwise. What follows are Ray's ids and guesses; the job says what it means.
+_DEATH = "A worker died or was killed while executing a task"
 # After such a message, Ray repeats the process's work and may soon kill it again.
 _QUIET_S = 10.0
 
@@ -48,15 +50,21 @@ class RayMessages(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if found := _FULL_MEMORY.search(text):
-            self._skips_end = True
-            if time.monotonic() - self._told >= _QUIET_S:
-                self._told = time.monotonic()
-                log.warning("Ray killed a process because %s; its work is repeated", _full(found))
+            self._tell(f"Ray killed a process because {_full(found)}; its work is repeated")
+        elif _DEATH in text:
+            self._tell("Ray lost a process, which was killed or out of memory")
         elif self._skips_end and text == "\n":
             self._skips_end = False
         else:
             sys.stderr.write(text)
         return len(text)
+
+    def _tell(self, sentence: str) -> None:
+        """Log a sentence instead of Ray's message, unless there was one a moment ago."""
+        self._skips_end = True
+        if time.monotonic() - self._told >= _QUIET_S:
+            self._told = time.monotonic()
+            log.warning("%s", sentence)
 
     def flush(self) -> None:
         sys.stderr.flush()
