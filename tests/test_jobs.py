@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -57,6 +58,22 @@ def test_prepare_ends_with_one_json_line(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["documents"] == 1 and set(result["tokens"]) == {"train", "val"}
+
+
+def test_a_cluster_of_another_python_is_one_message(joining: dict[str, str]) -> None:
+    from ray._private.worker import global_worker
+
+    key, stored = b"CLUSTER_METADATA", global_worker.gcs_client
+    metadata = stored.internal_kv_get(key, b"cluster")
+    other = {**json.loads(metadata), "python_version": "3.99.1"}
+    stored.internal_kv_put(key, json.dumps(other).encode(), True, b"cluster")
+    try:
+        done = job("doctor", environment=joining)
+    finally:
+        stored.internal_kv_put(key, metadata, True, b"cluster")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"the cluster runs Ray {other['ray_version']} on Python 3.99.1, and" in done.stderr
+    assert f"on Python {platform.python_version()}; start" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -72,7 +73,7 @@ def ray_cluster(
     environment: variables for the processes of the job's own Ray.
     wait_s: how long the job waits for resources, see `telling_waits`; None: forever.
     Raises RunFailed if Ray does not start or answer, or the wait took too long; UserError if the
-    working directory has another gptray.
+    working directory has another gptray, or the cluster another Python or Ray.
     """
     if ray.is_initialized():
         with telling_waits(wait_s):
@@ -92,7 +93,8 @@ def ray_cluster(
         with warnings.catch_warnings(), _sigterm_kept():
             warnings.simplefilter("default" if verbose else "ignore")
             if address:
-                with ray_answers(), doing(f"joining the cluster at {address}"):
+                joining = doing(f"joining the cluster at {address}")
+                with ray_answers(), _versions_match(address), joining:
                     ray.init(**options)
                 stack.callback(shut_down)
             else:
@@ -140,6 +142,23 @@ def ray_answers() -> Iterator[None]:
         raise RunFailed(
             f"Ray does not answer: {first_line(error)}; the same command resumes once it does"
         ) from error
+
+
+@contextmanager
+def _versions_match(address: str) -> Iterator[None]:
+    """Raise UserError if Ray refuses this process, whose Python or Ray is not the cluster's."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.findall(r"(?:Ray|Python): (\S+)", str(error))
+        if not str(error).startswith("Version mismatch") or len(found) != 4:
+            raise
+        their_ray, their_python, ray_version, python = found
+        raise UserError(
+            f"RAY_ADDRESS={address}: the cluster runs Ray {their_ray} on Python {their_python}, "
+            f"and this job Ray {ray_version} on Python {python}; start the job with the cluster's "
+            "versions, or submit it with ray job submit, which runs it there"
+        ) from None
 
 
 @contextmanager
