@@ -42,7 +42,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
     now and later: Ray's own handler would outlive the run, and end the process.
     """
 
-    _controller: Any = None
+    _controller: ray.actor.ActorHandle | None = None
 
     def _create_default_callbacks(self) -> list[Any]:
         kept = []
@@ -72,7 +72,7 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
                     ray.get(self._controller.abort.remote(), timeout=ABORT_S)
             raise
 
-    def _register_sigint_handler(self, controller: Any) -> None:
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
         self._controller = controller
 
 
