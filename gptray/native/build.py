@@ -191,9 +191,9 @@ def why_no_cache() -> str | None:
         return None
     folder = cache_folder()
     try:
-        check_writable(folder, key="XDG_CACHE_HOME")
+        check_writable(folder, key="cache")
     except UserError as error:
-        return str(error)
+        return f"{str(error).removeprefix('cache: ')} (see XDG_CACHE_HOME)"
     there = next(one for one in (folder, *folder.parents) if one.is_dir())
     if folder.is_dir() and not _is_own(folder) and (problem := _not_private(folder)):
         return f"{folder} {problem}, so no code is loaded from it (see XDG_CACHE_HOME)"

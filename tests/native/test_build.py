@@ -264,6 +264,14 @@ def test_a_cache_of_other_users_is_refused_or_done_without(
     assert problem.replace("\\", "") in (why_not() or "")
 
 
+def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc")
+    assert why_not() == (
+        "/proc/.cache/gptray cannot be written: No such file or directory (see XDG_CACHE_HOME)"
+    )
+
+
 @pytest.fixture
 def cpuinfo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
