@@ -21,7 +21,8 @@ def set_up_process() -> None:
     """
     _open_closed_streams()
     _use_utf8()
-    stderr = io.BufferedWriter(_Stderr(2, "w", closefd=False))
+    # Unbuffered below the lines: a signal between a write and its return would repeat a buffer.
+    stderr = _Stderr(2, "w", closefd=False)
     sys.stderr = io.TextIOWrapper(stderr, sys.stderr.encoding, "backslashreplace", "", True)
     # `python -W error`: libraries, Ray first, warn of what they use themselves.
     if any(option.startswith("e") for option in sys.warnoptions):
@@ -32,10 +33,11 @@ class _Stderr(io.FileIO):
     """Standard error; drops what cannot be written, such as to a terminal that was closed."""
 
     def write(self, data: ReadableBuffer, /) -> int:
-        try:
-            return super().write(data)
-        except OSError:
-            return memoryview(data).nbytes
+        left = whole = memoryview(data).cast("B")
+        with suppress(OSError):
+            while left:
+                left = left[super().write(left) or 0 :]
+        return whole.nbytes
 
 
 def _open_closed_streams() -> None:
