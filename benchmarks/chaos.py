@@ -26,8 +26,8 @@ from typing import Any
 
 from tiny import TRAINED, finish, job_command, start, write_words
 
-from gptray.files import sha256_of
-from gptray.record import read_events, read_metrics
+from gptray.storage.files import sha256_of
+from gptray.storage.record import read_events, read_metrics
 
 STEPS = 120
 

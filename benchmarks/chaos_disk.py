@@ -30,7 +30,7 @@ from pathlib import Path
 from pyarrow import parquet
 from tiny import TRAINED, job_command, write_words
 
-from gptray.record import read_events, read_metrics, read_rows
+from gptray.storage.record import read_events, read_metrics, read_rows
 
 SIZE_MB, STEPS = 64, 60
 TRAIN = [*TRAINED, "model.n_embd=96", "train.precision=fp32", f"train.max_steps={STEPS}"]

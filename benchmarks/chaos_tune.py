@@ -24,7 +24,7 @@ from pyarrow import parquet
 from tiny import TRAINED, finish, job_command, start, write_words
 
 from gptray.config import load_config
-from gptray.record import METRICS, read_rows
+from gptray.storage.record import METRICS, read_rows
 from gptray.tuning.sweep_record import TRIALS, load_sweep, load_trials, trial_dir
 
 SPACE = """[

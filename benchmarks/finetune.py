@@ -28,7 +28,7 @@ from gptray.data.tokens import TokenData
 from gptray.evaluation.forgetting import changes_of
 from gptray.jobs.folders.run_folder import resolve
 from gptray.model.shape import model_folder
-from gptray.record import read_events, read_metrics
+from gptray.storage.record import read_events, read_metrics
 from gptray.training.loop import fit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,7 @@ from made_tokens import split_tokens, whole_text
 
 from gptray.config import Config, flatten
 from gptray.data.tokens import MANIFEST
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import Planned, plan_trials, text_key
 
@@ -142,7 +142,7 @@ def train(job: Job, folder: Path) -> dict[str, object]:
     import torch
 
     from gptray.data.tokens import TokenData
-    from gptray.record import read_metrics
+    from gptray.storage.record import read_metrics
     from gptray.training.loop import fit
 
     began, planned = time.monotonic(), job.planned

@@ -211,7 +211,7 @@ def train(job: Job, size: Size, folder: Path) -> dict[str, float]:
 
     from gptray.config import load_config
     from gptray.data.tokens import TokenData
-    from gptray.record import read_metrics
+    from gptray.storage.record import read_metrics
     from gptray.training.loop import fit
 
     began = time.monotonic()

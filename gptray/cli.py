@@ -34,14 +34,14 @@ from gptray.config.errors import missing_module
 from gptray.config.help import help_text
 from gptray.config.keys import field_specs
 from gptray.config.suggest import nearest, nearest_keys
-from gptray.files import cannot_write, is_storage, is_uri
 from gptray.jobs.base import Job, Plan, find_job
 from gptray.jobs.progress.doing import doing
-from gptray.node_cache import copied
-from gptray.path_mistakes import path_mistake
 from gptray.process_setup import set_up_process
 from gptray.signals import STOP_S, interrupting
 from gptray.standard_output import Unread, json_line, redirect_to_null, write_out
+from gptray.storage.files import cannot_write, is_storage, is_uri
+from gptray.storage.node_cache import copied
+from gptray.storage.path_mistakes import path_mistake
 from gptray.visible import visible
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130

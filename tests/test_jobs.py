@@ -20,7 +20,7 @@ import yaml
 
 from gptray.entry_points import run
 from gptray.model.hf import save_pretrained
-from gptray.record import read_rows
+from gptray.storage.record import read_rows
 from gptray.tuning.sweep_record import TRIALS, load_trials
 from tests.generation.models import random_gpt, small_tokenizer
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from gptray.files import cache_folder, sha256_of
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.storage.files import cache_folder, sha256_of
+from gptray.storage.record import EVENTS, METRICS, read_rows
 from tests.processes import before_long, listening, marked
 from tests.test_jobs import ROOT, TINY
 

@@ -14,11 +14,11 @@ from made_tokens import text_tokens
 
 from gptray.config import Config
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
 from gptray.generation.sequence import Sequence
 from gptray.generation.settings import Sampling
 from gptray.jobs.train.samples import sample_texts
-from gptray.record import read_metrics
+from gptray.storage.files import sha256_of
+from gptray.storage.record import read_metrics
 from gptray.training.loop import fit
 
 CPU = torch.device("cpu")

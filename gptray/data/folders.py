@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pyarrow import fs
 
 from gptray.config import UserError
-from gptray.store_access import file_system, reason, with_retries
+from gptray.storage.store_access import file_system, reason, with_retries
 
 WILDCARD = re.compile(r"[*?\[]")
 

@@ -18,8 +18,8 @@ from gptray.data.sentencepiece_fields import bpe_fields, unigram_fields
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_parts import ModelPart, Step, TokenizerParts
 from gptray.data.vocabulary import needed_rows, without_spare
-from gptray.gguf_pieces import MARK
-from gptray.gguf_tokenizer import (
+from gptray.gguf.sentencepiece import MARK
+from gptray.gguf.tokenizer_json import (
     BYTE,
     CONTROL,
     IGNORES_MERGES,

@@ -15,8 +15,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from gptray.config import RunFailed
-from gptray.files import replacing, sha256_of, storing
-from gptray.stored import Locked, Unreadable, read_bytes
+from gptray.storage.files import replacing, sha256_of, storing
+from gptray.storage.stored import Locked, Unreadable, read_bytes
 
 COMPRESSION = "zstd"
 SCRATCH = ".gptray"

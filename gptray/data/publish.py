@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.files import check_writable, no_empty_folders, storing
+from gptray.storage.files import check_writable, no_empty_folders, storing
 
 _ABANDONED_SECONDS = 24 * 3600
 

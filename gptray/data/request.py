@@ -29,9 +29,9 @@ from gptray.data.tokenizer_files import (
 )
 from gptray.data.tokenizer_prefix import stored_prefix
 from gptray.data.tokens import FORMAT_VERSION
-from gptray.files import cache_folder
-from gptray.node_cache import storage_folder
-from gptray.template_file import template_in
+from gptray.storage.files import cache_folder
+from gptray.storage.node_cache import storage_folder
+from gptray.storage.template_file import template_in
 
 # Sources up to this size are identified by their contents, so that copying or touching a file does
 # not make it another source; larger ones by path, size and modification time.

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from gptray.config import UserError
 from gptray.data.tokenizer_parts import Step, TokenizerParts
-from gptray.gguf_pieces import MARK
+from gptray.gguf.sentencepiece import MARK
 
 log = logging.getLogger("gptray")
 

@@ -32,9 +32,9 @@ from gptray.data.folders import (
     shown,
     unique_files,
 )
-from gptray.files import absolute
-from gptray.path_mistakes import uri_slip
-from gptray.store_access import file_system, open_with_retries, scheme_of, with_retries
+from gptray.storage.files import absolute
+from gptray.storage.path_mistakes import uri_slip
+from gptray.storage.store_access import file_system, open_with_retries, scheme_of, with_retries
 from gptray.wording import count
 
 BUILTIN = "builtin"

@@ -11,7 +11,7 @@ import tokenizers
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import WELL_KNOWN_ENDS, Opened, hub_tokenizer, tokenizer_path
-from gptray.stored import is_whole, read_foreign
+from gptray.storage.stored import is_whole, read_foreign
 
 log = logging.getLogger("gptray")
 

@@ -19,12 +19,12 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.trust import check_growth, check_vocabulary, panics_as_errors
-from gptray.files import expanded, is_uri
-from gptray.gguf_source import is_gguf, opened_gguf
-from gptray.hub import NotOnHub, cached_model, download_model
-from gptray.node_cache import fetched_holder
-from gptray.stored import Locked, read_foreign, read_object
-from gptray.template_file import TEMPLATE, template_in
+from gptray.gguf.conversion import is_gguf, opened_gguf
+from gptray.storage.files import expanded, is_uri
+from gptray.storage.hub import NotOnHub, cached_model, download_model
+from gptray.storage.node_cache import fetched_holder
+from gptray.storage.stored import Locked, read_foreign, read_object
+from gptray.storage.template_file import TEMPLATE, template_in
 from gptray.wording import first_line
 
 log = logging.getLogger("gptray")

@@ -21,9 +21,9 @@ from gptray.data.data_manifest import DataManifest, SplitEntry
 from gptray.data.difference import loses
 from gptray.data.split import split_names
 from gptray.data.tokenizer import Tokenizer
-from gptray.files import sha256_of
-from gptray.stored import read_object
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import sha256_of
+from gptray.storage.stored import read_object
+from gptray.storage.template_file import TEMPLATE
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 3

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from gptray.commands import job_command
 from gptray.config import Config, UserError, override
-from gptray.files import is_uri
 from gptray.model.example import FALLBACK, Example, load_example
+from gptray.storage.files import is_uri
 
 
 def model_commands(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from gptray.config import UserError
-from gptray.files import replacing
-from gptray.stored import Unreadable, read_object
+from gptray.storage.files import replacing
+from gptray.storage.stored import Unreadable, read_object
 
 EVALUATION = "evaluation.json"
 

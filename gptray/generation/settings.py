@@ -13,7 +13,7 @@ from typing import Any
 
 from gptray.config import SampleConfig, UserError
 from gptray.config.limits import GREEDY_BELOW, MAX_BIASES, SAMPLING
-from gptray.stored import is_whole
+from gptray.storage.stored import is_whole
 from gptray.wording import shortened
 
 # Of the settings with bounds; the others take any real number.

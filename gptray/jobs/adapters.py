@@ -11,11 +11,11 @@ from typing import Literal
 
 from gptray.config import Config, UserError
 from gptray.config.errors import naming
-from gptray.files import absolute, is_uri, sha256_of
 from gptray.jobs.models import run_named
 from gptray.model.adapter import ADAPTER, CONFIG, WEIGHTS, Base, adapted_name
 from gptray.model.adapter_folder import adapter_folder, check_products, open_adapter
-from gptray.stored import read_foreign
+from gptray.storage.files import absolute, is_uri, sha256_of
+from gptray.storage.stored import read_foreign
 
 # Sections with keys `model` and `adapter`.
 WithAdapter = Literal["evaluate", "generate"]

@@ -16,16 +16,16 @@ from gptray.commands import typed
 from gptray.config import Config, UserError
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.data.tokenizer_files import KINDS, has_tokenizer, tokenizer_files
-from gptray.files import absolute, expanded, is_uri
-from gptray.gguf_source import SUFFIX, is_gguf, named_as_given
-from gptray.hub import NotOnHub
-from gptray.jobs.folders.driver_lock import is_held
-from gptray.lease import is_leased
+from gptray.gguf.conversion import SUFFIX, is_gguf, named_as_given
 from gptray.model.adapter_folder import adapter_folder
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.driver_lock import is_held
+from gptray.storage.files import absolute, expanded, is_uri
+from gptray.storage.hub import NotOnHub
+from gptray.storage.lease import is_leased
+from gptray.storage.remote_folder import RemoteFolder
 from gptray.tuning.sweep_record import TRIALS
 
 log = logging.getLogger("gptray")

@@ -12,15 +12,15 @@ from gptray.commands import typed
 from gptray.config import Config, differences
 from gptray.config.keys import shown
 from gptray.evaluation.model_commands import model_commands
-from gptray.files import expanded, is_uri
-from gptray.gguf_source import is_gguf
+from gptray.gguf.conversion import is_gguf
 from gptray.jobs.adapters import adapter_arguments
 from gptray.jobs.folders.resuming import command
 from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.models import has_model, storage_of
-from gptray.record import read_events, read_metrics
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.sentence import sentence
+from gptray.storage.files import expanded, is_uri
+from gptray.storage.record import read_events, read_metrics
 
 log = logging.getLogger("gptray")
 

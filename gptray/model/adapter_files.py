@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptray.config import LoraConfig, ModelConfig, UserError
-from gptray.files import replacing
 from gptray.model.adapter import (
     BASE_QUANTIZED,
     BASE_SHA256,
@@ -43,6 +42,7 @@ from gptray.model.parameters import HEAD, Part
 from gptray.model.quantized import quantize
 from gptray.model.tensor_file import write_tensors
 from gptray.model.unread import unread_network
+from gptray.storage.files import replacing
 
 
 def adapted_network(

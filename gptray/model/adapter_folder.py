@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import LoraConfig, UserError
-from gptray.files import expanded
 from gptray.model.adapter import (
     ADAPTER,
     BASE_QUANTIZED,
@@ -29,7 +28,8 @@ from gptray.model.adapter_settings import own_settings, settings_of
 from gptray.model.packed_weights import PACKINGS
 from gptray.model.parameters import HEAD, WTE, Part
 from gptray.model.tensor_file import FLOATS, read_header
-from gptray.stored import read_foreign
+from gptray.storage.files import expanded
+from gptray.storage.stored import read_foreign
 
 # Keys that exclude some of target_modules.
 _EXCEPTIONS = ("exclude_modules", "layers_to_transform")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from gptray.config import LoraConfig, UserError
-from gptray.stored import is_whole
+from gptray.storage.stored import is_whole
 
 # Keys of adapter_config.json that are read, and those without effect on a trained adapter.
 _READ = {

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from gptray.files import replacing
-from gptray.stored import Unreadable, read_object
+from gptray.storage.files import replacing
+from gptray.storage.stored import Unreadable, read_object
 
 EXAMPLE = "gptray.json"
 KEY, PARSED = "example_prompt", "parse_special"

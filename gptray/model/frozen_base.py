@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gptray.files import CannotWrite, cache_folder, storing
 from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.model.hf import load_weights
@@ -25,8 +24,9 @@ from gptray.model.importance import base_importance
 from gptray.model.quantized import ROUNDING
 from gptray.model.quantized_linear import quantized_layers
 from gptray.model.usage import Usage
-from gptray.node_cache import made_once, make_room
-from gptray.record import versions
+from gptray.storage.files import CannotWrite, cache_folder, storing
+from gptray.storage.node_cache import made_once, make_room
+from gptray.storage.record import versions
 from gptray.wording import size_words
 
 log = logging.getLogger("gptray")

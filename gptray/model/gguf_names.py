@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from gptray.config import ModelConfig, UserError
-from gptray.gguf_families import EMBEDDING, FAMILIES, HEAD
-from gptray.gguf_family import Family
-from gptray.gguf_network import OTHER_SCORES, rotary_factors, rotary_fields
+from gptray.gguf.naming import Family
+from gptray.gguf.naming_table import EMBEDDING, FAMILIES, HEAD
+from gptray.gguf.network_config import OTHER_SCORES, rotary_factors, rotary_fields
 from gptray.model.families import KNOWN
 from gptray.model.hf_config import network_json
 from gptray.model.stored_weights import StoredModel, StoredWeight

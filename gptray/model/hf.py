@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptray.config import ModelConfig, UserError
-from gptray.files import replacing
 from gptray.model.families import FAMILIES
 from gptray.model.gpt import GPT
 from gptray.model.header import check_weights
@@ -28,6 +27,7 @@ from gptray.model.shape import WEIGHTS, model_folder, read_shape
 from gptray.model.stored_weights import stored_weights
 from gptray.model.tensor_file import write_tensors
 from gptray.model.usage import Usage
+from gptray.storage.files import replacing
 
 # Parameters with one row per token.
 BY_TOKEN = (WTE, HEAD)

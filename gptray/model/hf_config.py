@@ -22,7 +22,7 @@ from gptray.model.hf_positions import (
     written_positions,
 )
 from gptray.model.usage import one_or_all
-from gptray.stored import is_whole, read_foreign
+from gptray.storage.stored import is_whole, read_foreign
 
 
 def read_config(path: Path) -> tuple[str, ModelConfig]:

@@ -20,7 +20,7 @@ from gptray.model.rounding import dtype_of, rounded
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, StoredWeight
 from gptray.model.tensor_file import write_tensors
-from gptray.stored import read_foreign
+from gptray.storage.stored import read_foreign
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from gptray.config.limits import LARGEST, MAX_LAYERS
 from gptray.config.model_section import FULL, SLIDING
 from gptray.config.rope_scaling import ROPE_SCALINGS
 from gptray.model.family import Family, Key
-from gptray.stored import is_whole
+from gptray.storage.stored import is_whole
 
 # transformers' default.
 _WINDOWS_FROM = 28

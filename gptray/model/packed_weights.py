@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.stored import is_whole, read_foreign
+from gptray.storage.stored import is_whole, read_foreign
 
 # Suffixes of a weight's name.
 VALUES, SCALES, SHAPE = "_packed", "_scale", "_shape"

@@ -10,14 +10,14 @@ import re
 from pathlib import Path
 
 from gptray.config import ModelConfig, UserError
-from gptray.files import expanded, is_uri, sha256_of
-from gptray.gguf_source import SUFFIX, is_gguf, opened_gguf
-from gptray.hub import download_model
+from gptray.gguf.conversion import SUFFIX, is_gguf, opened_gguf
 from gptray.model.hf_config import family_of, read_config
 from gptray.model.usage import GENERATION
-from gptray.node_cache import fetched_holder
-from gptray.stored import read_foreign
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import expanded, is_uri, sha256_of
+from gptray.storage.hub import download_model
+from gptray.storage.node_cache import fetched_holder
+from gptray.storage.stored import read_foreign
+from gptray.storage.template_file import TEMPLATE
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

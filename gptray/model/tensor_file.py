@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptray.config import UserError
-from gptray.stored import Locked, Unreadable, is_whole, open_stored, parse_json
+from gptray.storage.stored import Locked, Unreadable, is_whole, open_stored, parse_json
 
 if TYPE_CHECKING:
     import torch

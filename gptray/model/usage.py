@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import replacing
-from gptray.stored import is_whole, read_foreign
-from gptray.template_file import TEMPLATE, template_in
+from gptray.storage.files import replacing
+from gptray.storage.stored import is_whole, read_foreign
+from gptray.storage.template_file import TEMPLATE, template_in
 
 GENERATION = "generation_config.json"
 _CONFIG = "config.json"

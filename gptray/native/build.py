@@ -23,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cache_folder, cannot_write, check_writable, remove, sha256_of
 from gptray.native.compiler import (
     compiler,
     compiler_version,
@@ -32,6 +31,7 @@ from gptray.native.compiler import (
     uses_tiles,
 )
 from gptray.native.processor import ARCH_PRCTL, ASK_FOR, TILE_DATA, processor_flags, why_not_here
+from gptray.storage.files import cache_folder, cannot_write, check_writable, remove, sha256_of
 
 log = logging.getLogger("gptray")
 

@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from gptray.files import cache_folder, open_lock, replacing
 from gptray.native.build import library_name
 from gptray.native.core_sharing import queued_ns
 from gptray.native.processor import processor_identity, processor_name
-from gptray.stored import Unreadable, read_object
+from gptray.storage.files import cache_folder, open_lock, replacing
+from gptray.storage.stored import Unreadable, read_object
 
 log = logging.getLogger("gptray")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from gptray.record import MetricsRow
 from gptray.reports.picture import XY
 from gptray.reports.run.diagnosis import Diagnosis
+from gptray.storage.record import MetricsRow
 from gptray.wording import decimals
 
 # Roles of a run's curves, then of a sweep's trials.

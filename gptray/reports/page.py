@@ -16,9 +16,9 @@ import resvg_py
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from gptray.files import replacing
-from gptray.record import versions
 from gptray.reports.picture import Figure
+from gptray.storage.files import replacing
+from gptray.storage.record import versions
 
 # Colours of pages and figures: light, dark and for print.
 LIGHT = {

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import expanded
 from gptray.generation.loading import pack_adapter
 from gptray.model.adapter import CONFIG, WEIGHTS, Base, adapted_name
 from gptray.model.adapter_folder import adapter_folder
 from gptray.model.gpu_faults import memory_told
 from gptray.serving.endpoint import Served
+from gptray.storage.files import expanded
 
 # (size, modification time) of each of an adapter's files; None if a file is missing.
 State = tuple[tuple[int, int] | None, ...]

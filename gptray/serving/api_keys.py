@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 
 from gptray.config import UserError
-from gptray.files import expanded
+from gptray.storage.files import expanded
 
 log = logging.getLogger("gptray")
 

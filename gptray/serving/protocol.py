@@ -26,7 +26,7 @@ from gptray.config.limits import MAX_BIASES, SEEDS, within
 from gptray.config.suggest import did_you_mean, nearest
 from gptray.serving.api_error import ApiError
 from gptray.serving.other_keys import complaint_about
-from gptray.stored import is_whole
+from gptray.storage.stored import is_whole
 
 T = TypeVar("T", bound=BaseModel)
 Prompt = str | list[int]

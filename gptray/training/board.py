@@ -16,7 +16,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tensorboardX.summary import scalar, text
 
-from gptray.files import append, storing
+from gptray.storage.files import append, storing
 
 # The first record of an event file.
 VERSION = "brain.Event:2"

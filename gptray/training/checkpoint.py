@@ -22,12 +22,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import CannotWrite, remove, storing
-from gptray.manifest import files_damage, sync, write_manifest
 from gptray.model.adapter import ADAPTER
 from gptray.model.adapter import CONFIG as ADAPTER_CONFIG
 from gptray.model.adapter import WEIGHTS as ADAPTER_WEIGHTS
-from gptray.record import EVENTS, read_rows
+from gptray.storage.files import CannotWrite, remove, storing
+from gptray.storage.manifest import files_damage, sync, write_manifest
+from gptray.storage.record import EVENTS, read_rows
 from gptray.training.trainer_state import TrainerState
 
 # A checkpoint's folders of weights and of averaged weights.

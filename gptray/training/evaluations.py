@@ -18,7 +18,7 @@ from gptray.config import dump
 from gptray.model.adapter import ADAPTER
 from gptray.model.adapter_files import save_adapter
 from gptray.model.gpt import GPT
-from gptray.record import write_event
+from gptray.storage.record import write_event
 from gptray.training.checkpoint import (
     AVERAGED,
     MODEL,

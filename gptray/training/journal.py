@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import cast
 
 from gptray.config import RunFailed
-from gptray.files import append, replacing, storing
-from gptray.record import METRICS, MetricsRow, curves, read_rows
+from gptray.storage.files import append, replacing, storing
+from gptray.storage.record import METRICS, MetricsRow, curves, read_rows
 from gptray.training.board import Boards
 
 

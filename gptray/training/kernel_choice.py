@@ -17,7 +17,7 @@ from gptray.native.backend import TRAIN_KEY, check_native, why_not_native
 from gptray.native.build import cached_library, library_name
 from gptray.native.measured import NAMES, Choice, pytorch_since
 from gptray.native.processor import processor_name
-from gptray.record import Event, read_events, write_event
+from gptray.storage.record import Event, read_events, write_event
 from gptray.training.block_timing import faster_kernels
 from gptray.training.workers import Workers
 

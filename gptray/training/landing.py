@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from gptray.config import Config
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 
 Phase = Literal["stable", "landing"]
 PHASES: tuple[Phase, Phase] = ("stable", "landing")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from gptray.data.openings import openings
 from gptray.data.tokens import TokenData
-from gptray.files import remove, storing
 from gptray.model.adapter import ADAPTER, Base
 from gptray.model.adapter_files import save_merged
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.example import save_example
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
+from gptray.storage.files import remove, storing
 from gptray.training.checkpoint import AVERAGED, MODEL, publish_folder
 
 

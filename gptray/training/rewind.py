@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gptray.config import RunFailed
-from gptray.record import read_metrics, write_event
+from gptray.storage.record import read_metrics, write_event
 from gptray.training.building import build_model
 from gptray.training.checkpoint import (
     checkpoint_folder,

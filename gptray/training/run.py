@@ -18,12 +18,12 @@ from gptray.config import Config, RunFailed
 from gptray.data.order import BatchOrder
 from gptray.data.shares import split_rows
 from gptray.data.tokens import TokenData
-from gptray.files import open_lock, storing
 from gptray.model.adapter import Base
 from gptray.model.gpt import GPT
 from gptray.native.measured import Choice
 from gptray.native.processor import processor_name
-from gptray.record import versions, write_event
+from gptray.storage.files import open_lock, storing
+from gptray.storage.record import versions, write_event
 from gptray.training.averaging import Average
 from gptray.training.building import agreed_base, build_model
 from gptray.training.checkpoint import (

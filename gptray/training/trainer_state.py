@@ -10,8 +10,8 @@ from typing import cast
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 
 from gptray.config import Config
-from gptray.manifest import FORMAT
-from gptray.stored import read_object
+from gptray.storage.manifest import FORMAT
+from gptray.storage.stored import read_object
 from gptray.training.landing import Landing, Phase, Reason
 from gptray.training.stopping import EarlyStopping
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning import levels
 from gptray.tuning.levels import Setting
 from gptray.tuning.regression import Flags, Floats, Stage, sample_effects

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gptray.config import Config
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning.sweep_record import Trial, rungs
 
 

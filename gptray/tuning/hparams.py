@@ -21,8 +21,8 @@ from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboardX.summary import scalar
 
 from gptray.config import load_config
-from gptray.files import replacing, storing
-from gptray.record import METRICS
+from gptray.storage.files import replacing, storing
+from gptray.storage.record import METRICS
 from gptray.training.board import VERSION, record
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import Trial, load_trials, trial_dir

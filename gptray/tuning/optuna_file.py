@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from gptray.config import load_config
 from gptray.config.search_space import Entry
-from gptray.files import append, replacing, storing
+from gptray.storage.files import append, replacing, storing
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import SKIPPED, Trial, TrialEvent, load_trials, trial_events
 

@@ -16,8 +16,8 @@ from typing import TypedDict, Unpack, cast
 
 from gptray.config import Config, RunFailed, load_config
 from gptray.evaluation.forgetting import Change, changes_of
-from gptray.files import append, storing
-from gptray.record import MetricsRow, RowFields, read_events, read_metrics, read_rows
+from gptray.storage.files import append, storing
+from gptray.storage.record import MetricsRow, RowFields, read_events, read_metrics, read_rows
 
 TRIALS = "trials.jsonl"
 # How a trial ends: at max_steps, by its own early stopping, at a rung until it is promoted, with a

@@ -10,7 +10,7 @@ import pyarrow as pa
 from gptray.config import Config
 from gptray.config.keys import field_specs
 from gptray.data.parts import write_whole
-from gptray.record import read_events, seconds_trained
+from gptray.storage.record import read_events, seconds_trained
 from gptray.tuning.levels import Space, value_text
 from gptray.tuning.sweep_record import Sweep, load_sweep, trial_dir
 

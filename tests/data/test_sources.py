@@ -10,7 +10,7 @@ from pyarrow.fs import FileSystem
 
 from gptray.config import UserError
 from gptray.data.sources import find_files
-from gptray.store_access import file_system
+from gptray.storage.store_access import file_system
 
 Form = Literal["NFC", "NFD"]
 

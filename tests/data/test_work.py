@@ -18,7 +18,7 @@ from gptray.data.split_plan import PiecePlan, ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokens import TokenSplit
 from gptray.data.work import UnitScan, sample, scan, tokenise
-from gptray.files import sha256_of
+from gptray.storage.files import sha256_of
 from tests.data import foreign
 from tests.data.chatting import CHATS, chat_tokenizer, write_chats
 from tests.data.reference import expected_runs, expected_tokens

@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases that are renewed, so that a holder is seen to run, each 1.5 s rather than each 7.5."""
-    monkeypatch.setattr("gptray.lease.EXPIRES_S", 6.0)
+    monkeypatch.setattr("gptray.storage.lease.EXPIRES_S", 6.0)
 
 
 @pytest.fixture

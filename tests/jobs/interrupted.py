@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import sha256_of
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.resuming import save_config
 from gptray.jobs.folders.run_folder import outcome, resolve, set_ray_snapshot_aside
 from gptray.jobs.train.check import check
 from gptray.jobs.train.watch import show_end, watching
-from gptray.record import read_rows
+from gptray.storage.driver_lock import held
+from gptray.storage.files import sha256_of
+from gptray.storage.record import read_rows
 from gptray.training.loop import fit
 from tests.damage import Damage, fields
 from tests.tiny import tiny_config

@@ -15,7 +15,7 @@ from gptray.jobs.base import Job
 from gptray.jobs.progress import doing
 from gptray.jobs.progress.bar import Bar
 from gptray.jobs.tune.watch import watching_sweep
-from gptray.record import write_event
+from gptray.storage.record import write_event
 from gptray.tuning.sweep_record import Record, trial_dir
 
 LIMIT_S = 60

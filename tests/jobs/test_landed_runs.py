@@ -20,7 +20,7 @@ from gptray.jobs.folders.run_folder import outcome, resolve, run_dir
 from gptray.jobs.progress.tracking import Sent, new_points
 from gptray.jobs.train.check import check, plan
 from gptray.jobs.train.watch import watching
-from gptray.record import METRICS, MetricsRow, read_metrics, write_event
+from gptray.storage.record import METRICS, MetricsRow, read_metrics, write_event
 from gptray.training.landing import Landing
 from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState

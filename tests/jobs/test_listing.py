@@ -14,10 +14,10 @@ import pytest
 
 from gptray import entry_points
 from gptray.config import Config, dump, load_config, override
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.runs.listing import Listed, listed
 from gptray.model.example import save_example
-from gptray.record import Event
+from gptray.storage.driver_lock import held
+from gptray.storage.record import Event
 from tests.reports.curves import config_of, rows_of, started, write_run
 from tests.tuning.sweeps import cut, sweep_config, trained, write_sweep
 

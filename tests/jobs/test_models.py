@@ -22,7 +22,6 @@ from gptray.config import Config, RunFailed, UserError, dump, load_config
 from gptray.data.parts import part_name, part_sha256, write_part
 from gptray.data.tokenizer import Tokenizer
 from gptray.jobs.evaluate.check import check as check_evaluation
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.checked import check_model
 from gptray.jobs.models import find_model, open_model, with_tokenizer
@@ -33,6 +32,7 @@ from gptray.jobs.serve.check import user_config
 from gptray.jobs.train.check import check as check_training
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.model.shape import read_shape
+from gptray.storage.driver_lock import held
 from tests.damage import locked
 
 ROOT = Path(__file__).resolve().parents[2]

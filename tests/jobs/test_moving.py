@@ -18,7 +18,7 @@ import pytest
 from gptray.config import load_config
 from gptray.data.tokens import TokenData
 from gptray.jobs.prepare.check import check_text
-from gptray.record import read_events, read_metrics
+from gptray.storage.record import read_events, read_metrics
 from tests.jobs.nodes import LIMIT_S, cluster_of, job, line_with
 from tests.processes import before_long, ray_workers
 from tests.training.runs import run

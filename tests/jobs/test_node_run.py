@@ -22,8 +22,8 @@ from gptray.jobs.folders.origin import FolderAtDriver
 from gptray.jobs.folders.publisher import Sent
 from gptray.jobs.folders.remote_data import publish_data, tokens_here
 from gptray.jobs.train.node_run import NodePublisher, needed_by_writer
-from gptray.manifest import MANIFEST
-from gptray.record import EVENTS, METRICS, read_events, read_metrics, write_event
+from gptray.storage.manifest import MANIFEST
+from gptray.storage.record import EVENTS, METRICS, read_events, read_metrics, write_event
 from gptray.training.checkpoint import checkpoint_step, damage, find_checkpoints
 from gptray.training.loop import fit
 from tests.jobs.interrupted import STEPS, Killed, config_in, what_it_came_to

@@ -20,10 +20,10 @@ from gptray.jobs.evaluate.evaluated_model import models_to_evaluate
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.generate.checked import check_model
 from gptray.jobs.serve.check import user_config
-from gptray.manifest import write_manifest
 from gptray.model.hf import load_pretrained
-from gptray.node_cache import fetched
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.manifest import write_manifest
+from gptray.storage.node_cache import fetched
+from gptray.storage.remote_folder import RemoteFolder
 from tests.jobs.generating import generate
 from tests.object_store import Object, ObjectStore
 
@@ -183,7 +183,8 @@ def test_copies_take_no_more_than_their_share_and_those_in_use_stay(
         store.put(tmp_path / name, f"bucket/{name}/{name}")
         places.append(RemoteFolder(f"s3://bucket/{name}"))
     code = (
-        "import re\nfrom gptray.node_cache import fetched\nfrom gptray.remote_folder import *\n"
+        "import re\nfrom gptray.storage.node_cache import fetched\n"
+        "from gptray.storage.remote_folder import *\n"
         "print(fetched(RemoteFolder('s3://bucket/a'), re.compile('.*')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

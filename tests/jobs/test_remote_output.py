@@ -30,8 +30,8 @@ from gptray.jobs.generate.checked import check_batch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.generate.worker import EngineWorker, GenerateTask
-from gptray.lease import leased
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.lease import leased
+from gptray.storage.remote_folder import RemoteFolder
 from tests.jobs.generating import config_of, planned
 from tests.object_store import Object, ObjectStore
 from tests.processes import before_long
@@ -198,8 +198,8 @@ def test_a_lease_that_is_kept_refuses_and_one_that_was_left_is_removed(
         job(config, feed)
     assert store.names("bucket/out") == []
     code = (
-        "import os\nfrom gptray.lease import leased\n"
-        "from gptray.remote_folder import RemoteFolder\n"
+        "import os\nfrom gptray.storage.lease import leased\n"
+        "from gptray.storage.remote_folder import RemoteFolder\n"
         f"with leased(RemoteFolder({place.uri!r}), busy='busy'): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL

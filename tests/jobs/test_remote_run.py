@@ -16,9 +16,7 @@ from gptray.data.request import make_request
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
 from gptray.entry_points import run as dry_run
-from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.publisher import RunPublisher, Sent
 from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.folders.remote_run import publishing
@@ -27,10 +25,12 @@ from gptray.jobs.folders.run_folder import outcome
 from gptray.jobs.generate.checked import check_model
 from gptray.jobs.runs.check import check as check_runs
 from gptray.jobs.train.check import check
-from gptray.lease import leased
-from gptray.manifest import write_manifest
-from gptray.node_cache import hold, make_room, set_published, storage_folder
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.driver_lock import held
+from gptray.storage.files import sha256_of
+from gptray.storage.lease import leased
+from gptray.storage.manifest import write_manifest
+from gptray.storage.node_cache import hold, make_room, set_published, storage_folder
+from gptray.storage.remote_folder import RemoteFolder
 from gptray.training.loop import fit
 from tests.data.prepared import prepared_here
 from tests.jobs.interrupted import STEPS, config_in, dies, what_it_came_to

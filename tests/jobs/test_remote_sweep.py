@@ -15,8 +15,6 @@ import torch
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.publisher import Sent, SweepPublisher
 from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.folders.remote_run import publishing
@@ -25,8 +23,10 @@ from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.end import outcome
 from gptray.jobs.tune.start import opened
-from gptray.record import EVENTS, read_rows
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.driver_lock import held
+from gptray.storage.files import sha256_of
+from gptray.storage.record import EVENTS, read_rows
+from gptray.storage.remote_folder import RemoteFolder
 from gptray.training.checkpoint import replace_model
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir

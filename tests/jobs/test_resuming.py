@@ -12,7 +12,6 @@ import pytest
 
 from gptray.config import Config, RunFailed, UserError, load_config
 from gptray.data.tokenizer import char_tokenizer
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.places import check_storage
 from gptray.jobs.folders.resuming import (
     check_free,
@@ -24,7 +23,8 @@ from gptray.jobs.folders.run_folder import resolve, run_dir
 from gptray.jobs.tune.check import check as check_sweep
 from gptray.jobs.tune.check import how_to_extend
 from gptray.jobs.tune.start import check_trials, opened
-from gptray.record import METRICS, write_event
+from gptray.storage.driver_lock import held
+from gptray.storage.record import METRICS, write_event
 from gptray.training.stopping import EarlyStopping
 from gptray.training.trainer_state import TrainerState
 from gptray.tuning.more_trials import StoppedEarly

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from gptray.config import ModelConfig, UserError, load_config
-from gptray.jobs.folders.driver_lock import LOCK, held, is_held
 from gptray.jobs.folders.resuming import check_resumable
 from gptray.jobs.folders.run_folder import (
     resolve,
@@ -19,6 +18,7 @@ from gptray.jobs.folders.run_folder import (
 )
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
+from gptray.storage.driver_lock import LOCK, held, is_held
 
 
 def test_name_follows_from_what_is_trained_only(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from gptray.config import dump, load_config, override
 from gptray.jobs.tune.end import outcome, tell_winner
-from gptray.record import EVENTS, METRICS
 from gptray.reports.sweep.report import write_sweep_report
+from gptray.storage.record import EVENTS, METRICS
 from gptray.tuning.sweep_record import Record, load_sweep
 from tests.reports.pages import Page
 from tests.tuning.sweeps import sweep_config, trained, write_sweep

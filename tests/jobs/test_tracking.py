@@ -18,7 +18,7 @@ import pytest
 from gptray.config import RunFailed, TrackConfig, UserError
 from gptray.jobs.progress.trackers import TrackedRun, check_trackers
 from gptray.jobs.progress.tracking import Sent, new_points, tracking
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from tests.jobs.tracker import calls, exits
 
 # What the trackers' packages warn of is theirs.

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gptray.config import Config, RunFailed, UserError, load_config, override
 from gptray.jobs.train.check import check
 from gptray.jobs.train.run import train
-from gptray.record import EVENTS, read_rows
+from gptray.storage.record import EVENTS, read_rows
 from tests.jobs.tracker import exits
 from tests.processes import before_long, ray_workers
 from tests.tiny import tiny_config, tiny_text

@@ -20,7 +20,7 @@ from gptray.jobs.tune.check import plan as sweep_plan
 from gptray.jobs.tune.suggestions import Suggestions
 from gptray.jobs.tune.trials import Rungs
 from gptray.jobs.tune.worker import run_trial
-from gptray.record import METRICS
+from gptray.storage.record import METRICS
 from gptray.tuning.halving import Halving
 from gptray.tuning.sweep_record import Record, load_trials, trial_dir
 

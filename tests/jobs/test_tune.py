@@ -18,7 +18,6 @@ from pyarrow import parquet
 
 from gptray.config import Config, RunFailed, TuneConfig, UserError, dump, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
 from gptray.jobs.evaluate.check import check as check_evaluation
 from gptray.jobs.folders.resuming import save_config
 from gptray.jobs.folders.run_folder import resolve
@@ -26,7 +25,8 @@ from gptray.jobs.prepare.check import check_text
 from gptray.jobs.train.run import train
 from gptray.jobs.tune.check import check
 from gptray.jobs.tune.run import tune
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.storage.files import sha256_of
+from gptray.storage.record import EVENTS, METRICS, read_rows
 from gptray.training.loop import fit
 from gptray.tuning.sweep_record import TRIALS, Record, Trial, load_sweep, load_trials, trial_dir
 from tests.conftest import RAY_ACCESS

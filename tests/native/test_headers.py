@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from gptray.files import cache_folder
 from gptray.native.compiler import compiler
 from gptray.native.processor import TILES, instruction_options, may_use_tiles, on_arm
+from gptray.storage.files import cache_folder
 from tests.generation.models import needs_native
 
 pytestmark = needs_native

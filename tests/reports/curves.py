@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gptray.config import Config, dump, load_config
-from gptray.record import Event, MetricsRow
+from gptray.storage.record import Event, MetricsRow
 
 Rows = list[MetricsRow]
 

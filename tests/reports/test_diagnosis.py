@@ -8,10 +8,10 @@ import random
 import pytest
 
 from gptray.config import override
-from gptray.record import Event, seconds_trained
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose, turning_point
 from gptray.reports.run.sentence import sentence
+from gptray.storage.record import Event, seconds_trained
 from gptray.wording import count, decimals, size_words, time_words
 from tests.reports.curves import Rows, config_of, evaluated, rows_of, started
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config
-from gptray.record import Event
 from gptray.reports.chart import run_charts
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.report import write_report
 from gptray.reports.run.sentence import sentence
+from gptray.storage.record import Event
 from tests.reports.curves import Rows, config_of, evaluated, rows_of, started, write_run
 from tests.reports.pages import Page
 

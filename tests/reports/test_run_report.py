@@ -16,10 +16,10 @@ import pytest
 from gptray.config import UserError, load_config
 from gptray.jobs.progress.reporter import Reporter
 from gptray.jobs.train.watch import watching
-from gptray.record import Event, write_event
 from gptray.reports.chart import averaged, thinned
 from gptray.reports.picture import tick_text, ticks
 from gptray.reports.run.report import write_report
+from gptray.storage.record import Event, write_event
 from tests.reports.curves import config_of, evaluated, rows_of, started, write_run
 from tests.reports.pages import Page
 

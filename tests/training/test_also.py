@@ -10,7 +10,7 @@ import pytest
 from gptray.data.tokens import TokenData
 from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.model.hf import load_pretrained
-from gptray.record import last_event, read_events, read_metrics
+from gptray.storage.record import last_event, read_events, read_metrics
 from gptray.training.validation import score_split
 from gptray.training.workers import Workers
 from tests.data.prepared import whole_here

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
 from gptray.jobs.folders.run_folder import resolve
 from gptray.model.hf import load_pretrained
-from gptray.record import last_event, read_events
+from gptray.storage.files import sha256_of
+from gptray.storage.record import last_event, read_events
 from tests.generation.models import needs_native
 from tests.model.foreign_models import FAMILIES, make_hf
 from tests.training.runs import Killed, rows, run

@@ -14,14 +14,14 @@ import torch
 
 from gptray.config import Config, dump
 from gptray.data.tokens import TokenData
-from gptray.files import cache_folder, sha256_of
 from gptray.model.adapter import Base
 from gptray.model.adapter_files import adapted_network
 from gptray.model.frozen_base import load_base
 from gptray.model.gpt import GPT
 from gptray.model.quantized import ROUNDING
 from gptray.native.build import library_name
-from gptray.node_cache import make_room
+from gptray.storage.files import cache_folder, sha256_of
+from gptray.storage.node_cache import make_room
 from gptray.training.building import build_model
 from gptray.training.loop import fit
 from tests.full_disk import files_up_to

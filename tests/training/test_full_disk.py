@@ -12,8 +12,8 @@ import torch
 
 from gptray.config import Config, RunFailed, UserError, override
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
-from gptray.record import EVENTS, METRICS, read_rows, write_event
+from gptray.storage.files import sha256_of
+from gptray.storage.record import EVENTS, METRICS, read_rows, write_event
 from gptray.training.checkpoint import damage, find_checkpoints
 from gptray.training.journal import Journal
 from gptray.training.loop import fit

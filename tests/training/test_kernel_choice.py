@@ -12,7 +12,7 @@ from gptray.config import Config, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.folders.run_folder import resolve
 from gptray.native.abi import load_library
-from gptray.record import Event, read_events
+from gptray.storage.record import Event, read_events
 from gptray.training.block_timing import faster_kernels
 from gptray.training.kernel_choice import agree_on_backend
 from gptray.training.workers import Workers

@@ -12,7 +12,7 @@ import pytest
 
 from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
-from gptray.record import EVENTS, read_metrics, read_rows
+from gptray.storage.record import EVENTS, read_metrics, read_rows
 from gptray.training.checkpoint import checkpoint_folder, find_checkpoints
 from gptray.training.landing import Landing, landing_gain
 from gptray.training.trainer_state import TrainerState

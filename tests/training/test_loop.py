@@ -16,7 +16,7 @@ from gptray.data.tokens import TokenData
 from gptray.model.example import load_example
 from gptray.model.gpt import GPT
 from gptray.native.abi import load_library
-from gptray.record import EVENTS, read_rows
+from gptray.storage.record import EVENTS, read_rows
 from gptray.training.checkpoint import newest_intact
 from gptray.training.evaluations import Samples
 from tests.generation.models import needs_native

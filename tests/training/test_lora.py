@@ -11,11 +11,11 @@ from safetensors import safe_open
 from gptray.config import Config, UserError, load_config
 from gptray.config.schema import differences
 from gptray.data.tokens import TokenData
-from gptray.files import sha256_of
 from gptray.jobs.folders.run_folder import resolve
 from gptray.model.adapter_files import load_adapted
 from gptray.model.hf import load_pretrained
-from gptray.record import read_events
+from gptray.storage.files import sha256_of
+from gptray.storage.record import read_events
 from gptray.training.validation import score_checkpoint
 from tests.generation.models import needs_native
 from tests.model.foreign_models import make_hf

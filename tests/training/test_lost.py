@@ -14,8 +14,8 @@ from gptray.config import dump
 from gptray.data.scoring import Score
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from gptray.data.tokens import TokenData
-from gptray.record import EVENTS, METRICS, read_rows
 from gptray.reports.run.report import write_report
+from gptray.storage.record import EVENTS, METRICS, read_rows
 from gptray.training.loop import fit
 from tests.data import foreign
 from tests.data.prepared import prepared_here

@@ -12,7 +12,7 @@ import torch
 from gptray.config import Config, override
 from gptray.data.tokenizer import char_tokenizer
 from gptray.data.tokens import TokenData
-from gptray.record import EVENTS, read_rows
+from gptray.storage.record import EVENTS, read_rows
 from gptray.training.evaluations import BlockingEvaluation
 from gptray.training.journal import Journal
 from gptray.training.loop import train

@@ -17,7 +17,7 @@ from gptray.data.tokens import TokenData
 from gptray.model.gpt import GPT
 from gptray.model.hf import save_pretrained
 from gptray.model.parameters import WTE
-from gptray.record import EVENTS, read_rows
+from gptray.storage.record import EVENTS, read_rows
 from gptray.training.building import build_model
 from gptray.training.loop import fit
 from tests.data import foreign

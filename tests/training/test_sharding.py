@@ -20,7 +20,7 @@ from gptray.config import Config, override
 from gptray.data.tokens import TokenData
 from gptray.jobs.train.samples import sample_texts
 from gptray.model.hf import load_pretrained
-from gptray.record import EVENTS, read_rows
+from gptray.storage.record import EVENTS, read_rows
 from gptray.training.checkpoint import damage
 from tests.tiny import tiny_config
 from tests.training.runs import Killed, rows, run

@@ -12,7 +12,7 @@ from gptray.config import Config, UserError, load_config, override
 from gptray.data.tokens import TokenData
 from gptray.model.hf import load_pretrained
 from gptray.model.shape import weights_sha256
-from gptray.record import read_events, teachers_of
+from gptray.storage.record import read_events, teachers_of
 from tests.tiny import tiny_config
 from tests.training.runs import killed_run, rows, run
 from tests.training.test_evaluations import digest, timeless

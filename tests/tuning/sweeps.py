@@ -11,7 +11,7 @@ from typing import Any
 
 from gptray.config import Config, dump, load_config
 from gptray.config.search_space import read_space
-from gptray.record import METRICS
+from gptray.storage.record import METRICS
 from gptray.tuning.draws import draw
 from gptray.tuning.sweep_record import Record, rungs, trial_dir
 

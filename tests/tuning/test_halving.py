@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gptray.config import Config, override
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning.halving import Halving
 from gptray.tuning.sweep_record import Trial
 

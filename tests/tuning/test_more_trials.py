@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gptray.config import Config, load_config
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning.more_trials import Gain, StoppedEarly, expected_gain, judges
 from gptray.tuning.sweep_record import Record, Trial
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gptray.config import Config, ConfigError, TuneConfig, UserError, override
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 from gptray.tuning.sweep_record import Trial
 from gptray.tuning.trial_plan import (
     all_texts,

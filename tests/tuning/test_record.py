@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptray.config import Config, RunFailed, dump, override
-from gptray.record import METRICS
+from gptray.storage.record import METRICS
 from gptray.tuning.sweep_record import TRIALS, Record, load_sweep, rungs, trial_dir
 from tests.full_disk import files_up_to
 

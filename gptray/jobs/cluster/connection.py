@@ -17,12 +17,12 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 import ray
 
 from gptray.config import RunFailed, UserError
-from gptray.files import cannot_write, is_file_error
 from gptray.jobs.cluster.own_code import check_own_code
 from gptray.jobs.cluster.own_ray import folder_of_ray, own_ray, shut_down
 from gptray.jobs.cluster.ray_messages import RayMessages
 from gptray.jobs.cluster.waiting import telling_waits
 from gptray.jobs.progress.doing import doing
+from gptray.storage.files import cannot_write, is_file_error
 from gptray.wording import first_line
 
 # Read by Ray Train in driver, controller and workers. By default it polls every two seconds, which

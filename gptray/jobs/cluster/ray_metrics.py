@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from ray.util import metrics
 
-from gptray.record import MetricsRow
+from gptray.storage.record import MetricsRow
 
 
 @dataclass(frozen=True)

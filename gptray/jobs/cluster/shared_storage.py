@@ -19,10 +19,17 @@ from pathlib import Path
 import ray
 
 from gptray.config import Config, RunFailed, UserError
-from gptray.files import check_writable, expanded, is_uri, no_empty_folders, open_regular, storing
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, alive_nodes, ask
 from gptray.jobs.cluster.own_code import own_code
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import (
+    check_writable,
+    expanded,
+    is_uri,
+    no_empty_folders,
+    open_regular,
+    storing,
+)
+from gptray.storage.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from gptray.config import Config
-from gptray.files import is_uri
 from gptray.jobs.base import Plan
 from gptray.jobs.models import storage_of
+from gptray.storage.files import is_uri
 
 
 def check(config: Config) -> str:

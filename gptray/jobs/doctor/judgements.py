@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from gptray.files import is_uri
 from gptray.jobs.doctor.facts import DASHBOARD, ClusterFacts, Disk, Examined
+from gptray.storage.files import is_uri
 from gptray.wording import count, time_words
 
 # With less free space than this, Ray's processes and checkpoints soon fail. Above this used share

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gptray.config import RunFailed
-from gptray.files import is_uri
 from gptray.jobs.cluster.cluster_nodes import NoAnswer, Node, alive_nodes, ask
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import blind_nodes, problem_of
@@ -17,6 +16,7 @@ from gptray.jobs.doctor.facts import ClusterFacts, Examined
 from gptray.jobs.doctor.judgements import Finding, judge
 from gptray.jobs.doctor.worker import clock, node_facts, two_gpus_add_up
 from gptray.standard_output import line_printer
+from gptray.storage.files import is_uri
 from gptray.wording import count
 
 log = logging.getLogger("gptray")

@@ -20,12 +20,12 @@ from pathlib import Path
 import psutil
 import ray
 
-from gptray.files import cache_folder, is_uri
 from gptray.gpus import NVIDIA, nvidia_smi, torch_cuda
 from gptray.jobs.cluster.own_ray import folder_of_ray
 from gptray.jobs.doctor.facts import DASHBOARD, Disk, NodeFacts, OpenPort
 from gptray.native.backend import why_not_native
 from gptray.native.compiler import why_not_compile
+from gptray.storage.files import cache_folder, is_uri
 from gptray.wording import first_line
 
 NAMED = ("ray", "torch", "gptray")

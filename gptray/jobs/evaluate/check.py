@@ -35,10 +35,10 @@ from gptray.jobs.evaluate.evaluated_model import (
 from gptray.jobs.folders.places import check_storage, with_absolute_paths
 from gptray.jobs.folders.resuming import state_of
 from gptray.jobs.models import CONFIG, for_workers, with_tokenizer
-from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, column_row
+from gptray.jobs.prepare.other_texts import OtherTexts, check_also
 from gptray.model.shape import read_shape
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.remote_folder import RemoteFolder
 
 # The longest default window; the full contexts of Llama or Qwen are too long to score in.
 LONGEST_WINDOW = 2048

@@ -14,15 +14,15 @@ from gptray.config import Config, UserError, load_config
 from gptray.config.names import slug
 from gptray.data.tokenizer import Tokenizer
 from gptray.evaluation.result import EVALUATION
-from gptray.files import absolute, is_uri
 from gptray.jobs.adapters import adapter_sha256, name_with
 from gptray.jobs.folders.fetching import fetch_records, records_folder
 from gptray.jobs.folders.places import held_out, run_of, with_absolute_paths
 from gptray.jobs.folders.run_folder import resolve, run_place
 from gptray.jobs.models import CONFIG, all_runs, find_model, has_model, newest_run
 from gptray.model.shape import model_folder, read_shape, weights_sha256
-from gptray.node_cache import hold
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import absolute, is_uri
+from gptray.storage.node_cache import hold
+from gptray.storage.remote_folder import RemoteFolder
 from gptray.tuning.sweep_record import published_dir
 
 

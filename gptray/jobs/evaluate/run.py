@@ -13,7 +13,6 @@ from typing import Any
 from gptray.config import Config, expect_config
 from gptray.data.tokens import TokenData
 from gptray.evaluation.result import EVALUATION, Evaluation, save_evaluation
-from gptray.files import storing
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_job
 from gptray.jobs.evaluate.check import CheckedEvaluation, check, check_tokens
@@ -21,7 +20,8 @@ from gptray.jobs.evaluate.measure import measure
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.prepare.run import prepared_also, stored_text
 from gptray.jobs.progress.reporter import Reporter
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import storing
+from gptray.storage.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 

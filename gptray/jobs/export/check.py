@@ -14,7 +14,6 @@ from gptray.data.gguf_vocabulary import gguf_vocabulary
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import open_tokenizer, tokenizer_files
 from gptray.data.vocabulary import needed_rows
-from gptray.files import absolute, check_writable, is_uri
 from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.models import find_model
 from gptray.model.gguf_names import (
@@ -30,7 +29,8 @@ from gptray.model.packed_weights import GROUP, PACKINGS
 from gptray.model.shape import WEIGHTS
 from gptray.model.stored_weights import StoredModel, stored_model
 from gptray.model.usage import GENERATION, Usage
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import absolute, check_writable, is_uri
+from gptray.storage.template_file import TEMPLATE
 from gptray.wording import size_words
 
 _SUFFIX = ".gguf"

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.config import RunFailed
-from gptray.files import no_empty_folders, replacing, storing
 from gptray.jobs.export.check import CheckedExport, GgufContent
 from gptray.jobs.next_steps import of_model, tell
 from gptray.jobs.progress.doing import doing
@@ -21,6 +20,7 @@ from gptray.model.gguf_names import FOUR_BITS
 from gptray.model.hf_export import write_hf
 from gptray.model.importance import quantizer
 from gptray.model.rounding import check_tied
+from gptray.storage.files import no_empty_folders, replacing, storing
 
 log = logging.getLogger("gptray")
 

@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gptray.config import RunFailed
-from gptray.files import append, remove, storing
 from gptray.jobs.cluster.tasks import Failure, attempt
 from gptray.jobs.folders.fetching import checkpoint_of
 from gptray.jobs.folders.publisher import Version, is_hidden, version_of
-from gptray.manifest import MANIFEST
-from gptray.record import EVENTS, write_event
+from gptray.storage.files import append, remove, storing
+from gptray.storage.manifest import MANIFEST
+from gptray.storage.record import EVENTS, write_event
 from gptray.training.checkpoint import find_checkpoints, newest_intact
 
 # How much of a file is read or sent in one call.

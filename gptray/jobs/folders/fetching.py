@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from gptray.files import cached_as, remove, storing
 from gptray.jobs.folders.publisher import Home, Sent, is_hidden, version_of
-from gptray.manifest import MANIFEST, files_damage
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import cached_as, remove, storing
+from gptray.storage.manifest import MANIFEST, files_damage
+from gptray.storage.remote_folder import RemoteFolder
 from gptray.training.checkpoint import checkpoint_step
 
 log = logging.getLogger("gptray")

@@ -16,13 +16,13 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptray.config import Config, RunFailed
-from gptray.files import cached_as, is_uri, replacing, storing
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.tasks import result_of
 from gptray.jobs.folders.driver_folder import BLOCK_BYTES, DriverFolder, Writer
-from gptray.node_cache import hold
-from gptray.remote_folder import StoredFile
+from gptray.storage.files import cached_as, is_uri, replacing, storing
+from gptray.storage.node_cache import hold
+from gptray.storage.remote_folder import StoredFile
 from gptray.wording import first_line
 
 

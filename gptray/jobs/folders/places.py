@@ -15,9 +15,9 @@ from gptray.config.named_texts import named_texts
 from gptray.data.chats import TEXT
 from gptray.data.sources import BUILTIN
 from gptray.data.tokenizer_files import KINDS
-from gptray.files import absolute, check_writable, expanded
 from gptray.jobs.models import CONFIG
-from gptray.node_cache import storage_folder
+from gptray.storage.files import absolute, check_writable, expanded
+from gptray.storage.node_cache import storage_folder
 from gptray.training.checkpoint import checkpoint_step
 
 _DATA_SOURCES = ("data.source", "data.val_source", "data.test_source")

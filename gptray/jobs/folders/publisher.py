@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from gptray.files import CannotWrite
-from gptray.manifest import FORMAT, MANIFEST
-from gptray.record import EVENTS, METRICS
-from gptray.remote_folder import StoredFile
+from gptray.storage.files import CannotWrite
+from gptray.storage.manifest import FORMAT, MANIFEST
+from gptray.storage.record import EVENTS, METRICS
+from gptray.storage.remote_folder import StoredFile
 from gptray.training.checkpoint import checkpoint_step, find_checkpoints
 from gptray.tuning.sweep_record import TRIALS, trial_dir
 

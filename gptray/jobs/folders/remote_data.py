@@ -10,10 +10,10 @@ from gptray.config import Config
 from gptray.config.names import PREPARED
 from gptray.data.publish import building
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.files import is_uri, open_lock, remove, storing
-from gptray.manifest import MANIFEST
-from gptray.node_cache import hold, make_room, set_published, storage_folder
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import is_uri, open_lock, remove, storing
+from gptray.storage.manifest import MANIFEST
+from gptray.storage.node_cache import hold, make_room, set_published, storage_folder
+from gptray.storage.remote_folder import RemoteFolder
 
 log = logging.getLogger("gptray")
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from gptray.config import Config, RunFailed, UserError
 from gptray.config.errors import naming
-from gptray.files import is_uri
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.fetching import fetch_run
 from gptray.jobs.folders.publisher import RunPublisher, Sent, SweepPublisher, is_hidden
 from gptray.jobs.folders.run_folder import run_dir, run_place
-from gptray.lease import Lease, leased
-from gptray.manifest import MANIFEST
-from gptray.node_cache import hold, make_room, set_published
-from gptray.remote_folder import RemoteFolder, StoredFile
+from gptray.storage.driver_lock import held
+from gptray.storage.files import is_uri
+from gptray.storage.lease import Lease, leased
+from gptray.storage.manifest import MANIFEST
+from gptray.storage.node_cache import hold, make_room, set_published
+from gptray.storage.remote_folder import RemoteFolder, StoredFile
 from gptray.tuning.sweep_record import load_trials, trial_dir
 
 log = logging.getLogger("gptray")

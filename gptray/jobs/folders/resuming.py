@@ -17,12 +17,12 @@ from gptray.config import Config, RunFailed, UserError, dump, flatten, load_conf
 from gptray.config.keys import shown, written
 from gptray.data.chats import TEXT
 from gptray.evaluation.model_commands import home_of
-from gptray.files import refuse_links, replacing, storing
-from gptray.jobs.folders.driver_lock import LOCK, is_held
 from gptray.jobs.folders.places import SOURCES, arguments_for, is_same_place, with_absolute_paths
 from gptray.jobs.folders.run_folder import free_keys, run_dir, run_place
 from gptray.jobs.models import CONFIG, TOKENIZER
-from gptray.record import EVENTS, METRICS, read_rows
+from gptray.storage.driver_lock import LOCK, is_held
+from gptray.storage.files import refuse_links, replacing, storing
+from gptray.storage.record import EVENTS, METRICS, read_rows
 from gptray.training.checkpoint import (
     WRITER_LOCK,
     check_not_lost,

@@ -15,18 +15,18 @@ from gptray.config.keys import shown
 from gptray.config.names import slug
 from gptray.evaluation.forgetting import also_scores, changes_of
 from gptray.evaluation.model_commands import home_of
-from gptray.files import absolute, expanded, is_uri, storing
-from gptray.gguf_source import is_gguf, named_as_given
-from gptray.hub import NotOnHub
+from gptray.gguf.conversion import is_gguf, named_as_given
 from gptray.jobs.models import locate, not_adapter, unknown, with_tokenizer
 from gptray.model.families import SHAPE
 from gptray.model.header import check_weights
 from gptray.model.shape import model_folder, read_shape
 from gptray.model.usage import Usage
-from gptray.node_cache import storage_folder
-from gptray.record import METRICS, last_event, read_events, read_metrics, teachers_of
-from gptray.remote_folder import RemoteFolder
-from gptray.stored import Unreadable, read_object
+from gptray.storage.files import absolute, expanded, is_uri, storing
+from gptray.storage.hub import NotOnHub
+from gptray.storage.node_cache import storage_folder
+from gptray.storage.record import METRICS, last_event, read_events, read_metrics, teachers_of
+from gptray.storage.remote_folder import RemoteFolder
+from gptray.storage.stored import Unreadable, read_object
 from gptray.training.landing import landing_gain, why_stopped
 
 # Keys that do not change what is trained, so a run may resume with other values.

@@ -14,7 +14,6 @@ from typing import Any
 from gptray.commands import reading, retyped
 from gptray.data.parts import read_whole
 from gptray.data.prompts import output_schema
-from gptray.files import is_uri
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.engine_plan import build_engine_backend
@@ -23,6 +22,7 @@ from gptray.jobs.generate.engines import Engines
 from gptray.jobs.generate.remote_output import output_kind
 from gptray.jobs.next_steps import resumable, tell
 from gptray.jobs.progress.doing import doing
+from gptray.storage.files import is_uri
 
 log = logging.getLogger("gptray")
 

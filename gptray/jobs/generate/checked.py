@@ -9,7 +9,6 @@ from gptray.config import ComputeConfig, Config, UserError
 from gptray.data.batch_requests import CHAT_URL, COMPLETIONS_URL, begins_with_chat
 from gptray.data.prompts import check_input
 from gptray.data.sources import SourceFile, find_files
-from gptray.files import absolute, cached_as, is_uri
 from gptray.generation.settings import check_stop_ids
 from gptray.jobs.adapters import (
     check_adapter,
@@ -25,7 +24,8 @@ from gptray.jobs.generate.output_plan import check_overlap
 from gptray.jobs.models import find_model, for_workers
 from gptray.model.shape import read_shape
 from gptray.model.usage import Usage
-from gptray.store_access import why_not_written
+from gptray.storage.files import absolute, cached_as, is_uri
+from gptray.storage.store_access import why_not_written
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from pyarrow import parquet
 from gptray.config import RunFailed, UserError
 from gptray.data.parts import SCRATCH, part_name, part_sha256, write_part
 from gptray.data.prompts import InputScan, scan, staged
-from gptray.files import is_uri, no_empty_folders, storing
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.generate.checked import CheckedBatch
 from gptray.jobs.generate.output_plan import (
     BACKEND,
@@ -35,6 +33,8 @@ from gptray.jobs.generate.output_plan import (
     resumed,
     write_json,
 )
+from gptray.storage.driver_lock import held
+from gptray.storage.files import is_uri, no_empty_folders, storing
 
 log = logging.getLogger("gptray")
 

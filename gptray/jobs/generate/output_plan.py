@@ -24,7 +24,10 @@ from gptray.data.folders import glob_regex
 from gptray.data.parts import SCRATCH, part_name
 from gptray.data.sources import SourceFile, file_sha256
 from gptray.data.tokenizer_files import tokenizer_files
-from gptray.files import (
+from gptray.jobs.adapters import adapter_sha256
+from gptray.model.usage import Usage
+from gptray.storage.driver_lock import LOCK, is_held
+from gptray.storage.files import (
     absolute,
     check_writable,
     is_uri,
@@ -33,10 +36,7 @@ from gptray.files import (
     sha256_of,
     storing,
 )
-from gptray.jobs.adapters import adapter_sha256
-from gptray.jobs.folders.driver_lock import LOCK, is_held
-from gptray.model.usage import Usage
-from gptray.stored import Locked, Unreadable, read_object
+from gptray.storage.stored import Locked, Unreadable, read_object
 
 # A plan, a manifest or a summary.
 Record = dict[str, Any]

@@ -17,7 +17,6 @@ from pyarrow import parquet
 from gptray.config import RunFailed, UserError
 from gptray.config.errors import naming
 from gptray.data.parts import SCRATCH, digest_file, part_name
-from gptray.files import is_uri, sha256_of
 from gptray.jobs.generate.checked import CheckedBatch
 from gptray.jobs.generate.output import Output
 from gptray.jobs.generate.output_plan import (
@@ -30,10 +29,11 @@ from gptray.jobs.generate.output_plan import (
     not_of_this_job,
     valid_plan,
 )
-from gptray.lease import leased
-from gptray.node_cache import hold, make_room
-from gptray.remote_folder import RemoteFolder
-from gptray.stored import Unreadable, parse_json, read_object
+from gptray.storage.files import is_uri, sha256_of
+from gptray.storage.lease import leased
+from gptray.storage.node_cache import hold, make_room
+from gptray.storage.remote_folder import RemoteFolder
+from gptray.storage.stored import Unreadable, parse_json, read_object
 
 
 def output_kind(job: CheckedBatch) -> type[Output]:

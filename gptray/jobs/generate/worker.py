@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from gptray.config import Config
-from gptray.files import cache_folder, is_uri, storing
 from gptray.generation.batch import PartWriter, Progress
 from gptray.generation.loading import open_engine, pack_adapter
 from gptray.jobs.cluster.tasks import Failure, attempt
@@ -20,8 +19,9 @@ from gptray.jobs.generate.remote_output import publish_part
 from gptray.model.adapter import Base
 from gptray.model.gpu_faults import memory_told
 from gptray.model.shape import model_folder
-from gptray.node_cache import discard, hold
-from gptray.remote_folder import RemoteFolder
+from gptray.storage.files import cache_folder, is_uri, storing
+from gptray.storage.node_cache import discard, hold
+from gptray.storage.remote_folder import RemoteFolder
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from gptray.data.sources import BUILTIN, SourceFile
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS, hub_tokenizer, opens_at_once, tokenizer_path
 from gptray.data.tokens import DamagedData, TokenData
-from gptray.hub import NotOnHub
 from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.folders.places import check_storage
 from gptray.jobs.models import TOKENIZER, locate, unknown, with_tokenizer
 from gptray.jobs.progress.doing import doing
+from gptray.storage.hub import NotOnHub
 from gptray.wording import count, size_words
 
 log = logging.getLogger("gptray")

@@ -16,8 +16,8 @@ from gptray.data.split_plan import SplitPlan
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokens import FORMAT_VERSION
 from gptray.data.work import UnitScan
-from gptray.files import sha256_of
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import sha256_of
+from gptray.storage.template_file import TEMPLATE
 
 
 def provenance_of(

@@ -32,19 +32,19 @@ from gptray.data.tokenizer import Tokenizer, char_tokenizer, train_bpe
 from gptray.data.tokenizer_files import KINDS, tokenizer_template
 from gptray.data.tokens import MANIFEST, TokenData
 from gptray.data.work import UnitScan, sample, tokenise
-from gptray.files import storing
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.shared_storage import check_shared
 from gptray.jobs.cluster.tasks import map_items
 from gptray.jobs.folders.remote_data import download_data, publish_data
 from gptray.jobs.next_steps import differing, settings_of, tell
-from gptray.jobs.other_texts import ALSO_KEY, OtherTexts
 from gptray.jobs.prepare.check import CheckedText, opened, size_of
 from gptray.jobs.prepare.origins import provenance_of, template_entry, tokenizer_entry
+from gptray.jobs.prepare.other_texts import ALSO_KEY, OtherTexts
 from gptray.jobs.prepare.scanning import find_pieces, scan_and_plan, text_warnings
 from gptray.jobs.progress.doing import doing
-from gptray.record import last_event, read_events
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import storing
+from gptray.storage.record import last_event, read_events
+from gptray.storage.template_file import TEMPLATE
 
 log = logging.getLogger("gptray")
 

@@ -18,9 +18,9 @@ from gptray.data.sources import BUILTIN, Source, SourceFile
 from gptray.data.split_plan import ScannedText, SplitPlan, plan_split
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.work import UnitScan, scan
-from gptray.files import storing
 from gptray.jobs.cluster.tasks import map_items
-from gptray.template_file import TEMPLATE
+from gptray.storage.files import storing
+from gptray.storage.template_file import TEMPLATE
 
 log = logging.getLogger("gptray")
 _NAMED_FILES = 5  # how many files messages name

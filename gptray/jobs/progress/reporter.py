@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptray.config import RunFailed, UserError
-from gptray.files import storing
 from gptray.reports.run.report import write_report
+from gptray.storage.files import storing
 
 log = logging.getLogger("gptray")
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from gptray.config import Config, TrackConfig, flatten, load_config
-from gptray.files import replacing
 from gptray.jobs.models import CONFIG
 from gptray.jobs.progress.trackers import Ending, Point, Session, TrackedRun, open_session
-from gptray.record import MetricsRow, curves, read_metrics
 from gptray.signals import failure
-from gptray.stored import parse_json
+from gptray.storage.files import replacing
+from gptray.storage.record import MetricsRow, curves, read_metrics
+from gptray.storage.stored import parse_json
 from gptray.tuning.sweep_record import load_trials, trial_dir
 from gptray.wording import first_line
 

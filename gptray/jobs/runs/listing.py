@@ -17,9 +17,9 @@ from gptray.evaluation.result import EVALUATION, load_evaluation
 from gptray.jobs.models import CONFIG, has_model
 from gptray.jobs.next_steps import of_model
 from gptray.jobs.runs.record_places import RecordPlace, record_places
-from gptray.record import METRICS, Event, read_events, read_metrics
 from gptray.reports.run.advice import advise
 from gptray.reports.run.diagnosis import Diagnosis, diagnose, has_failed
+from gptray.storage.record import METRICS, Event, read_events, read_metrics
 from gptray.tuning.sweep_record import SKIPPED, TRIALS, load_trials, trial_dir, winner_dir
 from gptray.tuning.trial_plan import choose_winner, score
 from gptray.wording import count

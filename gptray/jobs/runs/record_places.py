@@ -12,13 +12,13 @@ from pathlib import Path
 from gptray.commands import typed
 from gptray.config import Config, UserError, load_saved
 from gptray.config.names import PREPARED
-from gptray.files import is_uri
-from gptray.jobs.folders.driver_lock import is_held
 from gptray.jobs.folders.fetching import fetch_records
 from gptray.jobs.folders.resuming import command
 from gptray.jobs.models import CONFIG, storage_of
-from gptray.lease import is_leased
-from gptray.remote_folder import RemoteFolder, StoredFile
+from gptray.storage.driver_lock import is_held
+from gptray.storage.files import is_uri
+from gptray.storage.lease import is_leased
+from gptray.storage.remote_folder import RemoteFolder, StoredFile
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gptray.config import ComputeConfig, Config, UserError
-from gptray.files import expanded, is_uri
 from gptray.jobs.adapters import check_adapters, with_adapters
 from gptray.jobs.base import Mistakes, Plan
 from gptray.jobs.cluster.machine import check_resources
@@ -22,6 +21,7 @@ from gptray.model.example import FALLBACK
 from gptray.model.shape import model_folder, read_shape
 from gptray.serving.api_keys import read_keys
 from gptray.serving.hosts import WILDCARDS
+from gptray.storage.files import expanded, is_uri
 
 # How often a folder of adapters is scanned.
 WATCH_S = 2.0

@@ -26,8 +26,8 @@ from gptray.jobs.folders.resuming import (
     is_finished,
 )
 from gptray.jobs.folders.run_folder import resolve, run_dir, run_place
-from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text, column_row, text_rows
+from gptray.jobs.prepare.other_texts import OtherTexts, check_also
 from gptray.jobs.progress.trackers import check_trackers
 from gptray.jobs.train.given_models import (
     check_base,

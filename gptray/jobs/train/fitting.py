@@ -21,7 +21,6 @@ from ray.train.backend import BackendConfig
 
 from gptray.config import Config, RunFailed
 from gptray.config.errors import WorkerFailed
-from gptray.files import cannot_write, is_file_error, storing
 from gptray.jobs.cluster.connection import ray_answers
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.ray_messages import why_ended
@@ -33,6 +32,7 @@ from gptray.jobs.train.attempts import fit_until_done
 from gptray.jobs.train.process_entries import begin_validation, begin_worker
 from gptray.jobs.train.task import TrainTask
 from gptray.jobs.train.trainer import FailureNotes, Trainer
+from gptray.storage.files import cannot_write, is_file_error, storing
 
 
 def fit_on_ray(

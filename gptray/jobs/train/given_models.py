@@ -12,15 +12,15 @@ from gptray.data.request import tokenizer_name
 from gptray.data.tokenizer import Tokenizer
 from gptray.data.tokenizer_files import KINDS, opens_at_once, tokenizer_files, tokenizer_path
 from gptray.data.vocabulary import differing_ids
-from gptray.files import expanded
-from gptray.hub import NotOnHub
 from gptray.jobs.folders.places import held_out, run_of, with_absolute_paths
 from gptray.jobs.models import CONFIG, open_model, unknown
 from gptray.model.adapter import ADAPTER, Base, adapted_parts, trained_count
 from gptray.model.adapter_folder import open_adapter
 from gptray.model.parameters import parameter_count
 from gptray.model.shape import model_folder, read_shape, weights_sha256
-from gptray.record import read_events, teachers_of
+from gptray.storage.files import expanded
+from gptray.storage.hub import NotOnHub
+from gptray.storage.record import read_events, teachers_of
 
 KEY = "train.teachers"
 _CURE = (

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gptray.config import RunFailed
-from gptray.files import remove
 from gptray.jobs.folders.driver_folder import BLOCK_BYTES
 from gptray.jobs.folders.fetching import checkpoint_of, fetch_checkpoint, fetch_run
 from gptray.jobs.folders.origin import FolderAtDriver, Origin
@@ -24,8 +23,9 @@ from gptray.jobs.folders.publisher import RunPublisher, Sent, version_of
 from gptray.jobs.folders.remote_data import tokens_here
 from gptray.jobs.progress.doing import following
 from gptray.jobs.train.task import TrainTask
-from gptray.node_cache import make_room
-from gptray.record import EVENTS, METRICS
+from gptray.storage.files import remove
+from gptray.storage.node_cache import make_room
+from gptray.storage.record import EVENTS, METRICS
 from gptray.training.run import writing
 from gptray.training.workers import Workers
 

@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from gptray.jobs.cluster.cluster_nodes import alive_nodes, nodes_being_preempted
 from gptray.jobs.train.attempts import Places
 from gptray.jobs.train.task import TrainTask
-from gptray.record import try_event
+from gptray.storage.record import try_event
 from gptray.training.numbers import Action
 from gptray.wording import count
 

@@ -16,7 +16,6 @@ from gptray.config import Config, RunFailed, UserError, expect_config
 from gptray.jobs.cluster.connection import NO_SPARE_WORKERS, ray_cluster
 from gptray.jobs.cluster.resources import check_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_training
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command, how_to_train_longer, save_config
 from gptray.jobs.folders.run_folder import outcome, run_place, set_ray_snapshot_aside
@@ -29,7 +28,8 @@ from gptray.jobs.train.check import BUSY, CheckedTraining, check, check_data
 from gptray.jobs.train.fitting import fit_on_ray, spare_workers
 from gptray.jobs.train.given_models import trained_facts
 from gptray.jobs.train.watch import show_end, watching
-from gptray.record import try_event, write_event
+from gptray.storage.driver_lock import held
+from gptray.storage.record import try_event, write_event
 
 log = logging.getLogger("gptray")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from gptray.config import Config
 from gptray.data.tokens import TokenData
 from gptray.jobs.folders.origin import Origin
-from gptray.record import write_event
+from gptray.storage.record import write_event
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gptray.jobs.cluster.tasks import Failure, attempt
 from gptray.jobs.train.node_run import checkpoint_on_node
 from gptray.jobs.train.samples import sample_texts
 from gptray.jobs.train.task import TrainTask
-from gptray.record import try_event
+from gptray.storage.record import try_event
 from gptray.training.checkpoint import checkpoint_folder
 from gptray.training.evaluations import Validation
 from gptray.training.validation import Scores, score_checkpoint

@@ -23,7 +23,7 @@ from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.jobs.cluster.ray_metrics import Exporter
 from gptray.jobs.progress.bar import new_task, progress_bar
 from gptray.jobs.progress.doing import following, so_far, telling
-from gptray.record import (
+from gptray.storage.record import (
     EVENT_FIELDS,
     EVENTS,
     METRIC_FIELDS,
@@ -35,7 +35,7 @@ from gptray.record import (
     read_events,
     read_metrics,
 )
-from gptray.stored import Unreadable
+from gptray.storage.stored import Unreadable
 from gptray.wording import count, duration, perplexity, shortened
 
 log = logging.getLogger("gptray")

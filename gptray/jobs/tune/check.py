@@ -21,8 +21,8 @@ from gptray.jobs.folders.remote_run import download_run
 from gptray.jobs.folders.resuming import check_free, check_resumable, command
 from gptray.jobs.folders.run_folder import resolve, run_dir, run_place
 from gptray.jobs.models import CONFIG
-from gptray.jobs.other_texts import OtherTexts, check_also
 from gptray.jobs.prepare.check import CheckedText, check_text
+from gptray.jobs.prepare.other_texts import OtherTexts, check_also
 from gptray.jobs.progress.trackers import check_trackers
 from gptray.jobs.train.check import check_data, check_prompts
 from gptray.jobs.train.given_models import check_base, check_teachers, check_vocabulary

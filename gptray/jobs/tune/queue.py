@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from gptray.config import RunFailed, override
 from gptray.data.tokens import TokenData
-from gptray.files import storing
 from gptray.jobs.cluster.own_ray import is_own_ray
 from gptray.jobs.cluster.resources import trial_resources
 from gptray.jobs.folders.origin import Origin
@@ -20,6 +19,7 @@ from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.train.task import TrainTask, TrialTask
 from gptray.jobs.tune.check import CheckedSweep
 from gptray.jobs.tune.start import failed_trials
+from gptray.storage.files import storing
 from gptray.tuning.halving import Halving
 from gptray.tuning.more_trials import Gain, expected_gain, judges
 from gptray.tuning.sweep_record import SKIPPED, Record, Trial, load_trials, trial_dir

@@ -13,11 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from gptray.config import Config, RunFailed, dump, expect_config, load_config, override
-from gptray.files import replacing, storing
 from gptray.jobs.cluster.connection import ray_cluster
 from gptray.jobs.cluster.resources import check_cluster
 from gptray.jobs.cluster.shared_storage import check_shared_by_training
-from gptray.jobs.folders.driver_lock import held
 from gptray.jobs.folders.origin import reachable
 from gptray.jobs.folders.remote_run import publishing
 from gptray.jobs.folders.resuming import command
@@ -40,6 +38,8 @@ from gptray.jobs.tune.start import check_trials, failed_trials, opened
 from gptray.jobs.tune.trials import run_trials
 from gptray.jobs.tune.watch import watching_sweep
 from gptray.reports.sweep.report import write_sweep_report
+from gptray.storage.driver_lock import held
+from gptray.storage.files import replacing, storing
 from gptray.training.checkpoint import replace_model
 from gptray.tuning.optuna_file import write_optuna_file
 from gptray.tuning.sweep_record import Record, load_sweep, load_trials, trial_dir, winner_dir

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from gptray.config import Config, UserError, load_config
 from gptray.data.tokens import TokenData
-from gptray.files import storing
 from gptray.jobs.folders.resuming import save_config, state_of
 from gptray.jobs.folders.run_folder import run_place
 from gptray.jobs.models import CONFIG
 from gptray.jobs.train.check import check_data
 from gptray.jobs.tune.check import CheckedSweep
+from gptray.storage.files import storing
 from gptray.tuning.sweep_record import (
     SKIPPED,
     Record,

@@ -20,11 +20,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gptray.config import Config, RunFailed
-from gptray.files import storing
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.train.task import TrialTask
 from gptray.jobs.tune.queue import SweepQueue
-from gptray.record import MetricsRow
+from gptray.storage.files import storing
+from gptray.storage.record import MetricsRow
 from gptray.tuning.halving import Halving
 
 TUNE_ENV = {

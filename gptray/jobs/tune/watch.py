@@ -22,7 +22,7 @@ from gptray.config.keys import shown
 from gptray.data.difference import percent
 from gptray.jobs.cluster.ray_metrics import Exporter, run_tag
 from gptray.jobs.progress.doing import following, telling
-from gptray.record import read_events
+from gptray.storage.record import read_events
 from gptray.tuning.sweep_record import STATES, Trial, load_trials, trial_dir
 from gptray.tuning.trial_plan import ranked, score
 from gptray.visible import visible

@@ -13,8 +13,8 @@ from statistics import fmean, median
 from typing import Literal
 
 from gptray.config import Config
-from gptray.record import Event, MetricsRow, last_event
 from gptray.reports.run.landed import Landed, Point, landed_of, points_of
+from gptray.storage.record import Event, MetricsRow, last_event
 from gptray.training.landing import rows_of, why_stopped
 
 # How many evaluations must follow a turn: one or two bad ones are not a trend.

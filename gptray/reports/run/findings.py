@@ -14,9 +14,9 @@ from gptray.data.split import LONG_NAMES
 from gptray.evaluation.forgetting import Change
 from gptray.evaluation.model_commands import home_of, model_commands
 from gptray.evaluation.result import Evaluation, QuantizedResult, SplitResult
-from gptray.record import Event
 from gptray.reports.page import Row, Table
 from gptray.reports.run.diagnosis import Diagnosis
+from gptray.storage.record import Event
 from gptray.wording import perplexity, size_words
 
 MEANS = "validation loss - training loss, dropout off in both; it grows as a model overfits"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptray.record import Event, MetricsRow, last_event
+from gptray.storage.record import Event, MetricsRow, last_event
 from gptray.training.landing import rows_of
 
 

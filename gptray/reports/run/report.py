@@ -11,13 +11,13 @@ from pathlib import Path
 from gptray.config import UserError, load_config
 from gptray.evaluation.model_commands import home_of, model_commands
 from gptray.evaluation.result import Evaluation, load_evaluation
-from gptray.record import read_events, read_metrics
 from gptray.reports.chart import run_charts
 from gptray.reports.curves import curves_figure
 from gptray.reports.page import save_png, write_page
 from gptray.reports.run.diagnosis import diagnose
 from gptray.reports.run.findings import evaluation_view, is_stale
 from gptray.reports.run.story import RunRecord, run_state, run_view
+from gptray.storage.record import read_events, read_metrics
 
 STALE = "The run has found a better model since this evaluation: {} evaluates that one."
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gptray.record import Event
 from gptray.reports.run.diagnosis import Diagnosis
+from gptray.storage.record import Event
 from gptray.wording import count
 
 # How many evaluations' samples are shown at once, and how many more unfold.

@@ -13,13 +13,13 @@ from gptray.data.split import LONG_NAMES
 from gptray.evaluation.forgetting import change_sentence, changes_of
 from gptray.evaluation.model_commands import home_of, model_commands, train_command
 from gptray.evaluation.result import Evaluation
-from gptray.record import Event, MetricsRow, last_event, seconds_trained, teachers_of
 from gptray.reports.page import SHORT, Row, Table
 from gptray.reports.run.advice import Advice, advise
 from gptray.reports.run.diagnosis import Diagnosis, has_failed
 from gptray.reports.run.findings import Gap, before_and_after, evaluation_tiles, gap_of, noise_of
 from gptray.reports.run.samples import samples_of
 from gptray.reports.run.sentence import sentence
+from gptray.storage.record import Event, MetricsRow, last_event, seconds_trained, teachers_of
 from gptray.training.landing import rows_of
 from gptray.wording import count, magnitude, perplexity, time_words
 

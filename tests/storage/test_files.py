@@ -15,7 +15,7 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
 from gptray.config import RunFailed, UserError
-from gptray.files import (
+from gptray.storage.files import (
     append,
     check_writable,
     open_lock,
@@ -24,7 +24,7 @@ from gptray.files import (
     sha256_of,
     storing,
 )
-from gptray.stored import MAX_BYTES, Unreadable, read_bytes
+from gptray.storage.stored import MAX_BYTES, Unreadable, read_bytes
 from tests.full_disk import files_up_to
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from gptray.config import UserError
 from gptray.config.suggest import did_you_mean, nearest
-from gptray.files import CannotWrite, replacing, storing
-from gptray.store_access import file_system, reason, with_retries
+from gptray.storage.files import CannotWrite, replacing, storing
+from gptray.storage.store_access import file_system, reason, with_retries
 
 if TYPE_CHECKING:
     import pyarrow as pa

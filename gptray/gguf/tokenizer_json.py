@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gptray.config import UserError
-from gptray.gguf_pieces import MARK, character_model, piece_merges
+from gptray.gguf.sentencepiece import MARK, character_model, piece_merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 KEY = "tokenizer.ggml."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.stored import Unreadable, read_bytes, read_foreign
+from gptray.storage.stored import Unreadable, read_bytes, read_foreign
 
 TEMPLATE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from gptray.config import UserError
-from gptray.files import is_storage, open_regular
+from gptray.storage.files import is_storage, open_regular
 
 # The largest config or manifest.
 MAX_BYTES = 64 << 20

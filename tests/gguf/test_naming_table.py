@@ -15,14 +15,14 @@ from tokenizers import pre_tokenizers, processors
 from gptray.config import UserError
 from gptray.data.tokenizer import Tokenizer, char_tokenizer
 from gptray.entry_points import run
-from gptray.gguf_header import read_header
-from gptray.gguf_tokenizer import PRE_TOKENIZERS, end_ids, tokenizer_json
+from gptray.gguf.layout import read_header
+from gptray.gguf.tokenizer_json import PRE_TOKENIZERS, end_ids, tokenizer_json
 from gptray.model.hf import load_pretrained
 from gptray.model.shape import model_folder
 from gptray.model.unread import unread_network
 from tests.data import foreign
 from tests.generation.models import small_tokenizer
-from tests.gguf_copies import copying
+from tests.gguf.copies import copying
 from tests.model.foreign_models import SHAPES, make_hf
 
 REFUSED = {

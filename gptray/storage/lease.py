@@ -26,8 +26,8 @@ from pathlib import Path
 import psutil
 
 from gptray.config import RunFailed, UserError
-from gptray.files import CannotWrite
-from gptray.remote_folder import RemoteFolder, StoredFile
+from gptray.storage.files import CannotWrite
+from gptray.storage.remote_folder import RemoteFolder, StoredFile
 from gptray.system import on_mac, sysctl
 
 log = logging.getLogger("gptray")

@@ -7,8 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gptray.files import is_storage, sha256_of
-from gptray.stored import Unreadable, read_object
+from gptray.storage.files import is_storage, sha256_of
+from gptray.storage.stored import Unreadable, read_object
 
 FORMAT, MANIFEST = 1, "manifest.json"
 

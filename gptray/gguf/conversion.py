@@ -14,19 +14,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import cached_as, expanded, storing
-from gptray.gguf_header import read_header
-from gptray.gguf_network import network_json
-from gptray.gguf_tensors import (
+from gptray.gguf.layout import read_header
+from gptray.gguf.network_config import network_json
+from gptray.gguf.tensors import (
     check_entries,
     has_own_head,
     rotary_tensors,
     weights_of,
     write_weights,
 )
-from gptray.gguf_tokenizer import end_ids, special_ids, special_tokens, tokenizer_json
-from gptray.node_cache import made_once, make_room
-from gptray.stored import Unreadable
+from gptray.gguf.tokenizer_json import end_ids, special_ids, special_tokens, tokenizer_json
+from gptray.storage.files import cached_as, expanded, storing
+from gptray.storage.node_cache import made_once, make_room
+from gptray.storage.stored import Unreadable
 
 log = logging.getLogger("gptray")
 

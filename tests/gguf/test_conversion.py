@@ -20,15 +20,15 @@ from gptray import LLM
 from gptray.config import UserError, load_config
 from gptray.data.tokenizer import Tokenizer
 from gptray.entry_points import run
-from gptray.gguf_header import read_header
+from gptray.gguf.layout import read_header
 from gptray.jobs.folders.run_folder import resolve
 from gptray.model.hf import load_pretrained, save_pretrained
 from gptray.model.shape import model_folder
 from gptray.native.backend import why_not_native
-from gptray.stored import Unreadable
+from gptray.storage.stored import Unreadable
 from tests.data import foreign
 from tests.generation.models import random_gpt, small_tokenizer
-from tests.gguf_copies import copying
+from tests.gguf.copies import copying
 from tests.native.cache import own_cache
 
 NOT_IN_GGUF = {"dropout", "initializer_range"}

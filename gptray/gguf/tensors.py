@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptray.config import UserError
-from gptray.gguf_families import EMBEDDING, HEAD
-from gptray.gguf_header import Entry
-from gptray.gguf_network import FACTORS, family_of_file
+from gptray.gguf.layout import Entry
+from gptray.gguf.naming_table import EMBEDDING, HEAD
+from gptray.gguf.network_config import FACTORS, family_of_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gptray.gguf_family import Family
+from gptray.gguf.naming import Family
 
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gptray.config import UserError
 from gptray.config.names import PREPARED
-from gptray.files import (
+from gptray.storage.files import (
     cache_folder,
     cached_as,
     expanded,
@@ -31,8 +31,8 @@ from gptray.files import (
     replacing,
     storing,
 )
-from gptray.manifest import MANIFEST, files_damage, write_manifest
-from gptray.remote_folder import RemoteFolder, StoredFile, no_such_folder
+from gptray.storage.manifest import MANIFEST, files_damage, write_manifest
+from gptray.storage.remote_folder import RemoteFolder, StoredFile, no_such_folder
 from gptray.wording import size_words
 
 log = logging.getLogger("gptray")

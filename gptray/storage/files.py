@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from safetensors import SafetensorError
 
 from gptray.config import RunFailed, UserError
-from gptray.path_mistakes import uri_slip
+from gptray.storage.path_mistakes import uri_slip
 
 # Errors that more space would solve: a full disk, a quota, a limit on a file's size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -19,8 +19,8 @@ from typing import Any, Literal, Required, TypedDict, cast
 
 from gptray import __version__
 from gptray.config import RunFailed
-from gptray.files import append, storing
-from gptray.stored import Unreadable, parse_json, read_bytes
+from gptray.storage.files import append, storing
+from gptray.storage.stored import Unreadable, parse_json, read_bytes
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"

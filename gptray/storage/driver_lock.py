@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptray.config import UserError
-from gptray.files import no_empty_folders, open_lock, storing
+from gptray.storage.files import no_empty_folders, open_lock, storing
 
 LOCK = ".driver.lock"
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from gptray.config import UserError
 from gptray.config.rope_scaling import RopeScaling
-from gptray.gguf_families import ARCHITECTURES, EMBEDDING, FAMILIES
-from gptray.gguf_family import Family
-from gptray.gguf_header import Entry
+from gptray.gguf.layout import Entry
+from gptray.gguf.naming import Family
+from gptray.gguf.naming_table import ARCHITECTURES, EMBEDDING, FAMILIES
 
 # Keys, after the architecture, that do not affect the network, or that are checked below.
 _IGNORED = ("vocab_size", "tensor_data_layout", "attention.value_length")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from gptray.stored import Unreadable, open_stored
+from gptray.storage.stored import Unreadable, open_stored
 
 _VERSIONS = (2, 3)
 # Limits; real files have dozens of fields, some thousand tensors and two dimensions.

@@ -1,4 +1,4 @@
-"""A row of the table in `gptray.gguf_families`."""
+"""A row of the table in `gptray.gguf.naming_table`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Family:
     after the other. whole: tables of names that llama.cpp keeps in fp32. scalings: the scalings of
     rotary positions that llama.cpp computes. pattern: every pattern-th layer has no sliding window;
     None: llama.cpp computes no windows. is_centred: Hugging Face stores weights of norms minus 1.
-    is_rotary: it has the rotary fields of `gptray.gguf_network`. is_strict: llama.cpp needs every
-    bias. needs_head: it needs a head even if that is the embedding; is_tied: it knows no other.
-    biases: keys of config.json that say which biases there are, and one of them in GGUF.
+    is_rotary: it has the rotary fields of `gptray.gguf.network_config`. is_strict: llama.cpp needs
+    every bias. needs_head: it needs a head even if that is the embedding; is_tied: it knows no
+    other. biases: keys of config.json that say which biases there are, and one of them in GGUF.
     """
 
     model_type: str
