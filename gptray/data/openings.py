@@ -12,7 +12,9 @@ from gptray.data.tokens import TokenData
 WORDS, CHARACTERS, TOKENS = 4, 24, 256
 # A line that begins with a word, not with the markup of a list, a table or code.
 _WORD = re.compile(r"^[^\W\d_]{2}", re.MULTILINE)
-# What the user says if no chat in the text is short enough.
+# The most characters in a chat's opening; a model folder keeps no longer example.
+_CHAT_CHARACTERS = 1000
+# What the user says if the text begins with no chat that is so short.
 _HELLO = ({"role": "user", "content": "Hello"},)
 
 
@@ -42,7 +44,8 @@ def _until_answer(data: TokenData) -> list[str]:
         return [asked]
     text = data.tokenizer.decode(data.val.slice(0, min(TOKENS, len(data.val))).tolist())
     before, found, _ = text.partition(answering)
-    return [before + answering if found else asked]
+    prompt = before + answering
+    return [prompt if found and len(prompt) <= _CHAT_CHARACTERS else asked]
 
 
 def first_words(data: TokenData) -> list[str]:
