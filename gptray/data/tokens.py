@@ -39,12 +39,18 @@ class DamagedData(ValueError):
 class TokenSplit:
     """One split's tokens: its documents one after the other, each ended by the end-of-text token.
 
-    Chats have that token also within, if their template does. document_prefix: the special tokens
-    that begin each document, such as <s>; text has none.
+    document_prefix: the special tokens that begin each document, such as <s>; text has none.
+    ends_turns: whether the end of text also ends each turn, so that nothing tells chats apart.
     """
 
     def __init__(
-        self, folder: Path, dtype: str, entry: SplitEntry, document_prefix: Sequence[int] = ()
+        self,
+        folder: Path,
+        dtype: str,
+        entry: SplitEntry,
+        document_prefix: Sequence[int] = (),
+        *,
+        ends_turns: bool = False,
     ) -> None:
         self.tokens = entry["tokens"]
         self.bytes = entry["bytes"]
@@ -52,6 +58,7 @@ class TokenSplit:
         # UTF-8 bytes that decoding does not restore.
         self.lost_bytes = entry["lost_bytes"]
         self.document_prefix = list(document_prefix)
+        self.ends_turns = ends_turns
         self._folder = folder
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shards = entry["shards"]
@@ -120,17 +127,19 @@ class TokenData:
         self.data_dir = data_dir
         self.manifest = manifest
         self.also: dict[str, TokenData] = {}
+        self.vocab_size = manifest["tokenizer"]["vocab_size"]
+        self.eos_id = manifest["tokenizer"]["eos_token_id"]
+        ends_turns = manifest["tokenizer"].get("end_of_turn_id") == self.eos_id
         self.splits = {
             name: TokenSplit(
                 data_dir,
                 manifest["dtype"],
                 manifest["splits"][name],
                 manifest["tokenizer"].get("document_prefix", ()),
+                ends_turns=ends_turns and self.is_of_chats,
             )
             for name in split_names(len(manifest["splits"]))
         }
-        self.vocab_size = manifest["tokenizer"]["vocab_size"]
-        self.eos_id = manifest["tokenizer"]["eos_token_id"]
 
     @classmethod
     def open(cls, data_dir: str | Path, *, also: Mapping[str, Path] | None = None) -> TokenData:

@@ -84,7 +84,7 @@ def scoring_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def document_ends(split: TokenSplit, eos_id: int) -> NDArray[np.int64]:
-    """Positions of the end-of-text tokens that close documents, ascending."""
+    """Positions of the end-of-text tokens that close documents, or turns of chats, ascending."""
     found = []
     for start in range(0, len(split), SEARCH_TOKENS):
         tokens = split.slice(start, min(start + SEARCH_TOKENS, len(split)))
@@ -191,7 +191,8 @@ def _how(split: TokenSplit, windows: Windows, scored: int, documents: int) -> st
         if windows.stride == windows.block_size
         else f"{windows.stride} apart, the rest of each window being context"
     )
-    error = f"standard error over {documents:,} documents" if documents > 1 else "one document"
+    unit = "turns of chats" if split.ends_turns else "documents"
+    error = f"standard error over {documents:,} {unit}" if documents > 1 else "one document"
     of = f"{scored:,}" if whole else f"{scored:,} of {len(windows):,}"
     return (
         f"{which}: {of} windows of {windows.block_size} tokens, {context}; cross-entropy in fp32, "

@@ -26,7 +26,7 @@ class SplitResult(TypedDict):
     lost_bytes: int  # that decoding the tokens does not restore; each is charged 8 bits
     tokens: int  # scored
     bytes: int  # UTF-8 bytes of these tokens' text
-    documents: int
+    documents: int  # or turns of chats, see `TokenSplit.ends_turns`
     how: str
 
 

@@ -33,11 +33,10 @@ class Sampling:
     repetition_penalty: divides positive logits of all tokens so far, and multiplies negative ones.
     presence_penalty: subtracted from the logits of tokens in the output; frequency_penalty: once
     for each time they occur there. logit_bias: (token id, what to add), each id once. ignore_eos:
-    treat end-of-text like any other token. utf8: draw no token that would break a character. stop,
-    stop_token_ids: texts and tokens, each of which ends the output, before it or, with
-    include_stop_str_in_output, after it. skip_special_tokens: leave their names out of the text.
-    logprobs: how many of the likeliest tokens to report at
-    each position; None reports none.
+    treat end-of-text like any other token. skip_special_tokens: leave their names out of the text.
+    utf8: draw no token that would break a character. stop, stop_token_ids: texts and tokens that
+    end the output where they begin or, with include_stop_str_in_output, where they end. logprobs:
+    how many of the likeliest tokens to report at each position; None reports none.
 
     Raises ValueError naming the setting that is invalid.
     """

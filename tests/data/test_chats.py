@@ -22,6 +22,7 @@ from gptray.data.shards import Shard, ShardEncoder, ShardWriter
 from gptray.data.sources import find_files
 from gptray.data.tokenizer import Tokenizer, train_bpe
 from tests.data.chatting import CHATML, CHATS, chat_tokenizer, sharegpt, write_chats
+from tests.data.prepared import chats_here
 
 KINDS = ["chatml", "based", "llama3", "llama2"]
 
@@ -240,3 +241,13 @@ def test_the_end_of_a_turn_is_the_token_behind_an_answer(
     (tokenizer / "chat_template.jinja").write_text("{{ raise_exception('never') }}", "utf-8")
     refusing = ChatTemplate.of(str(tokenizer), eos_token=None)
     assert refusing and refusing.end_of_turn() is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_know_the_tokens_that_end_a_text(tmp_path: Path, kind: str) -> None:
+    tokenizer = chat_tokenizer(tmp_path / "tokenizer", kind)
+    data = chats_here(tmp_path / "data", tokenizer, CHATS)
+    names = data.tokenizer.written_names.ids
+    ends = [names["<|im_end|>"]] if kind == "based" else []
+    assert data.end_ids == [data.eos_id, *ends]
+    assert data.val.ends_turns == (kind != "based"), "the template ends each turn with another"

@@ -190,6 +190,18 @@ def test_a_sample_of_windows_is_spread_over_the_split() -> None:
     assert windows.sample(200_000) == list(range(len(windows)))
 
 
+@pytest.mark.parametrize("ends_turns", [False, True])
+def test_the_error_says_what_it_is_taken_over(
+    hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit, ends_turns: bool
+) -> None:
+    split.ends_turns = ends_turns
+    windows = Windows(len(split), 20, 20)
+    sums = scored(hf_model[1], split, windows)
+    result = split_result(sums, split, windows, range(len(windows)))
+    unit = "turns of chats" if ends_turns else "documents"
+    assert result["how"].endswith(f"standard error over {result['documents']} {unit}")
+
+
 @pytest.mark.parametrize("part", [1, 3])
 def test_lost_bytes_are_charged_and_leave_the_error_as_it_is(
     hf_model: tuple[GPT2LMHeadModel, GPT], split: TokenSplit, tmp_path: Path, part: int

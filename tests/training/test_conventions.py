@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from gptray.config import load_config
+from gptray.config import ModelConfig, load_config
 from gptray.data.tokenizer import Tokenizer
 from gptray.jobs.folders.run_folder import resolve
 from gptray.jobs.train.samples import sample_texts
 from gptray.model.gpt import GPT
 from gptray.training.evaluations import Samples
+from gptray.training.publishing import save_model
 from tests.data import foreign
-from tests.data.prepared import prepared_here
+from tests.data.chatting import CHATS, chat_tokenizer
+from tests.data.prepared import chats_here, prepared_here
 from tests.model.foreign_models import make_hf
 from tests.tiny import tiny_text
 from tests.training.runs import rows, run
@@ -65,3 +67,14 @@ def test_what_a_model_brings_along_stays_with_it(tmp_path: Path) -> None:
     ids = torch.tensor([[*own(val).input_ids, 2]])
     with torch.no_grad():
         assert abs(float(model(ids, labels=ids).loss) - last) < 1e-4
+
+
+def test_transformers_sees_that_a_turn_ends_the_text(tmp_path: Path) -> None:
+    data = chats_here(tmp_path / "data", chat_tokenizer(tmp_path / "base", "based"), CHATS)
+    shape = ModelConfig(n_layer=1, n_head=1, n_embd=8, n_positions=16)
+    save_model(GPT(shape, vocab_size=data.vocab_size), tmp_path / "model", data)
+    names: Any = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=False)
+    ends = names.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == ends
+    written = names.apply_chat_template(CHATS[0], return_dict=False)
+    assert data.val.slice(0, len(written)).tolist() == written

@@ -121,7 +121,11 @@ def _splits(evaluation: Evaluation) -> Table:
         ("Perplexity", "exp(loss)", lambda split: _or_dash(split["ppl"], ",.2f")),
         ("Bits per byte", "loss x tokens / (ln 2 x bytes)", lambda split: f"{split['bpb']:.4f}"),
         ("Tokens", "scored", lambda split: f"{split['tokens']:,}"),
-        ("Documents", "that they come from", lambda split: f"{split['documents']:,}"),
+        (
+            "Documents",
+            "that they come from, or turns of chats",
+            lambda split: f"{split['documents']:,}",
+        ),
     ]
     columns = [LONG_NAMES.get(name, name) for name in splits]
     return _measured(columns, measures, list(splits.values()))
