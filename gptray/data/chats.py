@@ -121,9 +121,10 @@ def _is_chat(value: object) -> bool:
 def _message(given: Mapping[str, object], place: str, template: ChatTemplate) -> dict[str, object]:
     """A message as the template takes it, with all its keys but those without a value."""
     message = {key: value for key, value in given.items() if value is not None}
+    said = "content"
     if "role" not in message and "from" in message:
-        name = message.pop("from")
-        message |= {"role": _ROLES.get(str(name), name), "content": message.pop("value", None)}
+        name, said = message.pop("from"), "value"
+        message |= {"role": _ROLES.get(str(name), name), "content": message.pop(said, None)}
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise ValueError(f"{place} has no role, such as user")
@@ -133,4 +134,4 @@ def _message(given: Mapping[str, object], place: str, template: ChatTemplate) ->
             raise ValueError(f"{place}.{key}: the chat template does not write calls of tools")
     if content is None and calls:
         content = ""  # as templates that only look for a text expect
-    return {**message, "content": text_of(content, f"{place}.content")}
+    return {**message, "content": text_of(content, f"{place}.{said}")}

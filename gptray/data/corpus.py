@@ -231,9 +231,11 @@ def first_look(file: SourceFile, reading: Reading, *, whole: bool = False) -> Lo
     if file.format == "parquet":
         table = open_parquet(file)
         columns = parquet_columns(file, table.schema_arrow, reading.text_column)
-        kind, stop = table.schema_arrow.field(columns[0]).type, table.metadata.num_row_groups
-        if not is_list(kind):
-            return Look(bool(table.metadata.num_rows) and not pa.types.is_null(kind))
+        kinds = [table.schema_arrow.field(name).type for name in columns]
+        if not any(map(is_list, kinds)):
+            is_missing = any(map(pa.types.is_null, kinds))
+            return Look(bool(table.metadata.num_rows) and not is_missing)
+        stop = table.metadata.num_row_groups
     seen, has_text, has_chats = 0, False, False
     for part in read_parts(Piece(file, 0, stop, reading)):
         seen += len(part.text) + 1

@@ -175,7 +175,7 @@ WRONG: list[tuple[object, str]] = [
     ({"role": "user", "content": "a"}, "column 'messages' holds an object, not text"),
     ([{"content": "a"}], r"messages\[0\] has no role, such as user"),
     ([{"role": "user"}], r"messages\[0\]\.content must be text, or a list of parts of text"),
-    ([{"from": "human"}], r"messages\[0\]\.content must be text, or a list of parts of text"),
+    ([{"from": "human"}], r"messages\[0\]\.value must be text, or a list of parts of text"),
     (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         r"messages\[0\]\.content\[0\] of type image_url is not supported: this model reads text",
@@ -198,6 +198,16 @@ def test_rows_that_are_no_chats_are_named(tmp_path: Path, messages: object, told
     (file,) = find_files(str(path))
     with pytest.raises(UserError, match=rf"^{path}:2: .*{told}"):
         first_look(file, Reading(tokenizer=str(tokenizer)), whole=True)
+
+
+def test_a_text_beside_a_chat_is_seen_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    rows = [{"prompt": "the cat", "completion": CHATS[0][2:]}]
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    (file,) = find_files(str(path))
+    reading = Reading(tokenizer=str(chat_tokenizer(tmp_path / "tokenizer")))
+    with pytest.raises(UserError, match=r"row 1: column 'completion' holds a list, not text$"):
+        first_look(file, reading)
 
 
 def test_a_role_that_the_template_skips_is_a_mistake(tmp_path: Path) -> None:
