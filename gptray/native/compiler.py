@@ -81,12 +81,12 @@ def why_no_library() -> str | None:
 
 
 def _why_no_compiler() -> str | None:
-    """That there is no compiler, if so: macOS has commands that only ask to install it."""
+    """Says that there is no compiler, else None; macOS has stubs that only ask to install one."""
     command = compiler()[0]
     if shutil.which(command) and (not on_mac() or compiler_version()):
         return None
-    hint = " (xcode-select --install)" if on_mac() else ""
-    return f"there is no C++ compiler {command} on this machine{hint}"
+    hint = "xcode-select --install" if on_mac() else "apt-get install g++"
+    return f"there is no C++ compiler {command} on this machine ({hint})"
 
 
 def run_compiler(*arguments: str | Path, tiles: bool, remedy: str) -> None:

@@ -139,7 +139,10 @@ RAYLET = OpenPort("raylet", "10.0.0.2", 40123)
             "no C++ kernels on 10.0.0.2: there is no C++ compiler g++; jobs use PyTorch there",
         ),
         (
-            cluster(HEAD, second(replace(H100, no_code="it needs a C compiler"), gpus=1)),
+            cluster(
+                replace(HEAD, facts=replace(HEALTHY, no_code="this processor has no avx512f")),
+                second(replace(H100, no_code="it needs a C compiler"), gpus=1),
+            ),
             "fail",
             "compiler",
             "torch.compile does not work on the GPUs of 10.0.0.2: it needs a C compiler",
@@ -267,7 +270,8 @@ def test_a_node_tells_of_a_missing_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no-such-compiler" in str(node_facts(str(tmp_path)).no_code)
+    told = "there is no C++ compiler no-such-compiler on this machine (apt-get install g++)"
+    assert node_facts(str(tmp_path)).no_code == told
 
 
 def test_a_node_of_a_job_whose_home_is_a_store_tells_of_its_cache(tmp_path: Path) -> None:

@@ -155,11 +155,12 @@ def compiler(facts: ClusterFacts) -> tuple[Level, str]:
     lacking = [one for one in facts.nodes if one.facts.no_code and (one.node.cpus or one.node.gpus)]
     if not lacking:
         return "ok", "every node can compile what it needs"
-    reasons = "; ".join(f"{one.node.address}: {one.facts.no_code}" for one in lacking)
-    if any(one.facts.gpus for one in lacking):
+    with_gpus = [one for one in lacking if one.facts.gpus]
+    told = with_gpus or lacking
+    reasons = "; ".join(f"{one.node.address}: {one.facts.no_code}" for one in told)
+    if with_gpus:
         return "fail", f"torch.compile does not work on the GPUs of {reasons}"
-    remedy = "jobs use PyTorch there, which is slower; apt-get install g++ installs a compiler"
-    return "warn", f"no C++ kernels on {reasons}; {remedy}"
+    return "warn", f"no C++ kernels on {reasons}; jobs use PyTorch there, which is slower"
 
 
 def nccl(facts: ClusterFacts) -> tuple[Level, str]:
