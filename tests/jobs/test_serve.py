@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,9 +20,10 @@ import pytest
 import torch
 import yaml
 
-from gptray.config import Config, UserError, load_config, override
+from gptray.config import Config, RunFailed, UserError, load_config, override
 from gptray.jobs.serve.answering import Answering
 from gptray.jobs.serve.check import USER_CONFIG, check, endpoint_url, plan
+from gptray.jobs.serve.watch import why_not_started
 from gptray.jobs.serve.worker import Replica
 from tests.damage import deadline
 from tests.jobs.serving import PROMPT, Job, expected, job_running, save_model
@@ -117,7 +119,9 @@ def test_sigterm_to_the_group_lets_streams_finish_refuses_new_ones_and_leaves_no
 
 
 @pytest.mark.ray
-def test_a_changed_model_and_a_killed_engine_are_each_told_in_a_line(tmp_path: Path) -> None:
+def test_a_changed_model_a_killed_engine_and_one_that_cannot_start_are_each_told_in_a_line(
+    tmp_path: Path,
+) -> None:
     folder = save_model(tmp_path)
     with job_running(folder) as job, deadline(120):
         assert job.process.stderr
@@ -132,9 +136,31 @@ def test_a_changed_model_and_a_killed_engine_are_each_told_in_a_line(tmp_path: P
         )
         while job.ask(5).status_code != 200:  # another one has started
             pass
+        weights = (folder / "model.safetensors").rename(tmp_path / "aside")
+        os.kill(job.replicas()[0], signal.SIGKILL)
+        assert next(line for line in job.process.stderr if "process died" in line) == died
+        failed = next(job.process.stderr)
+        assert failed.startswith("error: an engine does not start, and Ray Serve keeps trying: ")
+        assert "no weights" in failed
+        weights.rename(folder / "model.safetensors")
+        while job.ask(5).status_code != 200:
+            pass
         job.process.terminate()
         rest = job.process.stderr.read()
         assert "have changed" not in rest and "process died" not in rest
+        assert "does not start" not in rest
+
+
+@pytest.mark.parametrize("kind", [UserError, RunFailed])
+def test_our_own_errors_are_found_in_serves_message_about_a_failed_start(
+    kind: type[Exception],
+) -> None:
+    trace = "".join(traceback.format_exception(kind("no weights in /x\nname others")))
+    told = f"A replica failed to start with exception. Retrying. Error:\nray::Replica\n{trace}"
+    found = why_not_started(told)
+    assert type(found) is kind and str(found) == "no weights in /x\nname others"
+    other = "".join(traceback.format_exception(MemoryError("no room")))
+    assert str(why_not_started(f"Error:\nray::Replica\n{other}")) == "MemoryError: no room"
 
 
 def test_every_mistake_is_told_before_ray_starts(tmp_path: Path, folder: Path) -> None:

@@ -24,7 +24,7 @@ from gptray.jobs.next_steps import tell
 from gptray.jobs.progress.doing import doing
 from gptray.jobs.serve.body_limits import environment
 from gptray.jobs.serve.check import CheckedEndpoint, completion_command, endpoint_url
-from gptray.jobs.serve.watch import Watch
+from gptray.jobs.serve.watch import Watch, why_not_started
 from gptray.jobs.serve.worker import APPLICATION, bound
 from gptray.native.measured import NAMES
 from gptray.signals import failure, leaving_within, sigterm_sets
@@ -71,8 +71,6 @@ def run(checked: CheckedEndpoint) -> None:
                 log.info("%s", OPEN_PORT)
             try:
                 while not stop.wait(POLL_S):
-                    if APPLICATION not in serve.status().applications:
-                        raise RunFailed("the endpoint was deleted from the cluster")
                     watch.look()
             except KeyboardInterrupt:
                 if not failure():
@@ -121,10 +119,10 @@ def _failure_to_start(error: RuntimeError) -> UserError | RunFailed:
     """Why no replica came up: Serve's error does not say, but its status does."""
     found = serve.status().applications.get(APPLICATION)
     told = "\n".join(one.message for one in found.deployments.values()) if found else ""
-    _, is_mistake, mistake = told.rpartition(f"{UserError.__name__}: ")
-    if is_mistake:
-        return UserError(mistake.strip())
-    return RunFailed(f"the endpoint did not start: {why_ended(told.strip() or error)}")
+    failure = why_not_started(told) if told else RunFailed(why_ended(error))
+    if isinstance(failure, UserError):
+        return failure
+    return RunFailed(f"the endpoint did not start: {failure}")
 
 
 def _wait_until_healthy(url: str) -> None:

@@ -1,16 +1,20 @@
-"""Tells what happens to the endpoint's engines: their news, their deaths, a model that changed."""
+"""Tells what happens to the endpoint's engines: their news, deaths and failed starts.
+
+And when the files of their model change.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from gptray.config import UserError
+from gptray.config import RunFailed, UserError
 from gptray.jobs.cluster.holders import actors_in
 from gptray.jobs.cluster.ray_messages import why_ended
 from gptray.jobs.cluster.waiting import REPLICA
@@ -34,9 +38,13 @@ class Watch:
         self._model, self._files = model, _files(model)
         self._told = defaultdict[str, int](int)  # lines of news of each replica
         self._active: dict[str, int] = {}  # requests in flight of each replica, when last asked
+        self._failed = ""  # why the newest engine did not start
 
     def look(self) -> None:
-        """Log what is new."""
+        """Log what is new. Raises RunFailed if the endpoint is gone."""
+        application = serve.status().applications.get(APPLICATION)
+        if application is None:
+            raise RunFailed("the endpoint was deleted from the cluster")
         news = self._news()
         lines = [line for one in news for line in one.lines[self._told[one.replica] :]]
         self._told |= {one.replica: len(one.lines) for one in news}
@@ -45,6 +53,7 @@ class Watch:
         if self._active.keys() - {one.replica for one in news}:
             self._tell_deaths()
         self._active |= {one.replica: one.active for one in news}
+        self._tell_failed_start([one.message for one in application.deployments.values()])
         if self._files and _files(self._model) != self._files:
             self._files.clear()  # it is told only once
             log.warning(CHANGED, self._model)
@@ -70,6 +79,22 @@ class Watch:
                 lost = f"; {count(active, 'request')} failed with it" if active else ""
                 why = why_ended(died.error_message, otherwise="it was killed or out of memory")
                 log.warning("an engine's process died: %s%s. Ray Serve starts another", why, lost)
+
+    def _tell_failed_start(self, messages: Iterable[str]) -> None:
+        """Log why an engine does not start, by the deployments' status, once for each reason."""
+        errors = [error for one in messages if (error := one.partition("Error:\n")[2])]
+        before, self._failed = self._failed, "\n".join(str(why_not_started(one)) for one in errors)
+        if self._failed and self._failed != before:
+            log.error("an engine does not start, and Ray Serve keeps trying: %s", self._failed)
+
+
+def why_not_started(told: str) -> UserError | RunFailed:
+    """The error of an engine that did not start, by Serve's message about its deployment."""
+    for kind in (UserError, RunFailed):
+        _, is_ours, message = told.rpartition(f"{kind.__name__}: ")
+        if is_ours:
+            return kind(message.strip())
+    return RunFailed(why_ended(told))
 
 
 def _files(model: str) -> set[tuple[str, int, int]]:
