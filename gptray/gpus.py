@@ -46,7 +46,7 @@ def nvidia_smi(*options: str) -> list[str]:
 
 
 def built_for_cpus() -> str:
-    """The message for compute.use_gpu if PyTorch is a CPU build, as those for macOS are to us."""
+    """The message for compute.use_gpu where PyTorch is a CPU build, or has only Apple's GPUs."""
     if on_mac():
         return (
             "compute.use_gpu=true, but gptray does not use Apple's GPUs; leave it out to use the "

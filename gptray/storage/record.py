@@ -215,7 +215,7 @@ def teachers_of(events: Sequence[Event]) -> dict[str, str]:
 def seconds_trained(events: Sequence[Event]) -> float:
     """The sum of seconds from each start to the last event before the next start.
 
-    Between two events between which the clock was set back, none.
+    If the clock was set back between two events, the time between them counts as 0.
     """
     begun = dropwhile(lambda event: event["event"] != "start", events)
     return sum(

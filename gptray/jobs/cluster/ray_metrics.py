@@ -151,7 +151,7 @@ class Exporter:
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a gauge."""
         self._of(name).set(float(value), {"run": self._run, **tags})
-        # Only now, since the first call may still be importing Ray, and another thread sets these.
+        # Only now, so that the thread that sets these again never creates a series.
         self._values[name, frozenset(tags.items())] = float(value)
 
     def set_again(self) -> None:
@@ -184,7 +184,6 @@ class Exporter:
 
     def _of(self, name: str) -> _Series:
         if name not in self._series:
-            # Imported late, since Ray takes a second to import and config checks do not need it.
             metric = METRICS[name]
             kinds = {"gauge": metrics.Gauge, "counter": metrics.Counter}
             make = kinds.get(metric.kind, metrics.Histogram)
