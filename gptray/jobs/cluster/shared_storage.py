@@ -73,8 +73,9 @@ def check_shared(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> None:
-    """Raise UserError for paths that a node with workers does not see, and RunFailed for a silent
-    node. Needs Ray.
+    """Raise UserError if a node with workers does not see a path or has another gptray than this.
+
+    RunFailed for a silent node. Needs Ray.
 
     written: folders by how the user names them, such as storage_path=/x; they are created if
     needed, and nothing is left behind. read: files and folders by key. stores: object stores that
@@ -127,9 +128,9 @@ def blind_nodes(
     stores: Sequence[str] = (),
     use_gpu: bool = False,
 ) -> list[UserError | RunFailed]:
-    """A UserError for each node with workers that does not see a path, naming the first such path.
+    """A UserError for each node with workers that has another gptray, or does not see a path.
 
-    A RunFailed for each that did not answer.
+    It names the first such path. A RunFailed for each that did not answer.
     """
     nodes = alive_nodes()
     working = [node for node in nodes if (node.gpus if use_gpu else node.cpus)]
@@ -158,9 +159,9 @@ def blind_nodes(
 def problem_of(
     places: Sequence[Place], stores: Sequence[str] = (), code: str = ""
 ) -> tuple[str, str] | None:
-    """On a node: the first place that it sees differently from the driver, and the problem.
+    """On a node: the first thing that is not as on the driver, and what is wrong with it.
 
-    code: the driver's `own_code`.
+    code: the driver's `own_code`; "": any will do.
     """
     if code and code != own_code():
         return "gptray", _OTHER_CODE
