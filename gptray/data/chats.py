@@ -43,8 +43,8 @@ def text_columns(names: Collection[str], asked: str | None) -> tuple[str, ...]:
     raise ValueError(no_column(TEXT if asked is None else asked, [*names]))
 
 
-class Rows:
-    """Makes documents of rows, reading the chat template once, when the first chat needs it."""
+class RowReader:
+    """Makes documents of rows; reads the chat template once, when the first chat needs it."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading

@@ -16,7 +16,7 @@ import pyarrow as pa
 from gptray.config import UserError
 from gptray.data.batches import declared_schema, first_row
 from gptray.data.boundary import byte_boundary, separator_border
-from gptray.data.chats import NoTemplate, Rows, text_columns
+from gptray.data.chats import NoTemplate, RowReader, text_columns
 from gptray.data.csv_text import csv_rows, separator_hint
 from gptray.data.documents import EMPTY_ROW, Part, one_document, split_documents
 from gptray.data.encoding import BLOCK_BYTES, UTF8, check_head, decoded, stream_encoding
@@ -101,13 +101,13 @@ def _line_at(file: SourceFile, offset: int) -> int:
 
 def _read_json_lines(piece: Piece) -> Iterator[Part]:
     """Read the lines that begin in the piece; the first may begin in its neighbour."""
-    file, documents = piece.file, Rows(piece.reading)
+    file, reader = piece.file, RowReader(piece.reading)
     stop = piece.stop if file.compression is None else None
     begin = max(piece.start - 1, 0)
     with file.open(begin) as stream:
         if begin == 0 and stream_encoding(stream, file.encoding) != UTF8:
             lines = enumerate(text_lines(file, stream), start=1)
-            yield from _parts(file, lines, lambda line: _json_text(line, documents))
+            yield from _parts(file, lines, lambda line: _json_text(line, reader))
             return
         position = begin
         if piece.start:
@@ -118,7 +118,7 @@ def _read_json_lines(piece: Piece) -> Iterator[Part]:
         while (stop is None or position < stop) and (raw := stream.readline()):
             line += 1
             try:
-                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, documents)
+                yield _json_text(raw.removeprefix(BOM) if position == 0 else raw, reader)
             except ValueError as error:
                 number = line if not piece.start else _line_at(file, position)
                 raise _placed(f"{file.name}:{number}", error) from None
@@ -135,27 +135,27 @@ def _skip_line(stream: BufferedReader, most: int) -> int:
     return skipped
 
 
-def _json_text(raw: bytes | str, documents: Rows) -> Part:
-    return _json_row(json_line(raw), documents) if raw.strip() else EMPTY_ROW
+def _json_text(raw: bytes | str, reader: RowReader) -> Part:
+    return _json_row(json_line(raw), reader) if raw.strip() else EMPTY_ROW
 
 
-def _json_row(row: dict[str, object], documents: Rows) -> Part:
+def _json_row(row: dict[str, object], reader: RowReader) -> Part:
     """Null is a missing text; a row without the column is a mistake (ValueError)."""
-    columns = documents.columns(row)
-    return documents.part([row[name] for name in columns], columns)
+    columns = reader.columns(row)
+    return reader.part([row[name] for name in columns], columns)
 
 
 def _read_json(piece: Piece) -> Iterator[Part]:
-    documents = Rows(piece.reading)
-    return _parts(piece.file, json_rows(piece.file), lambda row: _json_row(row, documents))
+    reader = RowReader(piece.reading)
+    return _parts(piece.file, json_rows(piece.file), lambda row: _json_row(row, reader))
 
 
 def _read_csv(piece: Piece) -> Iterator[Part]:
-    file, documents = piece.file, Rows(piece.reading)
+    file, reader = piece.file, RowReader(piece.reading)
     rows = csv_rows(file)
     line, header = next(rows, (1, []))
     try:
-        columns = documents.columns(header)
+        columns = reader.columns(header)
     except ValueError as problem:
         raise UserError(f"{file.name}:{line}: {problem}{separator_hint(header)}") from None
     for name in columns:
@@ -164,7 +164,7 @@ def _read_csv(piece: Piece) -> Iterator[Part]:
     places = [header.index(name) for name in columns]
 
     def read(row: list[str]) -> Part:
-        return documents.part([row[at] for at in places], columns) if row else EMPTY_ROW
+        return reader.part([row[at] for at in places], columns) if row else EMPTY_ROW
 
     return _parts(file, rows, read)
 
@@ -188,7 +188,7 @@ def _placed(place: str, error: ValueError) -> UserError:
 
 
 def _read_parquet(piece: Piece) -> Iterator[Part]:
-    file, documents = piece.file, Rows(piece.reading)
+    file, reader = piece.file, RowReader(piece.reading)
     groups = range(piece.start, piece.stop)
     table = open_parquet(file)
     columns = parquet_columns(file, table.schema_arrow, piece.reading.text_column)
@@ -201,7 +201,7 @@ def _read_parquet(piece: Piece) -> Iterator[Part]:
         ):
             for values in zip(*(batch.column(name) for name in columns), strict=True):
                 row += 1
-                yield documents.part([value.as_py() for value in values], columns)
+                yield reader.part([value.as_py() for value in values], columns)
     except NoTemplate as error:
         raise _placed(f"{file.name}: row {row}", error) from None
     except UserError:
