@@ -80,7 +80,7 @@ class ServeConfig(Section):
         "the model's context holds",
     )
     max_stop: PositiveInt = Field(
-        16, description="most stop strings, and stop_token_ids, of a request"
+        16, description="most stop strings, and most stop_token_ids, of a request"
     )
     max_logprobs: Natural = Field(
         20, description="most log-probabilities to return at each position"
