@@ -138,7 +138,6 @@ def test_a_changed_model_a_killed_engine_and_one_that_cannot_start_are_each_told
             pass
         weights = (folder / "model.safetensors").rename(tmp_path / "aside")
         os.kill(job.replicas()[0], signal.SIGKILL)
-        assert next(line for line in job.process.stderr if "process died" in line) == died
         failed = next(line for line in job.process.stderr if "does not start" in line)
         assert failed.startswith("error: an engine does not start, and Ray Serve keeps trying: ")
         assert failed.endswith(f"{folder}: no model.safetensors\n")
