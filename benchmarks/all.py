@@ -3,7 +3,7 @@
     python benchmarks/all.py [--quick] [--parts limits,backends,train,generate,contention] [--save]
 
 Systems take turns, each in its own process; figures are medians over rounds. transformers,
-CTranslate2 and llama.cpp take part if they are installed. It takes about fifteen minutes, or three
+CTranslate2 and llama.cpp take part if they are installed. It takes about fifteen minutes, or four
 with --quick. --save writes a file for this kind of machine to benchmarks/results/.
 """
 
@@ -154,7 +154,7 @@ def tell(say: Say, what: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parts = ("limits", "backends", "train", "generate", "contention")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="about three minutes")
+    parser.add_argument("--quick", action="store_true", help="about four minutes")
     parser.add_argument("--parts", default=",".join(parts), help="of " + " ".join(parts))
     parser.add_argument("--save", action="store_true", help="write a file to benchmarks/results")
     args = parser.parse_args()
