@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import sys
 import warnings
 from contextlib import suppress
@@ -36,7 +37,10 @@ class _Stderr(io.FileIO):
         left = whole = memoryview(data).cast("B")
         with suppress(OSError):
             while left:
-                left = left[super().write(left) or 0 :]
+                written = super().write(left)
+                if written is None:  # it is full, and its owner made it not block
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         return whole.nbytes
 
 

@@ -237,6 +237,21 @@ def test_sigterm_is_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_all_is_said_on_a_full_standard_error_that_does_not_block() -> None:
+    code = (
+        "import sys; from gptray.process_setup import set_up_process; set_up_process(); "
+        "print('x' * 500_000, file=sys.stderr)"
+    )
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=writer)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read()
+    assert process.wait(60) == 0
+    assert said == b"x" * 500_000 + b"\n"
+
+
 def test_reader_that_stopped_is_no_error() -> None:
     code = (
         "from gptray.cli import run_job\n"
