@@ -224,8 +224,9 @@ class ShardWriter:
             self._stream.write(block)
             self._digest.update(block)
             entry["tokens"] += len(block) // encoder.dtype.itemsize
-            entry["bytes"] += len(part.shown.encode())
-            entry["characters"] += len(part.shown)
+            shown = part.shown
+            entry["bytes"] += len(shown.encode())
+            entry["characters"] += len(shown)
             entry["fallback_tokens"] += encoder.count_fallback(ids)
             encoder.check(part, ids, self._tally)
         self._batch, self._batched = [], 0
